@@ -1,0 +1,54 @@
+"""relp: circuit discovery for transformer language models.
+
+    import relp_cli as relp
+    model = relp.load_model("tiny-gpt2")
+    pairs = relp.load_task("ioi").pairs(model, n=100, seed=0, split="discovery")
+    scores = relp.score(model, pairs, method="relp", nodes=["resid_pre", "attn_out", "mlp_out"])
+
+Names are imported when they are first used, so `import relp_cli` loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from relp_cli.circuits.circuit import Circuit as Circuit
+    from relp_cli.circuits.select import select as select
+    from relp_cli.errors import RelpError as RelpError
+    from relp_cli.evaluation.compare import compare as compare
+    from relp_cli.evaluation.evaluate import evaluate as evaluate
+    from relp_cli.methods.score import score as score
+    from relp_cli.methods.scores import Scores as Scores
+    from relp_cli.models.load import load_model as load_model
+    from relp_cli.tasks.pairs import PairBatch as PairBatch
+    from relp_cli.tasks.pairs import PromptPair as PromptPair
+    from relp_cli.tasks.task import load_task as load_task
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Circuit": "circuits.circuit",
+    "PairBatch": "tasks.pairs",
+    "PromptPair": "tasks.pairs",
+    "RelpError": "errors",
+    "Scores": "methods.scores",
+    "compare": "evaluation.compare",
+    "evaluate": "evaluation.evaluate",
+    "load_model": "models.load",
+    "load_task": "tasks.task",
+    "score": "methods.score",
+    "select": "circuits.select",
+}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'relp_cli' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"relp_cli.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

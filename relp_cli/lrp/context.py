@@ -1,0 +1,80 @@
+"""`with lrp(model, rules):` — forward passes inside the block have the model's values and the rules' gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from relp_cli.errors import RelpError
+from relp_cli.lrp.rules import ActiveRule, parse_rules
+from relp_cli.lrp.sites import RuleSite, build_sites, replace
+from relp_cli.models.model import Model
+
+Recorded = dict[str, dict[str, Tensor]]  # site name → the patch run's values
+
+
+@contextmanager
+def lrp(model: Model, rules: Sequence[str], other: Mapping[str, Mapping[str, Tensor]] | None = None) -> Iterator[dict[str, int]]:
+    """Apply LRP rules as forward hooks; yields rule → number of layers it acts on. Hooks are gone on exit, always.
+
+    other: what `recording` collected in the patch run; two-point rules need it.
+
+    Raises: RelpError for a rule that matches no layer, two rules for one kind of site, a two-point rule without
+    `other`, and (on exit) a site that a forward pass went past without calling.
+    """
+    active = parse_rules(list(rules))
+    lonely = [str(a) for a in active if a.rule.two_point and other is None]
+    if lonely:
+        raise RelpError(f"two-point rules ({', '.join(lonely)}) need a patch prompt; this run has none")
+    sites = build_sites(model, active)
+    fired: set[str] = set()
+    inputs: dict[str, dict[str, Tensor]] = {site.name: {} for site in sites}
+
+    def write(site: RuleSite):  # noqa: ANN202 - a hook
+        def hook(value: Tensor) -> Tensor:
+            fired.add(site.name)
+            if not torch.is_grad_enabled():
+                return value
+            return replace(value, site.surrogate(inputs[site.name], value, other[site.name] if other else None))
+
+        return hook
+
+    # Writes before reads: where one rule reads the point that another writes, it must read what was written.
+    hooks = [(site.write, write(site)) for site in sites] + _reads(sites, inputs)
+    with model.hooks(hooks):
+        yield {str(a): sum(str(a) in site.rules for site in sites) for a in active}
+    silent = [site.name for site in sites if fired and site.name not in fired]
+    if silent:
+        raise RelpError(f"model {model.name}: rules were not applied at {', '.join(silent[:3])} ({len(silent)} layers)")
+
+
+@contextmanager
+def recording(model: Model, rules: Sequence[str]) -> Iterator[Recorded]:
+    """Collect, during the patch run's forward pass, what the two-point rules among `rules` need of it."""
+    active = [a for a in parse_rules(list(rules))]
+    if not any(a.rule.two_point for a in active):
+        yield {}
+        return
+    # All sites, since a one-point rule may share a site with a two-point one (Half beside act2).
+    sites = build_sites(model, active)
+    inputs: dict[str, dict[str, Tensor]] = {site.name: {} for site in sites}
+    recorded: Recorded = {}
+    with model.hooks(_reads(sites, inputs)):
+        yield recorded
+    for site in sites:
+        recorded[site.name] = {k: v.detach() for k, v in site.record(inputs[site.name]).items()}
+
+
+def _reads(sites: list[RuleSite], inputs: dict[str, dict[str, Tensor]]):  # noqa: ANN202 - hooks
+    def read(site: RuleSite, key: str):  # noqa: ANN202 - a hook
+        return lambda value: inputs[site.name].__setitem__(key, value)
+
+    return [(point, read(site, key)) for site in sites for key, point in site.reads.items()]
+
+
+def describe(active: Sequence[ActiveRule]) -> list[str]:
+    """Rule names with their parameters, as written into outputs."""
+    return [str(a) for a in active]

@@ -1,0 +1,187 @@
+"""Where each rule acts: the layers of a model as *sites* with inputs, an output, and the surrogate that a rule puts there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relp_cli.errors import RelpError
+from relp_cli.lrp.rules import ActiveRule
+from relp_cli.models.model import Model
+
+Values = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class RuleSite:
+    """One layer: `reads` are hook points (input name → point), `write` the point whose value the surrogate replaces.
+
+    surrogate(inputs, y, other) → f, where `other` holds the same site's `record`ed values in the patch run.
+    record(inputs) → what a two-point rule needs of the patch run.
+    """
+
+    name: str
+    rules: tuple[str, ...]
+    reads: Mapping[str, str]
+    write: str
+    surrogate: Callable[[Values, Tensor, Values | None], Tensor]
+    record: Callable[[Values], dict[str, Tensor]]
+
+
+def build_sites(model: Model, active: list[ActiveRule]) -> list[RuleSite]:
+    """All sites of all active rules. Raises RelpError where a rule finds no layer to act on."""
+    by_site = {a.rule.site: a for a in active}
+    sites: list[RuleSite] = []
+    for kinds, builder in BUILDERS:
+        wanted = [by_site.get(kind) for kind in kinds]
+        if any(wanted):
+            sites += builder(model, *wanted)
+    for a in active:
+        if not any(str(a) in site.rules for site in sites):
+            raise RelpError(f"rule '{a}' matches no layer of {model.name} ({model.family.name})")
+    return sites
+
+
+def _norms(model: Model, rule: ActiveRule) -> list[RuleSite]:
+    return [_norm(model, p.removesuffix(".hook_scale"), rule) for p in model.points if p.endswith(".hook_scale")]
+
+
+def _norm(model: Model, name: str, rule: ActiveRule) -> RuleSite:
+    component = model.component(name)
+
+    def surrogate(v: Values, _: Tensor, other: Values | None) -> Tensor:
+        return rule.rule.fn(centred(component, v["x"]), 1 / v["scale"].detach(), other and other["inverse"])
+
+    return RuleSite(
+        name,
+        (str(rule),),
+        {"x": f"{name}.hook_in", "scale": f"{name}.hook_scale"},
+        f"{name}.hook_out",
+        surrogate,
+        lambda v: {"inverse": 1 / v["scale"]},
+    )
+
+
+def centred(norm: Any, x: Tensor) -> Tensor:
+    """A norm's numerator times its weight: (x − mean)·w for LayerNorm, x·w (or x·(1 + w)) for RMSNorm."""
+    weight = getattr(norm, "weight", None)
+    if not norm.uses_rms_norm:
+        x = x - x.mean(-1, keepdim=True)
+    if weight is None:
+        return x
+    return x * (1 + weight) if norm.uses_weight_offset else x * weight
+
+
+def _mlps(model: Model, act: ActiveRule | None, gate: ActiveRule | None) -> list[RuleSite]:
+    if gate and not model.shape.gated:
+        raise RelpError(f"rule '{gate}' matches no layer of {model.name} ({model.family.name}): its MLP is not gated")
+    return [_mlp(model, f"blocks.{layer}.mlp", act, gate) for layer in range(model.shape.n_layers)]
+
+
+def _mlp(model: Model, name: str, act: ActiveRule | None, gate: ActiveRule | None) -> RuleSite:
+    activation, gated = model.activation, model.shape.gated
+
+    def activated(x: Tensor, other: Tensor | None) -> Tensor:
+        if act is None:
+            return activation.fn(x)
+        # The value must stay act(x) where a gate multiplies it, also for slopes that are not act(x)/x.
+        slope = act.rule.fn(x.detach(), activation, other)
+        return replace(activation.fn(x.detach()), x * slope)
+
+    def surrogate(v: Values, _: Tensor, other: Values | None) -> Tensor:
+        a = activated(v["pre"], other and other["pre"])
+        if not gated:
+            return a
+        if gate is None:
+            return a * v["up"]
+        return gate.rule.fn(a, v["up"], other and activation.fn(other["pre"]), other and other["up"])
+
+    reads = {"pre": f"{name}.gate.hook_out", "up": f"{name}.in.hook_out"} if gated else {"pre": f"{name}.in.hook_out"}
+    rules = tuple(str(r) for r in (act, gate) if r)
+    return RuleSite(name, rules, reads, f"{name}.out.hook_in", surrogate, dict)
+
+
+def _attentions(model: Model, rule: ActiveRule) -> list[RuleSite]:
+    return [_attention(model, f"blocks.{layer}.attn", rule) for layer in range(model.shape.n_layers)]
+
+
+def _attention(model: Model, name: str, rule: ActiveRule) -> RuleSite:
+    def surrogate(v: Values, y: Tensor, other: Values | None) -> Tensor:
+        z = rule.rule.fn(
+            v["pattern"], by_head(model, v["value"]), other and other["pattern"], other and by_head(model, other["value"])
+        )
+        return z.transpose(1, 2).reshape(y.shape)
+
+    reads = {"pattern": f"{name}.hook_pattern", "value": f"{name}.v.hook_out"}
+    return RuleSite(name, (str(rule),), reads, f"{name}.o.hook_in", surrogate, dict)
+
+
+def by_head(model: Model, value: Tensor) -> Tensor:
+    """[batch, pos, kv_heads·d_head] → [batch, head, pos, d_head]; each key/value head serves its group of query heads."""
+    per_kv = value.unflatten(-1, (model.shape.n_kv_heads, -1)).transpose(1, 2)
+    return per_kv.repeat_interleave(model.shape.n_heads // model.shape.n_kv_heads, dim=1)
+
+
+def _softcaps(model: Model, rule: ActiveRule) -> list[RuleSite]:
+    sites = []
+    cap, final = model.shape.attn_softcap, model.shape.final_softcap
+    for layer in range(model.shape.n_layers if cap else 0):
+        name = f"blocks.{layer}.attn"
+
+        def attention(v: Values, y: Tensor, _: Values | None, name: str = name) -> Tensor:
+            q, k = v["q"], v["k"].repeat_interleave(model.shape.n_heads // model.shape.n_kv_heads, dim=1)
+            raw = (q @ k.transpose(-2, -1)) * model.component(name).original_component.scaling
+            # Masked scores (−inf or the dtype's minimum) stay what they are: y.detach() + f − f.detach().
+            return rule.rule.fn(raw, cap)
+
+        reads = {"q": f"{name}.hook_rot_q", "k": f"{name}.hook_rot_k"}
+        sites.append(RuleSite(f"{name}.softcap", (str(rule),), reads, f"{name}.hook_attn_scores", attention, dict))
+    if final:
+        reads = {"x": "unembed.hook_out"}
+        sites.append(
+            RuleSite("final.softcap", (str(rule),), reads, "logits", lambda v, y, _: rule.rule.fn(v["x"], final), dict)
+        )
+    return sites
+
+
+def _linears(model: Model, rule: ActiveRule) -> list[RuleSite]:
+    parts = ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.in", "mlp.out", *(["mlp.gate"] if model.shape.gated else [])]
+    return [_linear(model, f"blocks.{n}.{part}", rule) for n in range(model.shape.n_layers) for part in parts]
+
+
+def _linear(model: Model, name: str, rule: ActiveRule) -> RuleSite:
+    def surrogate(v: Values, z: Tensor, _: Values | None) -> Tensor:
+        weight, bias = linear_parameters(model, name, v["x"].shape[-1], z.shape[-1])
+        want = v["x"].detach() @ weight.T + (0 if bias is None else bias)
+        if not torch.allclose(want, z.detach(), rtol=1e-3, atol=1e-3 * z.abs().max().item()):
+            raise RelpError(f"model {model.name}: {name} is not the linear layer that rule '{rule}' expects")
+        return rule.rule.fn(v["x"], weight, bias, z.detach(), rule.parameter)
+
+    return RuleSite(name, (str(rule),), {"x": f"{name}.hook_in"}, f"{name}.hook_out", surrogate, dict)
+
+
+def linear_parameters(model: Model, name: str, d_in: int, d_out: int) -> tuple[Tensor, Tensor | None]:
+    """Weight [out, in] and bias [out] of a linear layer, whichever way round the architecture stores it (GPT-2: [in, out])."""
+    layer = model.component(name).original_component
+    weight = layer.weight.T if type(layer).__name__ == "Conv1D" else layer.weight
+    if weight.shape != (d_out, d_in):
+        raise RelpError(f"model {model.name}: {name} has weight {tuple(weight.shape)}, expected {(d_out, d_in)}")
+    return weight, layer.bias
+
+
+def replace(value: Tensor, surrogate: Tensor) -> Tensor:
+    """`value` going forward, the gradient of `surrogate` going backward."""
+    return value.detach() + (surrogate - surrogate.detach())
+
+
+BUILDERS: tuple[tuple[tuple[str, ...], Callable[..., list[RuleSite]]], ...] = (
+    (("norm",), _norms),
+    (("act", "gate"), _mlps),
+    (("attention",), _attentions),
+    (("softcap",), _softcaps),
+    (("linear",), _linears),
+)

@@ -1,0 +1,252 @@
+"""`score`: run one method over batches of pairs and aggregate over examples."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from relp_cli.errors import RelpError, nearest, unknown
+from relp_cli.methods.relp import with_extra_rules
+from relp_cli.methods.scores import NodeScores, Scores
+from relp_cli.methods.setup import Means, Passes, Setup
+from relp_cli.methods.table import METHODS, Method, Params, Result
+from relp_cli.models.model import Model
+from relp_cli.nodes.access import activations, units
+from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
+from relp_cli.tasks.metrics import METRICS, Metric
+from relp_cli.tasks.pairs import PairBatch
+
+Progress = Callable[[int, int, str], None]  # (pairs done, pairs in all, what)
+COMPONENTS = ("resid_pre", "attn_out", "mlp_out")
+KEEP_LIMIT = 1 << 26  # per-example scores are kept up to this many numbers a kind, unless asked for
+
+
+def score(
+    model: Model,
+    pairs: Sequence[PairBatch],
+    method: str = "relp",
+    nodes: Sequence[str] = COMPONENTS,
+    metric: str = "logit_diff",
+    direction: str = "noising",
+    baseline: str = "patch",
+    batch_size: int = 32,
+    keep_examples: bool | None = None,
+    progress: Progress | None = None,
+    **params: Any,
+) -> Scores:
+    """Score nodes of a model on prompt pairs.
+
+    method:    a row of `METHODS`, with `+rule` added for relp variants (`relp+ah`).
+    nodes:     rows of `NODE_KINDS`; all come from one pass.
+    direction: "noising" (the original runs, patch values go in) or "denoising" (the reverse).
+    baseline:  what n(x_p) is: "patch", "zero", or "mean" over all given originals per position.
+    params:    the method's own parameters (`rules=[...]` for relp); unknown ones are errors.
+
+    Returns Scores: kind → mean, variance, n [layer, pos, *unit], per example where it fits (`keep_examples`).
+    Raises: RelpError for unknown names, bad parameters, and pairs that share no position axis.
+    """
+    row, parsed = resolve_method(model, method, params)
+    kinds = tuple(NODE_KINDS[name] for name in nodes)
+    if not kinds or len(set(nodes)) != len(nodes):
+        raise RelpError(f"expected node kinds, each once, got {list(nodes)}; known: {', '.join(NODE_KINDS)}")
+    axis, labels = position_axis(pairs)
+    function, _ = row.load()
+    choices = {"direction": ("noising", "denoising"), "baseline": ("patch", "zero", "mean")}
+    for what, value in (("direction", direction), ("baseline", baseline)):
+        if value not in choices[what]:
+            raise unknown(what, value, choices[what])
+    chunks = [small.to(model.device) for batch in pairs for small in batch.split(batch_size)]
+    total = sum(len(c) for c in chunks)
+    passes, started = Passes(), time.perf_counter()
+    means = mean_activations(model, pairs, kinds, batch_size) if baseline == "mean" else None
+    sums = {k.name: Running(model, k, labels, total, keep_examples) for k in kinds}
+    applied: dict[str, int] = {}
+    done = 0
+    for chunk in chunks:
+        setup = Setup(
+            model, chunk, METRICS[metric], kinds, direction, baseline, means and means.at(chunk), passes  # type: ignore[arg-type]
+        )
+        result: Result = function(setup, parsed)
+        applied = result.applied
+        for kind in kinds:
+            sums[kind.name].add(result.scores[kind.name], setup.labels)
+        done += len(chunk)
+        if progress:
+            progress(done, total, method)
+    meta = {
+        "method": method,
+        "params": parsed.model_dump(mode="json"),
+        "signed": row.signed,
+        "rules": applied,
+        "metric": metric,
+        "direction": direction,
+        "baseline": baseline,
+        "model": model.name,
+        "revision": model.revision,
+        "family": model.family.name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "n_pairs": total,
+        "axis": axis,
+        "forwards_per_pair": round(passes.forward / total * _mean_size(chunks), 3),
+        "backwards_per_pair": round(passes.backward / total * _mean_size(chunks), 3),
+        "seconds": round(time.perf_counter() - started, 3),
+        "mean_metric": None,
+    }
+    return Scores({k.name: sums[k.name].finish(axis, meta) for k in kinds}, meta)
+
+
+def _mean_size(chunks: Sequence[PairBatch]) -> float:
+    return sum(len(c) for c in chunks) / len(chunks)
+
+
+def resolve_method(model: Model, method: str, params: dict[str, Any]) -> tuple[Method, Params]:
+    """A method's row and its validated parameters. `relp+ah` adds rules to the preset (or to `rules=`)."""
+    name, *extra = method.split("+")
+    row = METHODS[name]
+    _, schema = row.load()
+    if params.get("rules") is not None and isinstance(params["rules"], str):
+        params = {**params, "rules": tuple(params["rules"].split(","))}
+    known = [n for n in schema.model_fields]
+    for key in params:
+        if key not in known:
+            raise RelpError(f"method '{name}' has no parameter '{key}'{nearest(key, known) if known else ''}")
+    if extra and not row.rules:
+        raise RelpError(f"method '{name}' takes no rules, got '{method}'; only relp variants take '+rule'")
+    params = {k: v for k, v in params.items() if v is not None}
+    if row.rules:
+        base = tuple(params.get("rules") or model.family.rules) if "rules" not in params else tuple(params["rules"])
+        params = {**params, "rules": with_extra_rules(model, base, extra)}
+    try:
+        return row, schema(**params)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(p) for p in first["loc"])
+        raise RelpError(f"method '{name}', parameter '{where}': {first['msg']} (got {first['input']!r})") from error
+
+
+def position_axis(pairs: Sequence[PairBatch]) -> tuple[str, tuple[str, ...]]:
+    """The position axis that all batches share: raw positions where they all have the same roles, else roles.
+
+    Raises: RelpError for no pairs, and for different token lengths without roles.
+    """
+    if not pairs:
+        raise RelpError("no prompt pairs to score")
+    if len({(b.n_pos, b.roles) for b in pairs}) == 1:
+        labels = pairs[0].roles or tuple(str(i) for i in range(pairs[0].n_pos))
+        return ("position", labels) if len(set(labels)) == len(labels) else ("role", tuple(dict.fromkeys(labels)))
+    if any(b.roles is None for b in pairs):
+        lengths = sorted({b.n_pos for b in pairs})
+        raise RelpError(
+            f"pairs of several token lengths ({', '.join(map(str, lengths))}) share no position axis; "
+            "give every position a role, or score one length at a time"
+        )
+    return "role", merge_labels([b.roles for b in pairs if b.roles])
+
+
+def merge_labels(sequences: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """One order of all roles in which each new role stands behind the role it follows in its own sequence."""
+    merged: list[str] = []
+    for sequence in sorted({tuple(s) for s in sequences}, key=lambda s: (-len(s), s)):
+        after = -1
+        for label in sequence:
+            if label in merged:
+                after = merged.index(label)
+            else:
+                after += 1
+                merged.insert(after, label)
+    return tuple(merged)
+
+
+@dataclass(frozen=True)
+class MeanActivations:
+    """Mean activation of every kind per label, over all given prompts: Float[label, width] per layer."""
+
+    labels: tuple[str, ...]
+    values: dict[str, list[Tensor]]
+
+    def at(self, batch: PairBatch) -> Means:
+        """The means at a batch's positions: Float[pos, width] per layer."""
+        roles = batch.roles or tuple(str(i) for i in range(batch.n_pos))
+        index = torch.tensor([self.labels.index(r) for r in roles])
+        return {kind: [v[index.to(v.device)] for v in layers] for kind, layers in self.values.items()}
+
+
+def mean_activations(
+    model: Model, pairs: Sequence[PairBatch], kinds: Sequence[NodeKind], batch_size: int = 32, prompt: str = "original"
+) -> MeanActivations:
+    """Mean over prompts (`prompt`: "original", "patch" or "both") per position label, accumulated in float64."""
+    _, labels = position_axis(pairs)
+    sums: dict[str, list[Tensor]] = {}
+    counts = torch.zeros(len(labels), dtype=torch.float64, device=model.device)
+    for batch in pairs:
+        roles = batch.roles or tuple(str(i) for i in range(batch.n_pos))
+        index = torch.tensor([labels.index(r) for r in roles], device=model.device)
+        for chunk in (c.to(model.device) for c in batch.split(batch_size)):
+            for tokens in ([chunk.original, chunk.patch] if prompt == "both" else [getattr(chunk, prompt)]):
+                if tokens is None:
+                    raise RelpError("these prompts have no patch prompt to take means over")
+                counts.index_add_(0, index, torch.full((len(index),), float(len(tokens)), dtype=torch.float64, device=model.device))
+                for name, layers in activations(model, tokens, kinds).items():
+                    totals = sums.setdefault(name, [v.new_zeros(len(labels), v.shape[-1], dtype=torch.float64) for v in layers])
+                    for total, value in zip(totals, layers, strict=True):
+                        total.index_add_(0, index, value.double().sum(0))
+    means = {name: [(t / counts[:, None]).to(model.dtype) for t in layers] for name, layers in sums.items()}
+    return MeanActivations(labels, means)
+
+
+class Running:
+    """Sums over examples in float64 of one kind's scores, aligned on the common labels."""
+
+    def __init__(self, model: Model, kind: NodeKind, labels: tuple[str, ...], total: int, keep: bool | None) -> None:
+        shape = [model.shape.n_layers, len(labels), *([] if kind.split == "vector" else [units(model, kind)])]
+        self.kind, self.labels = kind, labels
+        self.sum = torch.zeros(shape, dtype=torch.float64)
+        self.squares = torch.zeros(shape, dtype=torch.float64)
+        self.n = torch.zeros(len(labels), dtype=torch.long)
+        size = total * self.sum.numel()
+        keep = size <= KEEP_LIMIT if keep is None else keep
+        self.examples = torch.zeros(total, *shape) if keep else None
+        self.present = torch.zeros(total, len(labels), dtype=torch.bool) if keep else None
+        self.row = 0
+
+    def add(self, scores: Tensor, labels: Sequence[str]) -> None:
+        """Add Float[batch, layer, slot, *unit] whose slots carry `labels`."""
+        if not torch.isfinite(scores).all():
+            raise RelpError(f"{self.kind.name} scores are not finite (dtype too narrow?)")
+        index = torch.tensor([self.labels.index(label) for label in labels])
+        values = scores.detach().double().cpu()
+        self.sum.index_add_(1, index, values.sum(0))
+        self.squares.index_add_(1, index, values.square().sum(0))
+        self.n.index_add_(0, index, torch.full((len(index),), len(values)))
+        if self.examples is not None and self.present is not None:
+            rows = slice(self.row, self.row + len(values))
+            self.examples[rows] = torch.zeros_like(self.examples[rows]).index_copy(2, index, values.float())
+            self.present[rows] = torch.zeros_like(self.present[rows]).index_fill(1, index, True)
+        self.row += len(values)
+
+    def finish(self, axis: str, meta: dict[str, Any]) -> NodeScores:
+        n = self.n.view(1, -1, *([1] * (self.sum.ndim - 2))).double()
+        mean = self.sum / n
+        variance = (self.squares - n * mean.square()).clamp(min=0) / (n - 1)
+        return NodeScores(
+            self.kind.name, mean, variance, self.n, self.labels, axis, self.examples, self.present, meta
+        )
+
+
+def parameters_of(method: str) -> dict[str, str]:
+    """Parameter → its default and documentation, for `relp ls methods`."""
+    _, schema = METHODS[method].load()
+    return {name: f"{f.annotation} = {f.default!r}" for name, f in schema.model_fields.items()} | (
+        {"": inspect.cleandoc(schema.__doc__)} if schema.__doc__ and schema is not Params else {}
+    )
+
+
+def metric_row(name: str) -> Metric:
+    return METRICS[name]

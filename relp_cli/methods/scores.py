@@ -1,0 +1,97 @@
+"""`Scores`: what every method returns, and its file format (safetensors with a JSON header)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from relp_cli.errors import RunFailed, unknown
+from relp_cli.files import write_atomically
+
+SCHEMA = 1
+SIGN = "c(n) = L(patched) − L(run); higher L = more of the original behaviour"
+
+
+@dataclass(frozen=True)
+class NodeScores:
+    """Scores of one node kind.
+
+    mean, variance: Float[layer, pos, *unit] over examples (variance unbiased; NaN where n = 1).
+    n:              Int[pos], examples that have this position (roles may differ between templates).
+    labels:         one label per position; `axis` is "position" (all pairs share one token length and its roles) or
+                    "role" (pairs of several lengths, aligned by role).
+    examples:       Float[example, layer, pos, *unit] or None; `present`: Bool[example, pos] says where it is defined.
+    """
+
+    kind: str
+    mean: Float[Tensor, "layer pos *unit"]
+    variance: Float[Tensor, "layer pos *unit"]
+    n: Int[Tensor, " pos"]
+    labels: tuple[str, ...]
+    axis: str
+    examples: Float[Tensor, "example layer pos *unit"] | None = None
+    present: Bool[Tensor, "example pos"] | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_nodes(self) -> int:
+        return self.mean.numel()
+
+
+@dataclass(frozen=True)
+class Scores(Mapping[str, NodeScores]):
+    """Node kind → NodeScores, with the provenance that all kinds share in `meta`."""
+
+    kinds: Mapping[str, NodeScores]
+    meta: Mapping[str, Any]
+
+    def __getitem__(self, kind: str) -> NodeScores:
+        if kind not in self.kinds:
+            raise unknown("node kind in these scores", kind, self.kinds)
+        return self.kinds[kind]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.kinds)
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, atomically. Tensors are named `kind/mean`; the header is `metadata()['relp']`."""
+        tensors: dict[str, Tensor] = {}
+        header: dict[str, Any] = {"schema": SCHEMA, "sign": SIGN, "meta": dict(self.meta), "kinds": {}}
+        for kind, scores in self.kinds.items():
+            for name in ("mean", "variance", "n", "examples", "present"):
+                value = getattr(scores, name)
+                if value is not None:
+                    tensors[f"{kind}/{name}"] = value.detach().cpu().contiguous()
+            header["kinds"][kind] = {"labels": list(scores.labels), "axis": scores.axis}
+        write_atomically(Path(path), save(tensors, metadata={"relp": json.dumps(header)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read what `save` wrote. Raises RunFailed for a file that is missing, truncated or of another schema."""
+        try:
+            with safe_open(str(path), "pt") as stream:
+                header = json.loads((stream.metadata() or {}).get("relp", "null"))
+                tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a dict
+        except (OSError, SafetensorError, ValueError) as error:
+            raise RunFailed(f"score file {path} cannot be read ({error}); score again to replace it") from error
+        if not isinstance(header, dict) or header.get("schema") != SCHEMA:
+            raise RunFailed(f"score file {path} was not written by this version of relp (schema {SCHEMA})")
+        kinds = {}
+        for kind, about in header["kinds"].items():
+            parts = {n: tensors.get(f"{kind}/{n}") for n in ("mean", "variance", "n", "examples", "present")}
+            kinds[kind] = NodeScores(
+                kind=kind, labels=tuple(about["labels"]), axis=about["axis"], meta=header["meta"], **parts
+            )
+        return cls(kinds, header["meta"])

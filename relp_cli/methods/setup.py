@@ -1,0 +1,129 @@
+"""One batch of pairs made ready for scoring: which prompt runs, what is patched into it, and on which position axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from relp_cli.errors import RelpError
+from relp_cli.models.model import Model
+from relp_cli.nodes.access import Activations, activations
+from relp_cli.nodes.kinds import NodeKind
+from relp_cli.tasks.metrics import Metric
+from relp_cli.tasks.pairs import PairBatch
+
+Direction = Literal["noising", "denoising"]
+Baseline = Literal["patch", "zero", "mean"]
+Means = Mapping[str, list[Tensor]]  # node kind → one Float[pos, width] per layer
+
+
+@dataclass
+class Passes:
+    """Forward and backward passes spent, in units of one pass over one pair."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """`run` is the prompt that is run and differentiated, `source` gives the values patched into it.
+
+    noising (eq. 1):  run = original, source = patch;   c(n)     = L(x_o | n ← n(x_p)) − L(x_o)
+    denoising:        run = patch,    source = original; c_den(n) = L(x_p | n ← n(x_o)) − L(x_p)
+    With a baseline, source values are zeros or given means and no second prompt is needed.
+
+    labels: the distinct position labels of this batch, in order; the `slot` axis of per-example scores.
+    """
+
+    model: Model
+    batch: PairBatch
+    metric: Metric
+    kinds: tuple[NodeKind, ...]
+    direction: Direction = "noising"
+    baseline: Baseline = "patch"
+    means: Means | None = None
+    passes: Passes = field(default_factory=Passes)
+
+    def __post_init__(self) -> None:
+        if self.batch.patch is None and (self.baseline == "patch" or self.direction == "denoising"):
+            raise RelpError(
+                "these prompts have no patch prompt: use --baseline zero or mean (noising), or give pairs"
+            )
+        if self.baseline != "patch" and self.direction == "denoising":
+            raise RelpError(f"baseline '{self.baseline}' replaces the patch prompt; it has no denoising direction")
+        if self.baseline == "mean" and self.means is None:
+            raise RelpError("baseline 'mean' needs the mean activations")
+
+    @property
+    def run(self) -> Int[Tensor, "batch pos"]:
+        return self.batch.original if self.direction == "noising" else self._patch
+
+    @property
+    def source(self) -> Int[Tensor, "batch pos"]:
+        return self._patch if self.direction == "noising" else self.batch.original
+
+    @property
+    def _patch(self) -> Tensor:
+        assert self.batch.patch is not None  # checked in __post_init__ wherever it is read
+        return self.batch.patch
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        roles = self.batch.roles or tuple(str(i) for i in range(self.batch.n_pos))
+        return tuple(dict.fromkeys(roles))
+
+    @cached_property
+    def slots(self) -> Int[Tensor, " pos"]:
+        """Position → index into `labels`. Positions that share a label share a slot."""
+        roles = self.batch.roles or tuple(str(i) for i in range(self.batch.n_pos))
+        index = {label: i for i, label in enumerate(self.labels)}
+        return torch.tensor([index[r] for r in roles], device=self.model.device)
+
+    def to_slots(self, values: Float[Tensor, "batch layer pos *unit"]) -> Float[Tensor, "batch layer slot *unit"]:
+        """Sum positions that share a label (a gradient score of several positions patched jointly is their sum)."""
+        if len(self.labels) == self.batch.n_pos:
+            return values
+        out = values.new_zeros(*values.shape[:2], len(self.labels), *values.shape[3:])
+        return out.index_add_(2, self.slots, values)
+
+    @cached_property
+    def _reference(self) -> Tensor | None:
+        if not self.metric.zero_grad_at_original:
+            return None
+        self.passes.forward += 1
+        with torch.no_grad():
+            return self.model.logits(self.batch.original)
+
+    def value(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
+        """The metric L per row; rows are this batch's pairs, repeated as often as needed."""
+        times = logits.shape[0] // len(self.batch)
+        reference = self._reference
+        if times != 1:
+            reference = None if reference is None else reference.repeat(times, 1)
+        return self.metric.fn(logits, self.batch.answer.repeat(times, 1), self.batch.foil.repeat(times, 1), reference)
+
+    @cached_property
+    def run_value(self) -> Float[Tensor, " batch"]:
+        """L of the unpatched run."""
+        self.passes.forward += 1
+        with torch.no_grad():
+            return self.value(self.model.logits(self.run))
+
+    def source_activations(self) -> Activations:
+        """n(source) for every kind: Float[batch, pos, width] per layer (one forward pass; none for a baseline)."""
+        if self.baseline == "patch":
+            self.passes.forward += 1
+            return activations(self.model, self.source, self.kinds)
+        if self.baseline == "mean":
+            assert self.means is not None
+            return {k.name: [m.expand(len(self.batch), -1, -1) for m in self.means[k.name]] for k in self.kinds}
+        self.passes.forward += 1
+        run = activations(self.model, self.run, self.kinds)
+        return {name: [torch.zeros_like(v) for v in layers] for name, layers in run.items()}

@@ -1,0 +1,100 @@
+"""`Model`: a frozen, hookable transformer and the facts about its shape that the rest of the package reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from relp_cli.errors import RelpError
+from relp_cli.models.families import ACTIVATIONS, Activation, Family
+
+Hook = Callable[[Tensor], "Tensor | None"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes, and what the blocks are made of."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_mlp: int
+    vocab: int
+    gated: bool
+    parallel: bool
+    post_norm: bool
+    attn_softcap: float | None
+    final_softcap: float | None
+    activation: str
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A causal language model in eval mode with frozen parameters.
+
+    hf:        the Hugging Face model whose modules the TransformerLens bridge has wrapped; calling it fires every hook.
+    bridge:    that wrapper, whose components (`blocks.0.ln1`) know their weights' conventions.
+    points:    hook point name (`blocks.0.hook_in`) → module, and `logits`, through which the final logits pass.
+    tokenizer: Hugging Face fast tokenizer, or None (token-id pairs only).
+    bos:       the token id that prompts start with, or None.
+    """
+
+    name: str
+    hf: nn.Module
+    bridge: Any
+    points: Mapping[str, nn.Module]
+    tokenizer: Any
+    bos: int | None
+    family: Family
+    shape: Shape
+    revision: str
+    dtype: torch.dtype
+    device: torch.device
+
+    def point(self, name: str) -> nn.Module:
+        """The hook point of that name. Raises RelpError where the architecture has none."""
+        if name not in self.points:
+            raise RelpError(f"model {self.name} ({self.family.name}) has no hook point '{name}'")
+        return self.points[name]
+
+    def component(self, name: str) -> Any:
+        """The bridge component of that name (`blocks.0.ln1`, `blocks.0.attn.q`)."""
+        component = self.bridge
+        for part in name.split("."):
+            component = component[int(part)] if part.isdigit() else getattr(component, part)
+        return component
+
+    @property
+    def activation(self) -> Activation:
+        return ACTIVATIONS[self.shape.activation]
+
+    @contextmanager
+    def hooks(self, hooks: Mapping[str, Hook] | list[tuple[str, Hook]]) -> Iterator[None]:
+        """Run `fn(value)` at each named hook point; a returned tensor replaces the value. Removed on exit, always."""
+        items = list(hooks.items()) if isinstance(hooks, Mapping) else hooks
+        with ExitStack() as stack:
+            for name, fn in items:
+                handle = self.point(name).register_forward_hook(_as_forward_hook(fn))
+                stack.callback(handle.remove)
+            yield
+
+    def logits(self, tokens: Tensor, all_positions: bool = False) -> Tensor:
+        """Logits Float[batch, vocab] at the last position (Float[batch, pos, vocab] if `all_positions`).
+
+        The unembedding is computed only where it is read: slicing its input is exact and saves most of its cost.
+        """
+        if all_positions:
+            return self.point("logits")(self.hf(input_ids=tokens, use_cache=False).logits)
+        with self.hooks({"unembed.hook_in": lambda h: h[:, -1:]}):
+            return self.point("logits")(self.hf(input_ids=tokens, use_cache=False).logits)[:, 0]
+
+
+def _as_forward_hook(fn: Hook) -> Callable[..., Tensor | None]:
+    return lambda module, args, output: fn(output)

@@ -1,0 +1,64 @@
+"""Capture and patch: with `kinds.py` and `lrp/`, the only code that knows hook names.
+
+Shapes: a site's tensor is Float[batch, pos, width]; split into nodes it is Float[batch, pos, n_units, d_unit], where
+n_units · d_unit = width (n_units = 1 for vector nodes, d_unit = 1 for units).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from relp_cli.models.model import Model
+from relp_cli.nodes.kinds import NodeKind
+
+Activations = dict[str, list[Tensor]]  # node kind → one Float[batch, pos, width] per layer
+
+
+def units(model: Model, kind: NodeKind) -> int:
+    """Nodes per layer and position."""
+    shape = model.shape
+    if kind.split == "unit":
+        return shape.d_mlp if kind.name == "mlp_neuron" else shape.d_model
+    return {"vector": 1, "head": shape.n_heads, "kv_head": shape.n_kv_heads}[kind.split]
+
+
+def split(model: Model, kind: NodeKind, value: Float[Tensor, "... width"]) -> Float[Tensor, "... units d_unit"]:
+    """A site's last axis as nodes × the dimensions of one node."""
+    return value.unflatten(-1, (units(model, kind), -1))
+
+
+def per_node(model: Model, kind: NodeKind, product: Float[Tensor, "... width"]) -> Tensor:
+    """Sum an elementwise product (δ·gradient) over each node's own dimensions: [..., ] or [..., units]."""
+    summed = split(model, kind, product).sum(-1)
+    return summed[..., 0] if kind.split == "vector" else summed
+
+
+@contextmanager
+def capture(model: Model, kinds: Sequence[NodeKind], leaf: Tensor | None = None) -> Iterator[Activations]:
+    """Collect the activations of every kind and layer during the forward passes inside the block.
+
+    Enter it *inside* any `lrp` block: hooks run in the order of registration, and a node must be read downstream of a
+    rule that sits at the same hook point (METHODS.md: the Half-rule and `mlp_neuron` share one). With gradients on, the
+    first block's input becomes the leaf of the graph (parameters are frozen): `leaf` if given, else the embeddings.
+    """
+    seen: Activations = {kind.name: [] for kind in kinds}
+    hooks = []
+    if torch.is_grad_enabled():
+        hooks.append(("blocks.0.hook_in", lambda h: (h.detach() if leaf is None else leaf).requires_grad_(True)))
+    for kind in kinds:
+        for layer in range(model.shape.n_layers):
+            hooks.append((kind.point(layer), seen[kind.name].append))
+    with model.hooks(hooks):
+        yield seen
+
+
+def activations(model: Model, tokens: Tensor, kinds: Sequence[NodeKind]) -> Activations:
+    """Activations of one plain forward pass, without gradients."""
+    with torch.no_grad(), capture(model, kinds) as seen:
+        model.logits(tokens)
+    return seen

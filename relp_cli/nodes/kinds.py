@@ -1,0 +1,49 @@
+"""Node kinds as data: where a node lives in the model, and how a site's tensor splits into nodes. No torch needed to list.
+
+A *site* is one tensor per layer (`Float[batch, pos, width]` at a hook point). A *node* is what is patched as one:
+the whole vector at a position ("vector"), one head's slice of it ("head", "kv_head"), or one coordinate ("unit").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from relp_cli.registry import Registry
+
+Split = Literal["vector", "head", "kv_head", "unit"]
+
+
+@dataclass(frozen=True)
+class NodeKind:
+    """One row: `hook` is the hook point of layer `{l}`; `split` says how its last axis divides into nodes."""
+
+    name: str
+    hook: str
+    split: Split
+    description: str
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Axes of this kind's scores."""
+        return ("layer", "pos") if self.split == "vector" else ("layer", "pos", "unit" if self.split == "unit" else "head")
+
+    def point(self, layer: int) -> str:
+        return self.hook.format(l=layer)
+
+
+NODE_KINDS: Registry[NodeKind] = Registry("node kind")
+for _row in (
+    NodeKind("resid_pre", "blocks.{l}.hook_in", "vector", "residual stream entering the block"),
+    NodeKind("attn_out", "blocks.{l}.hook_attn_out", "vector", "what attention adds to the residual (after any post-norm)"),
+    NodeKind("mlp_out", "blocks.{l}.hook_mlp_out", "vector", "what the MLP adds to the residual (after any post-norm)"),
+    NodeKind("head", "blocks.{l}.attn.o.hook_in", "head", "a head's output z = pattern·V, before W_O"),
+    NodeKind("query", "blocks.{l}.attn.q.hook_out", "head", "a head's query, before rotary"),
+    NodeKind("key", "blocks.{l}.attn.k.hook_out", "kv_head", "a key (shared by its group of heads), before rotary"),
+    NodeKind("value", "blocks.{l}.attn.v.hook_out", "kv_head", "a value (shared by its group of heads)"),
+    NodeKind("mlp_neuron", "blocks.{l}.mlp.out.hook_in", "unit", "MLP hidden unit: act(pre), or act(gate)·up"),
+    NodeKind("attn_dim", "blocks.{l}.hook_attn_out", "unit", "one output dimension of attention (Marks et al.)"),
+    NodeKind("mlp_dim", "blocks.{l}.hook_mlp_out", "unit", "one output dimension of the MLP (Marks et al.)"),
+    NodeKind("resid_dim", "blocks.{l}.hook_out", "unit", "one dimension of the residual leaving the block (Marks et al.)"),
+):
+    NODE_KINDS.add(_row.name, _row)
