@@ -51,7 +51,9 @@ class PairBatch:
         object.__setattr__(self, "answer", _as_sets(self.answer, "answer"))
         object.__setattr__(self, "foil", _as_sets(self.foil, "foil"))
         if self.original.ndim != 2 or 0 in self.original.shape:
-            raise RelpError(f"PairBatch: original must be token ids [batch, pos], got shape {tuple(self.original.shape)}")
+            raise RelpError(
+                f"PairBatch: original must be token ids [batch, pos], got shape {tuple(self.original.shape)}"
+            )
         if self.patch is not None and self.patch.shape != self.original.shape:
             raise RelpError(
                 f"PairBatch: original {tuple(self.original.shape)} and patch {tuple(self.patch.shape)} must have the "
@@ -69,6 +71,11 @@ class PairBatch:
     @property
     def n_pos(self) -> int:
         return int(self.original.shape[1])
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """One label per position: the roles, or the positions' numbers."""
+        return self.roles or tuple(str(i) for i in range(self.n_pos))
 
     def to(self, device: torch.device | str) -> PairBatch:
         return replace(

@@ -1,0 +1,249 @@
+"""Readers of fixed pairs: our JSON-lines, Marks et al.'s JSON-lines, EAP-IG CSV, auto-circuit JSON.
+
+A file is a list of records; its format is recognised from their keys. Text is used as written, and answers follow
+the prompt as written, except that a space is put where two words would touch.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from relp_cli.errors import RelpError, nearest
+from relp_cli.tasks.generate import side
+from relp_cli.tasks.prompt import PromptPair, RawPair
+
+FILE_ENDINGS = (".jsonl", ".json", ".csv")
+Record = tuple[str, dict[str, Any]]  # (`file:line: `, values)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A file format: the keys that it needs and those that it may have."""
+
+    name: str
+    required: frozenset[str]
+    optional: frozenset[str] = frozenset()
+
+
+def _form(name: str, required: str, optional: str = "") -> Form:
+    return Form(name, frozenset(required.split()), frozenset(optional.split()))
+
+
+FORMS = (
+    _form("text", "original answer foil", "patch roles split"),
+    _form("text with token-id answers", "original answer_id foil_id", "patch roles split"),
+    _form("token ids", "original_ids answer_id foil_id", "patch_ids roles split"),
+    _form("single prompts", "prompt answer", "foil roles split"),
+    _form("feature-circuits", "clean_prefix patch_prefix clean_answer patch_answer", "split"),
+    _form("EAP-IG", "clean corrupted correct_idx incorrect_idx", "split"),
+    _form("auto-circuit", "clean corrupt answers wrong_answers", "split"),
+)
+_ALL_KEYS = frozenset().union(*(form.required | form.optional for form in FORMS))
+
+
+def read_pairs(path: Path) -> list[RawPair]:
+    """All pairs of a file, in order.
+
+    Raises: RelpError `file:line: what was expected` on unreadable files, missing or mixed keys, and wrong values.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RelpError(f"{path}: cannot be read: {error}") from None
+    records = list(_csv_records(path, text) if path.suffix == ".csv" else _json_records(path, text))
+    if not records:
+        raise RelpError(f"{path}: no pairs in this file")
+    forms = {_recognise(values, where).name for where, values in records}
+    if len(forms) > 1:
+        raise RelpError(f"{path}: mixes formats in one file: {', '.join(sorted(forms))}")
+    pairs = [_pair(_recognise(values, where), values, where) for where, values in records]
+    if len({pair.split is None for pair in pairs}) > 1:
+        raise RelpError(f"{path}: some records have the key 'split' and some have not")
+    return pairs
+
+
+def assign_splits(pairs: Sequence[RawPair]) -> tuple[list[RawPair], str]:
+    """Each pair with its split, and a note on how it was decided.
+
+    A file's own `split` keys are kept. Otherwise pairs that share a prompt stay together, and each such group is
+    hashed, so that no prompt occurs in both splits; where this leaves a split empty (one prompt in all pairs),
+    originals are hashed instead and only those are disjoint.
+    """
+    if pairs[0].split is not None:
+        return list(pairs), "splits as given by the file"
+    group: dict[object, object] = {}
+
+    def root(prompt: object) -> object:
+        while group.setdefault(prompt, prompt) != prompt:
+            prompt = group[prompt]
+        return prompt
+
+    for raw in pairs:
+        one, two = _prompts(raw)
+        if two is not None:
+            a, b = sorted((root(one), root(two)), key=repr)
+            group[b] = a
+    split = [replace(raw, split=side(repr(root(_prompts(raw)[0])))) for raw in pairs]
+    if len({raw.split for raw in split}) == 2:
+        return split, "splits share no prompt"
+    split = [replace(raw, split=side(repr(_prompts(raw)[0]))) for raw in pairs]
+    return split, "splits share no original prompt (patch prompts repeat across the whole file)"
+
+
+def _prompts(raw: RawPair) -> tuple[object, object | None]:
+    return raw.ids if raw.ids is not None else (raw.pair.original, raw.pair.patch)
+
+
+def _csv_records(path: Path, text: str) -> Iterable[Record]:
+    reader = csv.DictReader(io.StringIO(text))
+    for values in reader:
+        where = f"{path}:{reader.line_num}: "
+        if None in values or None in values.values():
+            raise RelpError(f"{where}expected {len(reader.fieldnames or ())} cells")
+        # A first column without a name is pandas' row index.
+        yield where, {key: value for key, value in values.items() if key}
+
+
+def _json_records(path: Path, text: str) -> Iterable[Record]:
+    """Records of JSON-lines, of a JSON list, or of `{"prompts": [...]}`."""
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    try:
+        head = json.loads(first)
+    except json.JSONDecodeError:
+        head = None
+    if path.suffix == ".jsonl" or (isinstance(head, dict) and "prompts" not in head):
+        for i, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                yield _checked_record(f"{path}:{i}: ", _json(line, path, i - 1))
+        return
+    whole = _json(text, path)
+    items = whole.get("prompts") if isinstance(whole, dict) else whole
+    if not isinstance(items, list):
+        raise RelpError(f"{path}:1: expected JSON-lines, a list of records, or an object with the key 'prompts'")
+    place = text.index("[", text.index('"prompts"') if isinstance(whole, dict) else 0) + 1
+    for _ in items:
+        while text[place] in " \t\r\n,":
+            place += 1
+        values, end = json.JSONDecoder().raw_decode(text, place)
+        yield _checked_record(f"{path}:{text.count(chr(10), 0, place) + 1}: ", values)
+        place = end
+
+
+def _json(text: str, path: Path, above: int = 0) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RelpError(f"{path}:{above + error.lineno}: not valid JSON: {error.msg}") from None
+
+
+def _checked_record(where: str, values: Any) -> Record:
+    if not isinstance(values, dict):
+        raise RelpError(f"{where}expected a JSON object with the keys of a pair")
+    return where, values
+
+
+def _recognise(values: dict[str, Any], where: str) -> Form:
+    """The format whose keys these are. Raises: RelpError on missing, mixed, or misspelt keys."""
+    keys = set(values)
+    fitting = [form for form in FORMS if form.required <= keys]
+    best = fitting[0] if fitting else max(FORMS, key=lambda form: len(keys & (form.required | form.optional)))
+    missing = sorted(best.required - keys)
+    strange = sorted(keys - best.required - best.optional)
+    if missing:
+        near = {key: nearest(key, missing) for key in strange}
+        hints = "".join(f" ('{key}'{hint[1:]})" for key, hint in near.items() if "did you mean" in hint)
+        raise RelpError(f"{where}missing key {', '.join(map(repr, missing))} of the {best.name} format{hints}")
+    for key in strange:
+        if key in _ALL_KEYS:
+            raise RelpError(f"{where}key '{key}' does not belong to the {best.name} format: mixed keys")
+        if "did you mean" in nearest(key, best.optional):
+            raise RelpError(f"{where}unknown key '{key}'{nearest(key, best.optional)}")
+    return best
+
+
+def _pair(form: Form, values: dict[str, Any], where: str) -> RawPair:
+    """One record as a pair."""
+    split = values.get("split")
+    if split is not None and split not in ("discovery", "heldout"):
+        raise RelpError(f"{where}split: expected discovery or heldout, got {split!r}")
+    ids = outcome_ids = None
+    answer: tuple[str, ...] = ()
+    foil: tuple[str, ...] = ()
+    if form.name == "token ids":
+        two = _ids(values, "patch_ids", where) if "patch_ids" in values else None
+        ids = (_ids(values, "original_ids", where), two)
+        original = " ".join(map(str, ids[0]))
+        patch = None if two is None else " ".join(map(str, two))
+    else:
+        one_key, two_key = {
+            "single prompts": ("prompt", ""),
+            "feature-circuits": ("clean_prefix", "patch_prefix"),
+            "EAP-IG": ("clean", "corrupted"),
+            "auto-circuit": ("clean", "corrupt"),
+        }.get(form.name, ("original", "patch"))
+        original = _string(values, one_key, where)
+        patch = _string(values, two_key, where) if two_key in values else None
+    if "answer_id" in form.required or form.name == "EAP-IG":
+        right, wrong = ("correct_idx", "incorrect_idx") if form.name == "EAP-IG" else ("answer_id", "foil_id")
+        outcome_ids = (_ids(values, right, where), _ids(values, wrong, where))
+    else:
+        right, wrong = {
+            "feature-circuits": ("clean_answer", "patch_answer"),
+            "auto-circuit": ("answers", "wrong_answers"),
+        }.get(form.name, ("answer", "foil"))
+        answer = _strings(values, right, where)
+        foil = _strings(values, wrong, where) if wrong in values else ()
+    roles, labels = _roles(values.get("roles"), original, where)
+    pair = PromptPair(original, patch, answer, foil, roles)
+    return RawPair(pair, ids=ids, outcome_ids=outcome_ids, labels=labels, split=split, where=where)
+
+
+def _string(values: dict[str, Any], key: str, where: str) -> str:
+    value = values[key]
+    if not isinstance(value, str) or not value.strip():
+        raise RelpError(f"{where}{key}: expected text, got {value!r}")
+    return value
+
+
+def _strings(values: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
+    """One text, or a list of texts."""
+    value = values[key] if isinstance(values[key], list) else [values[key]]
+    if not value or not all(isinstance(text, str) and text.strip() for text in value):
+        raise RelpError(f"{where}{key}: expected text or a list of texts, got {values[key]!r}")
+    return tuple(dict.fromkeys(value))
+
+
+def _ids(values: dict[str, Any], key: str, where: str) -> tuple[int, ...]:
+    """One token id, or a list of them (in CSV cells as text)."""
+    value = values[key]
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            value = None
+    value = value if isinstance(value, list) else [value]
+    if not value or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
+        raise RelpError(f"{where}{key}: expected a token id or a list of token ids, got {values[key]!r}")
+    return tuple(value)
+
+
+def _roles(value: Any, original: str, where: str) -> tuple[tuple[tuple[str, int, int], ...], tuple[str, ...] | None]:
+    """`roles` as character spans {"S1": [4, 8]}, or as a list of one label per token."""
+    if value is None:
+        return (), None
+    if isinstance(value, list) and all(isinstance(label, str) for label in value):
+        return (), tuple(value)
+    spans = []
+    for role, span in value.items() if isinstance(value, dict) else [("roles", [])]:
+        good = isinstance(span, list) and len(span) == 2 and all(type(i) is int for i in span)
+        if not good or not 0 <= span[0] < span[1] <= len(original):
+            raise RelpError(f"{where}roles: expected a label per token, or role: [start, end], got {value!r}")
+        spans.append((str(role), span[0], span[1]))
+    return tuple(spans), None

@@ -1,0 +1,226 @@
+"""Word combinations → pairs of texts. Pure text: no tokenizer, no torch.
+
+The split is a property of a *prompt*: the unordered set of words it shows is hashed, so that the same words in other
+roles or another template fall on the same side, and a pair exists in a split only if both its prompts do. No prompt
+of one split therefore occurs in the other, as an original or as a patch, whatever n and seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from relp_cli.errors import RelpError, nearest
+from relp_cli.tasks.prompt import PromptPair, RawPair
+from relp_cli.tasks.spec import TaskText, WordSet
+from relp_cli.tasks.template import Mention, Template, Text
+from relp_cli.tasks.words import Row
+
+DISCOVERY_SHARE = 0.75
+SPLITS = ("discovery", "heldout", "all")
+_TRIES = 300
+_MAX_STRATA = 256
+
+
+def check_split(split: str) -> None:
+    """Raises: RelpError on an unknown split, with the nearest one."""
+    if split not in SPLITS:
+        raise RelpError(f"unknown split '{split}'{nearest(split, SPLITS)}")
+
+
+def side(content: str) -> str:
+    """The split that a piece of content belongs to, by its hash alone."""
+    digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
+    return "discovery" if int.from_bytes(digest, "big") < DISCOVERY_SHARE * 2**64 else "heldout"
+
+
+def too_few(name: str, n: int, count: int, split: str) -> RelpError:
+    """The error for asking more pairs than exist."""
+    return RelpError(f"task '{name}' has {count} pairs in split '{split}' for this model, {n} were asked")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What of a task's words a model can use.
+
+    rows:    list name → usable rows. Answer sets keep these words only.
+    accepts: whether a rendered prompt keeps glued slots apart ("17" + "32" may be one token, "1732").
+    """
+
+    rows: Mapping[str, Sequence[Row]]
+    accepts: Callable[[Text], bool] = lambda _: True
+
+
+def generate(task: TaskText, vocabulary: Vocabulary, n: int | None, seed: int, split: str) -> list[RawPair]:
+    """`n` distinct pairs (None: all) of usable words; same seed, same pairs.
+
+    Raises: RelpError when fewer than `n` pairs exist in the split (says how many).
+    """
+    check_split(split)
+    pool = _Pool(task, vocabulary, split)
+    rng = random.Random(seed)
+    if n is None or n > pool.size // 4:
+        everything = list(pool.everything())
+        if n is None or n == len(everything):
+            rng.shuffle(everything)
+            return everything
+        if n > len(everything):
+            raise too_few(task.spec.name, n, len(everything), split)
+    found = pool.balanced(n, rng) if task.spec.balance else pool.sample(n, rng)
+    rng.shuffle(found)
+    return found
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Template and inline values of a pair: what is cycled through, so that each occurs equally often."""
+
+    template: Template
+    words: tuple[tuple[str, Row], ...]
+
+
+class _Pool:
+    """All pairs of a task in a split, given the usable rows of its lists."""
+
+    def __init__(self, task: TaskText, vocabulary: Vocabulary, split: str) -> None:
+        self.task, self.split, self.accepts, rows = task, split, vocabulary.accepts, vocabulary.rows
+        self.usable = {name: {row.key for row in kept} for name, kept in rows.items()}
+        self.rows = {slot: tuple(rows[name]) for slot, name in task.slot_lists.items()}
+        inline = [slot for slot in self.rows if task.spec.slots[slot.removesuffix("~")].values is not None]
+        if len(task.templates) * math.prod(len(self.rows[slot]) for slot in inline) > _MAX_STRATA:
+            inline = []
+        self.drawn = [slot for slot in self.rows if slot not in inline]
+        self.choices = [
+            _Choice(template, tuple(zip(inline, words, strict=True)))
+            for template in task.templates
+            for words in itertools.product(*(self.rows[slot] for slot in inline))
+            if self._distinct(dict(zip(inline, words, strict=True)))
+        ]
+        self.size = len(self.choices) * math.prod(len(self.rows[slot]) for slot in self.drawn)
+
+    def _distinct(self, words: Mapping[str, Row]) -> bool:
+        """Slots that draw on the same list show different words."""
+        used = [(self.task.slot_lists[slot], row.key) for slot, row in words.items()]
+        return len(set(used)) == len(used)
+
+    def everything(self) -> Iterator[RawPair]:
+        """Every pair of the split, once."""
+        seen = set()
+        for choice in self.choices:
+            for rows in itertools.product(*(self.rows[slot] for slot in self.drawn)):
+                raw = self.pair(choice, dict(zip(self.drawn, rows, strict=True)))
+                if raw is not None and raw.pair not in seen:
+                    seen.add(raw.pair)
+                    yield raw
+
+    def sample(self, n: int, rng: random.Random) -> list[RawPair]:
+        """`n` pairs, templates and inline values as equally often as the combinations allow."""
+        found: dict[PromptPair, RawPair] = {}
+        for i, choice in enumerate(self._cycle(n, rng)):
+            raw = self._draw(choice, {}, found, rng)
+            if raw is None:
+                rest = [raw for raw in self.everything() if raw.pair not in found]
+                if len(rest) < n - i:
+                    raise too_few(self.task.spec.name, n, len(rest) + i, self.split)
+                return [*found.values(), *rng.sample(rest, n - i)]
+            found[raw.pair] = raw
+        return list(found.values())
+
+    def balanced(self, n: int, rng: random.Random) -> list[RawPair]:
+        """`n` pairs in which each word occurs equally often in each of the balanced slots."""
+        slots = self.task.spec.balance
+        for _ in range(20):
+            found: dict[PromptPair, RawPair] = {}
+            for fixed, choice in zip(self._rings(slots, n, rng), self._cycle(n, rng), strict=True):
+                raw = self._draw(choice, fixed, found, rng)
+                if raw is None:
+                    break
+                found[raw.pair] = raw
+            else:
+                return list(found.values())
+        count = sum(1 for _ in self.everything())
+        if n > count:
+            raise too_few(self.task.spec.name, n, count, self.split)
+        raise RelpError(
+            f"task '{self.task.spec.name}': no {n} of the {count} pairs in split '{self.split}' were found that use "
+            f"each word equally often in {', '.join(slots)}; ask fewer, or all {count}"
+        )
+
+    def _rings(self, slots: tuple[str, ...], n: int, rng: random.Random) -> Iterator[dict[str, Row]]:
+        """Words of the balanced slots: in a shuffled ring of r words, slot j of pair i takes word i + j."""
+        rows = self.rows[slots[0]]
+        sizes = [len(rows)] * (n // len(rows)) + [n % len(rows)] * (n % len(rows) > 0)
+        if len(sizes) > 1 and sizes[-1] < len(slots):  # a ring needs at least as many words as slots
+            sizes[-2:] = [sizes[-2] - len(slots), sizes[-1] + len(slots)]
+        for size in sizes:
+            ring = rng.sample(rows, max(size, min(len(slots), len(rows))))
+            for i in range(size):
+                yield {slot: ring[(i + j) % len(ring)] for j, slot in enumerate(slots)}
+
+    def _cycle(self, n: int, rng: random.Random) -> Iterator[_Choice]:
+        for start in range(0, n, len(self.choices)):
+            yield from rng.sample(self.choices, len(self.choices))[: n - start]
+
+    def _draw(
+        self, choice: _Choice, fixed: Mapping[str, Row], found: Mapping[PromptPair, RawPair], rng: random.Random
+    ) -> RawPair | None:
+        free = [slot for slot in self.drawn if slot not in fixed]
+        for _ in range(_TRIES):
+            raw = self.pair(choice, {**fixed, **{slot: rng.choice(self.rows[slot]) for slot in free}})
+            if raw is not None and raw.pair not in found:
+                return raw
+        return None
+
+    def pair(self, choice: _Choice, drawn: Mapping[str, Row]) -> RawPair | None:
+        """The pair of a combination, or None where it is none: words that must differ do not, or another split."""
+        words = {**dict(choice.words), **drawn}
+        if not self._distinct(words):
+            return None
+        task = self.task
+        patched = {**words, **{slot: words[source] for slot, source in task.slot_patch.items()}}
+        original, patch = choice.template.render(words), choice.template.render(patched, task.role_patch)
+        if self.split != "all":
+            if side(_shown(original, words, {})) != self.split:
+                return None
+            if task.patch and side(_shown(patch, patched, task.role_patch)) != self.split:
+                return None
+        if not (self.accepts(original) and self.accepts(patch)):
+            return None
+        answer = self._outcomes(task.answer, words)
+        foil = self._outcomes(task.foil, words)
+        if task.patch and not task.foil:
+            foil = self._outcomes(task.answer, patched)
+        if not answer or set(answer) & set(foil) or (task.patch and (original.text == patch.text or not foil)):
+            return None
+        changed = [
+            ((start, end), patch.spans[i][1:])
+            for i, (mention, start, end) in enumerate(original.spans)
+            if task.changes(mention)
+        ]
+        roles = tuple((mention.role, start, end) for mention, start, end in original.spans)
+        text = PromptPair(original.text, patch.text if task.patch else None, answer, foil, roles)
+        return RawPair(text, tuple(changed), task.spec.join)
+
+    def _outcomes(self, outcomes: Sequence[Mention | WordSet], words: Mapping[str, Row]) -> tuple[str, ...]:
+        texts: list[str] = []
+        for outcome in outcomes:
+            if isinstance(outcome, Mention):
+                texts.append(outcome.word(words) if outcome.slot else outcome.role)
+                continue
+            order = [row.key for row in self.task.lists[outcome.list].rows]
+            word = words[outcome.slot].key
+            if word not in order:
+                raise RelpError(f"task '{self.task.spec.name}': '{word}' is not in the ordered list '{outcome.list}'")
+            place = order.index(word) + 1
+            chosen = order[place:] if outcome.after else order[:place]
+            texts += [word for word in chosen if word in self.usable[outcome.list]]
+        return tuple(texts)
+
+
+def _shown(text: Text, words: Mapping[str, Row], roles: Mapping[str, str]) -> str:
+    """The unordered words that a rendered prompt shows, in any form: what its split is decided by."""
+    return "|".join(sorted({words[roles.get(mention.role, mention.slot)].key for mention, _, _ in text.spans}))
