@@ -51,7 +51,7 @@ def patch_effects(
     effects = [
         _patched_values(setup, kind, layer, nodes[i : i + rows], source) for i in range(0, len(nodes), rows)
     ]
-    return torch.cat(effects, 1) - setup.run_value[:, None]
+    return torch.cat(effects, 1) - setup.prompt_value("run")[:, None]
 
 
 def _patched_values(

@@ -52,6 +52,8 @@ def gradients(
         metric = setup.value(setup.model.logits(tokens))
         flat = [v for layers in values.values() for v in layers]
         grads = torch.autograd.grad(metric.sum(), flat, allow_unused=True)
+    if tokens is setup.run and leaf is None:
+        setup.seen["run"] = metric.detach()
     times = len(tokens) / len(setup.batch)
     setup.passes.forward += times
     setup.passes.backward += times

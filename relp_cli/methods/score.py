@@ -20,7 +20,7 @@ from relp_cli.methods.table import METHODS, Method, Params, Result
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import activations, units
 from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
-from relp_cli.tasks.metrics import METRICS, Metric
+from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
 
 Progress = Callable[[int, int, str], None]  # (pairs done, pairs in all, what)
@@ -68,6 +68,7 @@ def score(
     means = mean_activations(model, pairs, kinds, batch_size) if baseline == "mean" else None
     sums = {k.name: Running(model, k, labels, total, keep_examples) for k in kinds}
     applied: dict[str, int] = {}
+    original: list[Tensor] = []
     done = 0
     for chunk in chunks:
         setup = Setup(
@@ -77,6 +78,7 @@ def score(
         applied = result.applied
         for kind in kinds:
             sums[kind.name].add(result.scores[kind.name], setup.labels)
+        original.append(setup.prompt_value("run" if direction == "noising" else "source").cpu())
         done += len(chunk)
         if progress:
             progress(done, total, method)
@@ -97,7 +99,8 @@ def score(
         "forwards_per_pair": round(passes.forward / total * _mean_size(chunks), 3),
         "backwards_per_pair": round(passes.backward / total * _mean_size(chunks), 3),
         "seconds": round(time.perf_counter() - started, 3),
-        "mean_metric": None,
+        "mean_metric": torch.cat(original).mean().item(),
+        "mean_abs_metric": torch.cat(original).abs().mean().item(),
     }
     return Scores({k.name: sums[k.name].finish(axis, meta) for k in kinds}, meta)
 
@@ -139,7 +142,7 @@ def position_axis(pairs: Sequence[PairBatch]) -> tuple[str, tuple[str, ...]]:
     if not pairs:
         raise RelpError("no prompt pairs to score")
     if len({(b.n_pos, b.roles) for b in pairs}) == 1:
-        labels = pairs[0].roles or tuple(str(i) for i in range(pairs[0].n_pos))
+        labels = pairs[0].labels
         return ("position", labels) if len(set(labels)) == len(labels) else ("role", tuple(dict.fromkeys(labels)))
     if any(b.roles is None for b in pairs):
         lengths = sorted({b.n_pos for b in pairs})
@@ -173,8 +176,7 @@ class MeanActivations:
 
     def at(self, batch: PairBatch) -> Means:
         """The means at a batch's positions: Float[pos, width] per layer."""
-        roles = batch.roles or tuple(str(i) for i in range(batch.n_pos))
-        index = torch.tensor([self.labels.index(r) for r in roles])
+        index = torch.tensor([self.labels.index(r) for r in batch.labels])
         return {kind: [v[index.to(v.device)] for v in layers] for kind, layers in self.values.items()}
 
 
@@ -186,8 +188,7 @@ def mean_activations(
     sums: dict[str, list[Tensor]] = {}
     counts = torch.zeros(len(labels), dtype=torch.float64, device=model.device)
     for batch in pairs:
-        roles = batch.roles or tuple(str(i) for i in range(batch.n_pos))
-        index = torch.tensor([labels.index(r) for r in roles], device=model.device)
+        index = torch.tensor([labels.index(r) for r in batch.labels], device=model.device)
         for chunk in (c.to(model.device) for c in batch.split(batch_size)):
             for tokens in ([chunk.original, chunk.patch] if prompt == "both" else [getattr(chunk, prompt)]):
                 if tokens is None:
@@ -246,7 +247,3 @@ def parameters_of(method: str) -> dict[str, str]:
     return {name: f"{f.annotation} = {f.default!r}" for name, f in schema.model_fields.items()} | (
         {"": inspect.cleandoc(schema.__doc__)} if schema.__doc__ and schema is not Params else {}
     )
-
-
-def metric_row(name: str) -> Metric:
-    return METRICS[name]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError
 from relp_cli.models.model import Model
-from relp_cli.nodes.access import Activations, activations
+from relp_cli.nodes.access import Activations, capture
 from relp_cli.nodes.kinds import NodeKind
 from relp_cli.tasks.metrics import Metric
 from relp_cli.tasks.pairs import PairBatch
@@ -50,6 +50,7 @@ class Setup:
     baseline: Baseline = "patch"
     means: Means | None = None
     passes: Passes = field(default_factory=Passes)
+    seen: dict[str, Tensor] = field(default_factory=dict)  # "run", "source": L of a prompt that a pass has already run
 
     def __post_init__(self) -> None:
         if self.batch.patch is None and (self.baseline == "patch" or self.direction == "denoising"):
@@ -76,15 +77,13 @@ class Setup:
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        roles = self.batch.roles or tuple(str(i) for i in range(self.batch.n_pos))
-        return tuple(dict.fromkeys(roles))
+        return tuple(dict.fromkeys(self.batch.labels))
 
     @cached_property
     def slots(self) -> Int[Tensor, " pos"]:
         """Position → index into `labels`. Positions that share a label share a slot."""
-        roles = self.batch.roles or tuple(str(i) for i in range(self.batch.n_pos))
         index = {label: i for i, label in enumerate(self.labels)}
-        return torch.tensor([index[r] for r in roles], device=self.model.device)
+        return torch.tensor([index[label] for label in self.batch.labels], device=self.model.device)
 
     def to_slots(self, values: Float[Tensor, "batch layer pos *unit"]) -> Float[Tensor, "batch layer slot *unit"]:
         """Sum positions that share a label (a gradient score of several positions patched jointly is their sum)."""
@@ -109,21 +108,23 @@ class Setup:
             reference = None if reference is None else reference.repeat(times, 1)
         return self.metric.fn(logits, self.batch.answer.repeat(times, 1), self.batch.foil.repeat(times, 1), reference)
 
-    @cached_property
-    def run_value(self) -> Float[Tensor, " batch"]:
-        """L of the unpatched run."""
-        self.passes.forward += 1
-        with torch.no_grad():
-            return self.value(self.model.logits(self.run))
+    def prompt_value(self, prompt: Literal["run", "source"]) -> Float[Tensor, " batch"]:
+        """L of the unpatched run or of the source prompt; a forward pass only where none has been spent on it yet."""
+        if prompt not in self.seen:
+            self.passes.forward += 1
+            with torch.no_grad():
+                self.seen[prompt] = self.value(self.model.logits(getattr(self, prompt)))
+        return self.seen[prompt]
 
     def source_activations(self) -> Activations:
-        """n(source) for every kind: Float[batch, pos, width] per layer (one forward pass; none for a baseline)."""
-        if self.baseline == "patch":
-            self.passes.forward += 1
-            return activations(self.model, self.source, self.kinds)
+        """n(source) for every kind: Float[batch, pos, width] per layer (one forward pass; none for a mean baseline)."""
         if self.baseline == "mean":
             assert self.means is not None
             return {k.name: [m.expand(len(self.batch), -1, -1) for m in self.means[k.name]] for k in self.kinds}
+        prompt = "source" if self.baseline == "patch" else "run"
         self.passes.forward += 1
-        run = activations(self.model, self.run, self.kinds)
-        return {name: [torch.zeros_like(v) for v in layers] for name, layers in run.items()}
+        with torch.no_grad(), capture(self.model, self.kinds) as values:
+            self.seen[prompt] = self.value(self.model.logits(getattr(self, prompt)))
+        if self.baseline == "zero":
+            return {name: [torch.zeros_like(v) for v in layers] for name, layers in values.items()}
+        return values

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -44,6 +44,7 @@ class Method:
     source: str
     signed: bool = True
     rules: bool = False
+    scope: Literal["nodes", "edges"] = "nodes"
 
     def load(self) -> tuple[Callable[..., Result], type[Params]]:
         module, function, params = self.where.split(":")

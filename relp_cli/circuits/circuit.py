@@ -1,0 +1,122 @@
+"""`Circuit`: which nodes are kept, and one readable JSON file of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from relp_cli.errors import RelpError, RunFailed
+from relp_cli.files import write_atomically
+from relp_cli.nodes.kinds import NODE_KINDS
+
+SCHEMA = 1
+ANY_POSITION = ("*",)
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """A set of nodes, of one or several kinds.
+
+    masks:  node kind → Bool[layer, pos, *unit], True = in the circuit.
+    labels: one label per position of the masks; ("*",) means that a node is in at every position or at none.
+    meta:   how it was selected (τ, …), and the model, task and scores that it came from.
+    """
+
+    masks: Mapping[str, Bool[Tensor, "layer pos *unit"]]
+    labels: tuple[str, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for kind, mask in self.masks.items():
+            want = len(NODE_KINDS[kind].axes)
+            if mask.dtype != torch.bool or mask.ndim != want:
+                raise RelpError(
+                    f"circuit: {kind} needs a boolean mask [{', '.join(NODE_KINDS[kind].axes)}], "
+                    f"got {mask.dtype} of shape {tuple(mask.shape)}"
+                )
+            if mask.shape[1] != len(self.labels):
+                raise RelpError(f"circuit: {kind} has {mask.shape[1]} positions for {len(self.labels)} labels")
+
+    @classmethod
+    def from_mask(cls, kind: str, mask: Tensor, labels: tuple[str, ...] | None = None, **meta: Any) -> Circuit:
+        """A circuit from anywhere: Bool[layer, pos, *unit]. Without labels, positions are raw (0, 1, …)."""
+        mask = torch.as_tensor(mask)
+        if labels is None:
+            labels = tuple(str(i) for i in range(mask.shape[1] if mask.ndim > 1 else 0))
+        return cls({kind: mask}, tuple(labels), meta)
+
+    @property
+    def n_nodes(self) -> int:
+        return sum(int(mask.sum()) for mask in self.masks.values())
+
+    @property
+    def n_possible(self) -> int:
+        return sum(mask.numel() for mask in self.masks.values())
+
+    def complement(self) -> Circuit:
+        return replace(self, masks={kind: ~mask for kind, mask in self.masks.items()})
+
+    def random_like(self, seed: int, from_layer: int = 0) -> Circuit:
+        """As many nodes of each kind, drawn uniformly from the layers at or above `from_layer` (the counted ones)."""
+        generator = torch.Generator().manual_seed(seed)
+        masks = {}
+        for kind, mask in self.masks.items():
+            upper = mask[from_layer:]
+            order = torch.randperm(upper.numel(), generator=generator)
+            drawn = torch.zeros(upper.numel(), dtype=torch.bool)
+            drawn[order[: int(upper.sum())]] = True
+            masks[kind] = torch.cat([mask[:from_layer], drawn.view(upper.shape)])
+        return replace(self, masks=masks, meta={**self.meta, "method": "random circuit", "selection": {"seed": seed}})
+
+    def save(self, path: str | Path) -> None:
+        """One JSON file: per kind its full shape and the kept nodes as columns (layer, pos, unit)."""
+        kinds = {}
+        for kind, mask in self.masks.items():
+            columns = mask.nonzero().T.tolist()
+            axes = NODE_KINDS[kind].axes
+            kinds[kind] = {"shape": list(mask.shape), **dict(zip(axes, columns, strict=True))}
+        content = {
+            "schema": SCHEMA,
+            "type": "relp node circuit",
+            "meta": dict(self.meta),
+            "labels": list(self.labels),
+            "n_nodes": self.n_nodes,
+            "nodes": kinds,
+        }
+        write_atomically(Path(path), json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Circuit:
+        """Read what `save` wrote. Raises RelpError for a file that is not a circuit, RunFailed for one cut short."""
+        try:
+            content = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise RelpError(f"circuit file {path}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise RunFailed(f"circuit file {path} is not valid JSON ({error})") from error
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA or "nodes" not in content:
+            raise RelpError(f"circuit file {path}: expected a relp node circuit (schema {SCHEMA})")
+        masks = {}
+        for kind, columns in content["nodes"].items():
+            mask = torch.zeros(columns["shape"], dtype=torch.bool)
+            index = [torch.tensor(columns[axis], dtype=torch.long) for axis in NODE_KINDS[kind].axes]
+            mask[tuple(index)] = True
+            masks[kind] = mask
+        return cls(masks, tuple(content["labels"]), content["meta"])
+
+
+def tensor_hash(*tensors: Tensor) -> str:
+    """A short content hash of tensors (float32 values), which ties a circuit to the scores it came from."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,120 @@
+"""Selecting a circuit from scores: exactly one of a threshold τ, a fraction of the metric, top-k, or top-p."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relp_cli.circuits.circuit import ANY_POSITION, Circuit, tensor_hash
+from relp_cli.errors import RelpError, unknown
+from relp_cli.methods.scores import NodeScores
+
+SIGNS = ("absolute", "positive", "negative")
+AGGREGATIONS = ("none", "sum")
+KEPT_META = ("method", "params", "metric", "direction", "baseline", "model", "revision", "family", "task", "task_hash", "rules")
+
+
+def select(
+    scores: NodeScores | Mapping[str, NodeScores],
+    threshold: float | None = None,
+    *,
+    fraction: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    sign: str = "absolute",
+    aggregate: str = "none",
+    union: bool = False,
+) -> Circuit:
+    """The nodes whose score passes.
+
+    threshold: keep |score| > τ (paper's T_N): −1 keeps all, inf none.
+    fraction:  τ as a fraction of mean |L(x_o)| (Transluce; 0.005 there).
+    top_k:     the k largest. top_p: the fewest that hold a fraction p of the total |score|.
+    sign:      "absolute", or only "positive" / "negative" scores (noising: negative = supports the behaviour).
+    aggregate: "none" (per position) or "sum" over positions (Marks et al.): a node is then in everywhere or nowhere.
+    union:     a node is in if it passes for *any* example instead of on average (threshold and fraction only).
+
+    One NodeScores gives a circuit of that kind, a mapping a mixed one (ranked together).
+    Raises: RelpError unless exactly one way of selecting is given and its value makes sense.
+    """
+    given = {"threshold": threshold, "fraction": fraction, "top_k": top_k, "top_p": top_p}
+    how = {k: v for k, v in given.items() if v is not None}
+    if len(how) != 1:
+        raise RelpError(f"select by exactly one of threshold, fraction, top_k, top_p; got {', '.join(how) or 'none'}")
+    for what, value, known in (("sign", sign, SIGNS), ("aggregate", aggregate, AGGREGATIONS)):
+        if value not in known:
+            raise unknown(what, value, known)
+    if union and (top_k is not None or top_p is not None):
+        raise RelpError("union over examples needs a threshold or fraction, not top_k or top_p")
+    kinds = {scores.kind: scores} if isinstance(scores, NodeScores) else dict(scores)
+    if len({s.labels for s in kinds.values()}) != 1:
+        raise RelpError("scores of different position axes cannot form one circuit")
+    first = next(iter(kinds.values()))
+    strengths = {kind: _strength(s, sign, aggregate, union) for kind, s in kinds.items()}
+    cut = _cut(strengths, how, first.meta)
+    masks = _masks(strengths, cut, top_k, top_p)
+    meta = {k: first.meta[k] for k in KEPT_META if k in first.meta}
+    meta["scores"] = tensor_hash(*(s.mean for s in kinds.values()))
+    meta["selection"] = {**how, "tau": cut, "sign": sign, "aggregate": aggregate, "union": union}
+    return Circuit(masks, ANY_POSITION if aggregate == "sum" else first.labels, meta)
+
+
+def _strength(scores: NodeScores, sign: str, aggregate: str, union: bool) -> Tensor:
+    """What is compared with τ: Float[layer, pos, *unit], −inf where the sign is not wanted."""
+    if union and scores.examples is None:
+        raise RelpError("union over examples needs per-example scores; score again with --per-example")
+    values = scores.examples if union and scores.examples is not None else scores.mean[None]
+    if aggregate == "sum":
+        values = values.sum(2, keepdim=True)
+    values = values.double()
+    if sign == "absolute":
+        return values.abs().amax(0)
+    signed = values if sign == "positive" else -values
+    return torch.where(signed > 0, signed, -torch.inf).amax(0)
+
+
+def _cut(strengths: Mapping[str, Tensor], how: Mapping[str, Any], meta: Mapping[str, Any]) -> float:
+    (name, value), total = next(iter(how.items())), sum(s.numel() for s in strengths.values())
+    if value != value:
+        raise RelpError(f"{name} is not a number")
+    if name == "threshold":
+        return float(value)
+    if name == "fraction":
+        if "mean_abs_metric" not in meta:
+            raise RelpError("these scores do not say the metric's mean size; use an absolute threshold")
+        return float(value) * float(meta["mean_abs_metric"])
+    flat = torch.cat([s.flatten() for s in strengths.values()])
+    ranked = flat[flat > -torch.inf].sort(descending=True).values
+    if name == "top_k":
+        if int(value) != value or not 0 <= value <= total:
+            raise RelpError(f"top_k must be a whole number from 0 to {total} (all nodes), got {value}")
+        keep = min(int(value), len(ranked))
+    else:
+        if not 0 < value <= 1:
+            raise RelpError(f"top_p must be in (0, 1], got {value}")
+        mass = ranked.cumsum(0)
+        # Rounding must not ask for more than there is: p = 1 keeps all that have any mass.
+        keep = int((mass < float(value) * mass[-1] * (1 - 1e-12)).sum()) + 1 if len(ranked) else 0
+    return ranked[keep - 1].item() if keep else float("inf")
+
+
+def _masks(
+    strengths: Mapping[str, Tensor], cut: float, top_k: float | None, top_p: float | None
+) -> dict[str, Tensor]:
+    if top_k is None and top_p is None:
+        return {kind: s > cut for kind, s in strengths.items()}
+    masks = {kind: s >= cut for kind, s in strengths.items()}
+    if top_k is None or cut == float("inf"):
+        return masks if cut != float("inf") else {k: torch.zeros_like(m) for k, m in masks.items()}
+    # Ties at the cut: keep exactly k, in the order of kinds and indices.
+    surplus = sum(int(m.sum()) for m in masks.values()) - int(top_k)
+    for kind in reversed(list(masks)):
+        tied = (strengths[kind] == cut).nonzero()
+        for index in reversed(tied.tolist()):
+            if surplus > 0:
+                masks[kind][tuple(index)] = False
+                surplus -= 1
+    return masks

@@ -1,0 +1,80 @@
+"""Ablation values: what a node outside the circuit is replaced by. Computed once, used by every circuit of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from relp_cli.errors import RelpError, unknown
+from relp_cli.methods.score import MeanActivations, mean_activations
+from relp_cli.models.model import Model
+from relp_cli.nodes.access import Activations, activations
+from relp_cli.nodes.kinds import NodeKind
+from relp_cli.tasks.pairs import PairBatch
+
+ABLATIONS = {
+    "mean": "mean over the patch prompts, per position (Marks et al.)",
+    "mean_task": "mean over original and patch prompts, per position",
+    "zero": "zero",
+    "counterfactual": "the pair's own patch run",
+    "resample": "the patch run of another, randomly drawn pair of the same length",
+}
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """How nodes are ablated: `means` for the two mean ablations, `seed` for resampling."""
+
+    name: str
+    kinds: tuple[NodeKind, ...]
+    means: MeanActivations | None = None
+    seed: int = 0
+
+    @classmethod
+    def prepare(
+        cls, model: Model, pairs: Sequence[PairBatch], name: str, kinds: Sequence[NodeKind], seed: int = 0
+    ) -> Ablation:
+        """Compute what does not depend on a circuit: means over `pairs`.
+
+        Raises: RelpError for an unknown ablation, and for prompts without the patch prompts that it needs.
+        """
+        if name not in ABLATIONS:
+            raise unknown("ablation", name, ABLATIONS)
+        if name != "zero" and any(b.patch is None for b in pairs):
+            raise RelpError(f"ablation '{name}' needs patch prompts; these have none (use zero)")
+        if name == "resample" and any(len(b) < 2 for b in pairs):
+            raise RelpError("ablation 'resample' needs at least two pairs of every token length")
+        means = None
+        if name in ("mean", "mean_task"):
+            prompt = "patch" if name == "mean" else "both"
+            means = mean_activations(model, pairs, kinds, prompt=prompt)
+        return cls(name, tuple(kinds), means, seed)
+
+    def values(self, model: Model, batch: PairBatch, donors: PairBatch, index: int) -> Activations | None:
+        """Values for one batch: kind → layer → Float[pos, width] or Float[batch, pos, width]; None for zero.
+
+        donors: all pairs of this batch's length (resampling draws from them); index: which batch this is (seeds the draw).
+        """
+        if self.name == "zero":
+            return None
+        if self.means is not None:
+            return self.means.at(batch)  # type: ignore[return-value]
+        tokens = batch.patch
+        if self.name == "resample":
+            assert donors.patch is not None
+            tokens = donors.patch[_others(donors, batch, self.seed + 1000 * index)].to(model.device)
+        assert tokens is not None
+        return activations(model, tokens, self.kinds)
+
+
+def _others(donors: PairBatch, batch: PairBatch, seed: int) -> Tensor:
+    """For each pair of the batch, the row of a donor whose patch prompt is another one's, where there is one."""
+    generator = torch.Generator().manual_seed(seed)
+    assert donors.patch is not None and batch.patch is not None
+    different = (donors.patch.cpu()[None] != batch.patch.cpu()[:, None]).any(-1)  # [batch, donor]
+    if not different.any(-1).all():
+        raise RelpError("ablation 'resample' needs at least two different patch prompts of every token length")
+    return torch.multinomial(different.float(), 1, generator=generator)[:, 0]

@@ -1,0 +1,108 @@
+"""Agreement of estimated scores with exact ones: Pearson, Spearman, top-k overlap, with bootstrap intervals over pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from relp_cli.errors import RelpError
+from relp_cli.methods.scores import NodeScores
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """pcc, spearman, topk: over all nodes (layer × position × unit) of pair-averaged scores; `_lo`, `_hi`: 95 % bootstrap
+    over pairs; pcc_per_pair: mean over pairs of each pair's own PCC. NaN, with a note, where an array is constant.
+    """
+
+    pcc: float
+    pcc_lo: float
+    pcc_hi: float
+    pcc_per_pair: float
+    spearman: float
+    topk: float
+    k: int
+    n_pairs: int
+    n_nodes: int
+    axis: str
+    note: str
+
+
+def agreement(
+    estimate: NodeScores, exact: NodeScores, k: int = 10, bootstrap: int = 1000, seed: int = 0, unsigned: bool = False
+) -> Agreement:
+    """How well `estimate` reproduces `exact`; both of one kind, over the same pairs in the same order.
+
+    unsigned: the estimate has no sign (GradDrop, |δ|): it is compared with |exact|.
+    Raises: RelpError for scores of different kinds, positions or numbers of pairs.
+    """
+    if (estimate.kind, estimate.labels, estimate.mean.shape) != (exact.kind, exact.labels, exact.mean.shape):
+        raise RelpError(f"cannot compare {estimate.kind} scores of shape {tuple(estimate.mean.shape)} with {exact.kind} "
+                        f"scores of shape {tuple(exact.mean.shape)}: they must be of the same kind and positions")  # fmt: skip
+    truth = exact.mean.abs() if unsigned else exact.mean
+    a, b = estimate.mean.numpy().ravel(), truth.numpy().ravel()
+    notes = [f"{who} is constant" for who, x in (("estimate", a), ("reference", b)) if _constant(x)]
+    k = min(k, len(a))
+    nan = float("nan")
+    lo, hi, per_pair = nan, nan, nan
+    if estimate.examples is not None and exact.examples is not None and not notes:
+        lo, hi, per_pair = _over_pairs(estimate, exact, bootstrap, seed, unsigned)
+    return Agreement(
+        pcc=nan if notes else float(pearson(a, b)),
+        pcc_lo=lo,
+        pcc_hi=hi,
+        pcc_per_pair=per_pair,
+        spearman=nan if notes else float(stats.spearmanr(a, b).statistic),
+        topk=nan if notes else len(set(top(a, k)) & set(top(b, k))) / k,
+        k=k,
+        n_pairs=int(exact.n.max()),
+        n_nodes=len(a),
+        axis="layer × " + exact.axis + (" × unit" if exact.mean.ndim == 3 else ""),
+        note="; ".join(notes),
+    )
+
+
+def top(scores: np.ndarray, k: int) -> list[int]:
+    """Indices of the k largest |scores|."""
+    return np.argsort(-np.abs(scores), kind="stable")[:k].tolist()
+
+
+def pearson(a: np.ndarray, b: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
+    """Pearson correlation along the last axis, over the entries where `weight` is 1."""
+    w = np.ones_like(a) if weight is None else weight
+    total = w.sum(-1, keepdims=True)
+    a = w * (a - (w * a).sum(-1, keepdims=True) / total)
+    b = w * (b - (w * b).sum(-1, keepdims=True) / total)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+
+
+def _constant(x: np.ndarray) -> bool:
+    return bool(np.ptp(x) <= 1e-9 * max(np.abs(x).max(), 1e-30))
+
+
+def _over_pairs(
+    estimate: NodeScores, exact: NodeScores, bootstrap: int, seed: int, unsigned: bool
+) -> tuple[float, float, float]:
+    """(lo, hi, mean per-pair PCC): pairs are resampled, averaged, and correlated again."""
+    assert estimate.examples is not None and exact.examples is not None and exact.present is not None
+    if estimate.examples.shape != exact.examples.shape:
+        raise RelpError("cannot compare scores over different numbers of pairs")
+    n = len(exact.examples)
+    x, y = estimate.examples.reshape(n, -1).numpy(), exact.examples.reshape(n, -1).numpy()
+    here = exact.present[:, None, :].expand(-1, exact.mean.shape[0], -1)
+    if exact.mean.ndim == 3:
+        here = here[..., None].expand(-1, -1, -1, exact.mean.shape[2])
+    w = here.reshape(n, -1).numpy().astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        own = pearson(x, np.abs(y) if unsigned else y, w)
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=bootstrap).astype(np.float32)
+    resampled = []
+    for part in np.array_split(draws, max(1, bootstrap * x.shape[1] // (1 << 24))):
+        count = part @ w
+        mean_x, mean_y = part @ x / np.maximum(count, 1), part @ y / np.maximum(count, 1)
+        resampled.append(pearson(mean_x, np.abs(mean_y) if unsigned else mean_y, (count > 0).astype(np.float32)))
+    lo, hi = np.nanquantile(np.concatenate(resampled), [0.025, 0.975])
+    return float(lo), float(hi), float(np.nanmean(own))

@@ -1,0 +1,231 @@
+"""Faithfulness and completeness of node circuits (RelP section 5.2, Marks et al.).
+
+1. Ablation values are computed once per batch of held-out pairs.
+2. F(M): nothing ablated; F(∅): every node of the circuit's kinds ablated, in the layers that are not excluded.
+3. F(C), F(M∖C): every node outside, inside the circuit ablated, exactly at its site; everything downstream recomputes.
+4. faithfulness = (F(C) − F(∅)) / (F(M) − F(∅)), completeness = the same of the complement: ratios of means over prompts,
+   with bootstrap intervals over prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from relp_cli.circuits.circuit import ANY_POSITION, Circuit
+from relp_cli.errors import RelpError
+from relp_cli.evaluation.ablation import Ablation
+from relp_cli.models.model import Hook, Model
+from relp_cli.nodes.access import Activations, split, units
+from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
+from relp_cli.tasks.metrics import METRICS, Metric
+from relp_cli.tasks.pairs import PairBatch
+
+Progress = Callable[[int, int, str], None]
+
+
+def evaluate(
+    model: Model,
+    pairs: Sequence[PairBatch],
+    circuit: Circuit | Sequence[Circuit],
+    ablation: str = "mean",
+    exclude_layers: int | None = None,
+    metric: str | None = None,
+    seed: int = 0,
+    random_circuits: int = 0,
+    bootstrap: int = 1000,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Evaluate one circuit, or a sweep of them that share ablation values and the F(M), F(∅) runs.
+
+    exclude_layers:  how many of the first layers run unablated and are not counted (None: ⌊L/3⌋, paper A.2).
+    metric:          None: the one the circuit was found with, else logit_diff.
+    random_circuits: also evaluate that many random circuits of the same size per circuit; adds `random_*` columns.
+
+    Returns one row per circuit: n_nodes, n_possible, tau, faithfulness, completeness with `_lo`/`_hi` (95 % bootstrap),
+    F_M, F_C, F_complement, F_empty, n_pairs, note. An ill-posed ratio (F(M) ≈ F(∅)) is NaN and says so in `note`.
+    Raises: RelpError for circuits of another model, of another shape, or with positions that the pairs do not have.
+    """
+    circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)
+    if not circuits or not pairs:
+        raise RelpError("nothing to evaluate: no circuit or no pairs")
+    kinds = tuple(NODE_KINDS[kind] for kind in circuits[0].masks)
+    exclude = model.shape.n_layers // 3 if exclude_layers is None else exclude_layers
+    if not 0 <= exclude < model.shape.n_layers:
+        raise RelpError(f"exclude_layers must be from 0 to {model.shape.n_layers - 1}, got {exclude}")
+    for c in circuits:
+        check_circuit(model, c, kinds)
+    row = METRICS[metric or str(circuits[0].meta.get("metric", "logit_diff"))]
+    everything = [c.random_like(seed + i, exclude) for c in circuits for i in range(random_circuits)]
+    runs = _Runs(model, row, kinds, exclude, pairs, Ablation.prepare(model, pairs, ablation, kinds, seed), batch_size)
+    values = runs.all([*circuits, *everything], progress)
+    draws = np.random.default_rng(seed).multinomial(values.n, np.full(values.n, 1 / values.n), size=bootstrap)
+    rows = []
+    for i, c in enumerate(circuits):
+        out = _row(values, i, draws) | {"n_nodes": counted(c, exclude), "n_possible": counted_possible(c, exclude)}
+        if random_circuits:
+            first = len(circuits) + i * random_circuits
+            baseline = [_row(values, first + j, draws[:1]) for j in range(random_circuits)]
+            for name in ("faithfulness", "completeness"):
+                out[f"random_{name}"] = float(np.mean([b[name] for b in baseline]))
+        selection = c.meta.get("selection", {})
+        out |= {"tau": selection.get("tau"), "ablation": ablation, "metric": row.name, "exclude_layers": exclude}
+        rows.append(out)
+    return pd.DataFrame(rows)[[c for c in COLUMNS if c in rows[0]]]
+
+
+COLUMNS = (
+    "tau", "n_nodes", "n_possible", "faithfulness", "faithfulness_lo", "faithfulness_hi",
+    "completeness", "completeness_lo", "completeness_hi", "random_faithfulness", "random_completeness",
+    "F_M", "F_C", "F_complement", "F_empty", "n_pairs", "metric", "ablation", "exclude_layers", "note",
+)  # fmt: skip
+
+
+def counted(circuit: Circuit, exclude: int) -> int:
+    """Nodes of the circuit in the layers that are evaluated."""
+    return sum(int(mask[exclude:].sum()) for mask in circuit.masks.values())
+
+
+def counted_possible(circuit: Circuit, exclude: int) -> int:
+    return sum(mask[exclude:].numel() for mask in circuit.masks.values())
+
+
+def check_circuit(model: Model, circuit: Circuit, kinds: Sequence[NodeKind]) -> None:
+    """Raises RelpError unless the circuit is of these kinds, of this model, and of its shape."""
+    if tuple(circuit.masks) != tuple(k.name for k in kinds):
+        raise RelpError(f"circuits of different node kinds in one sweep: {list(circuit.masks)}")
+    for what, mine in (("model", model.name), ("revision", model.revision)):
+        theirs = circuit.meta.get(what)
+        if theirs is not None and theirs != mine:
+            raise RelpError(f"this circuit was found on {what} '{theirs}', not on '{mine}'")
+    for kind in kinds:
+        mask = circuit.masks[kind.name]
+        want = [model.shape.n_layers, mask.shape[1], *([] if kind.split == "vector" else [units(model, kind)])]
+        if list(mask.shape) != want:
+            raise RelpError(f"circuit: {kind.name} mask has shape {list(mask.shape)}, model {model.name} needs {want}")
+
+
+class _Values:
+    """Per-prompt metric values: F(M), F(∅) and, per circuit, F(C) and F(M∖C); each Float[n]."""
+
+    def __init__(self, n_circuits: int) -> None:
+        self._parts: dict[str, list[list[Tensor]]] = {"full": [[]], "empty": [[]]}
+        self._parts |= {name: [[] for _ in range(n_circuits)] for name in ("circuit", "complement")}
+
+    def add(self, name: str, i: int, value: Tensor) -> None:
+        self._parts[name][i].append(value.double().cpu())
+
+    def get(self, name: str, i: int = 0) -> np.ndarray:
+        return torch.cat(self._parts[name][i]).numpy()
+
+    @property
+    def n(self) -> int:
+        return len(self.get("full"))
+
+
+class _Runs:
+    """The forward passes of an evaluation."""
+
+    def __init__(
+        self,
+        model: Model,
+        metric: Metric,
+        kinds: tuple[NodeKind, ...],
+        exclude: int,
+        pairs: Sequence[PairBatch],
+        ablation: Ablation,
+        batch_size: int,
+    ) -> None:
+        self.model, self.metric, self.kinds, self.exclude = model, metric, kinds, exclude
+        self.chunks = [(chunk.to(model.device), batch) for batch in pairs for chunk in batch.split(batch_size)]
+        self.ablation = ablation
+
+    @torch.no_grad()
+    def all(self, circuits: Sequence[Circuit], progress: Progress | None) -> _Values:
+        values = _Values(len(circuits))
+        for done, (chunk, donors) in enumerate(self.chunks):
+            ablated = self.ablation.values(self.model, chunk, donors, done)
+            logits = self.model.logits(chunk.original)
+            values.add("full", 0, self.metric.fn(logits, chunk.answer, chunk.foil, logits))
+            nothing = {k.name: False for k in self.kinds}
+            values.add("empty", 0, self._run(chunk, nothing, ablated, logits))
+            for i, circuit in enumerate(circuits):
+                masks = {kind: at_batch(mask, circuit.labels, chunk) for kind, mask in circuit.masks.items()}
+                values.add("circuit", i, self._run(chunk, masks, ablated, logits))
+                values.add("complement", i, self._run(chunk, {k: ~m for k, m in masks.items()}, ablated, logits))
+            if progress:
+                progress(done + 1, len(self.chunks), "evaluate")
+        return values
+
+    def _run(self, chunk: PairBatch, masks: Any, ablated: Activations | None, full: Tensor) -> Tensor:
+        hooks = [
+            (kind.point(layer), self._keep(kind, masks[kind.name], layer, ablated))
+            for kind in self.kinds
+            for layer in range(self.exclude, self.model.shape.n_layers)
+        ]
+        with self.model.hooks(hooks):
+            logits = self.model.logits(chunk.original)
+        return self.metric.fn(logits, chunk.answer, chunk.foil, full)
+
+    def _keep(self, kind: NodeKind, mask: Any, layer: int, ablated: Activations | None) -> Hook:
+        """Keep masked nodes of the running value, put the ablation value everywhere else."""
+
+        def hook(value: Tensor) -> Tensor:
+            other = torch.zeros_like(value) if ablated is None else ablated[kind.name][layer].expand_as(value)
+            if mask is False:
+                return other
+            kept = mask[layer].unsqueeze(-1) if kind.split == "vector" else mask[layer]  # [pos, units]
+            if kind.split == "unit":
+                return torch.where(kept, value, other)
+            pieces = torch.where(kept[..., None], split(self.model, kind, value), split(self.model, kind, other))
+            return pieces.reshape(value.shape)
+
+        return hook
+
+
+def at_batch(mask: Tensor, labels: tuple[str, ...], batch: PairBatch) -> Tensor:
+    """A circuit's mask at the positions of one batch: Bool[layer, pos, *unit] on the batch's device."""
+    if labels == ANY_POSITION:
+        index = [0] * batch.n_pos
+    elif labels == tuple(str(i) for i in range(batch.n_pos)):
+        index = list(range(batch.n_pos))
+    else:
+        missing = [label for label in batch.labels if label not in labels]
+        if missing:
+            raise RelpError(
+                f"the circuit has no position '{missing[0]}' (it has {', '.join(labels)}), but the pairs to evaluate have"
+            )
+        index = [labels.index(label) for label in batch.labels]
+    return mask[:, index].to(batch.original.device)
+
+
+def _row(values: _Values, i: int, draws: np.ndarray) -> dict[str, Any]:
+    full, empty = values.get("full"), values.get("empty")
+    parts = {"faithfulness": values.get("circuit", i), "completeness": values.get("complement", i)}
+    out: dict[str, Any] = {
+        "F_M": full.mean(),
+        "F_empty": empty.mean(),
+        "F_C": parts["faithfulness"].mean(),
+        "F_complement": parts["completeness"].mean(),
+        "n_pairs": len(full),
+        "note": "",
+    }
+    gap = full.mean() - empty.mean()
+    gaps = draws @ (full - empty) / len(full)
+    if abs(gap) <= 1e-6 * max(abs(full.mean()), abs(empty.mean()), 1e-12):
+        out["note"] = "ill-posed: F(M) = F(∅)"
+        return out | {f"{n}{end}": float("nan") for n in parts for end in ("", "_lo", "_hi")}
+    if np.quantile(gaps, 0.025) <= 0 <= np.quantile(gaps, 0.975):
+        out["note"] = "F(M) − F(∅) is not distinguishable from 0"
+    for name, part in parts.items():
+        out[name] = (part.mean() - empty.mean()) / gap
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = (draws @ (part - empty) / len(full)) / gaps
+        out[f"{name}_lo"], out[f"{name}_hi"] = (float(np.nanquantile(ratios, q)) for q in (0.025, 0.975))
+    return out
