@@ -1,0 +1,89 @@
+"""Tiny Hugging Face models in float64, every parameter random, and a scope in which HF really computes in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+SHAPES = ("gpt2", "pythia", "pythia-serial", "qwen2", "llama", "gemma2")
+
+
+class exact_float64(TorchFunctionMode):
+    """Replace every request for float32 by float64.
+
+    HF hard-codes float32 in RMSNorm, in the softmax of NeoX/Qwen2/Llama/Gemma-2 and in the rotary tables, so that a
+    "float64" model has float32 islands (errors of 1e-7 to 1e-6 in the logits). Use around whatever runs such a model.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def swap(a: Any) -> Any:
+            return torch.float64 if a is torch.float32 else a
+
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        return func(*(swap(a) for a in args), **{k: swap(v) for k, v in (kwargs or {}).items()})
+
+
+def _config(shape: str) -> PreTrainedConfig:
+    size: dict[str, Any] = {
+        "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
+        "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
+    }  # fmt: skip
+    gqa = size | {"num_key_value_heads": 2}
+    if shape == "gpt2":
+        return GPT2Config(
+            vocab_size=50, n_embd=32, n_layer=3, n_head=4, n_inner=48, n_positions=64, bos_token_id=0, eos_token_id=0
+        )
+    if shape in ("pythia", "pythia-serial"):
+        return GPTNeoXConfig(
+            **size,
+            use_parallel_residual=shape == "pythia",
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        )
+    if shape == "qwen2":
+        return Qwen2Config(**gqa)
+    if shape == "llama":
+        return LlamaConfig(**gqa)
+    if shape == "gemma2":  # window shorter than the prompts, caps that bite, head_dim ≠ d/heads ≠ query_pre_attn_scalar
+        return Gemma2Config(
+            **gqa, head_dim=12, query_pre_attn_scalar=20, sliding_window=3, attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+        )  # fmt: skip
+    raise ValueError(f"unknown shape {shape!r}; one of {', '.join(SHAPES)}")
+
+
+def random_model(shape: str, seed: int, bias: bool = True) -> PreTrainedModel:
+    """3 layers, d 32, 4 heads (2 key/value heads where grouped), d_mlp 48, vocabulary 50; eval mode, eager attention.
+
+    HF initialises biases to 0 and norm weights to 1 (Gemma-2: 0); here all are random. bias=False: all biases zero.
+    Take `state_dict()` before a TransformerBridge wraps the model: wrapping renames the keys in place.
+    """
+    config = _config(shape)
+    with exact_float64():  # exact rotary tables
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
+    model.requires_grad_(False)
+    rng = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=rng, dtype=torch.float64)
+        if name.endswith("bias"):
+            p.copy_(0.3 * noise * bias)
+        elif p.ndim == 1:
+            p.copy_((shape != "gemma2") + 0.3 * noise)
+        elif name.endswith(("embed_tokens.weight", "wte.weight", "wpe.weight", "embed_in.weight")):
+            p.copy_(noise * (0.2 if shape == "gemma2" else 0.7))
+        else:  # Conv1D stores [in out], Linear [out in]
+            fan_in = p.shape[0] if shape == "gpt2" else p.shape[1]
+            p.copy_(1.5 * noise / fan_in**0.5)
+    return model
