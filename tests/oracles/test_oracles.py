@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import scores as S
-from .forward import forward, linear
+from .forward import forward, linear, softcap
 from .make import SHAPES, exact_float64, random_model
 
 UNGATED = ("gpt2", "pythia", "pythia-serial")
@@ -203,6 +204,47 @@ def test_faithfulness_limits(shape: str) -> None:
 
     by_hand = metric(forward(w, c, original, patch={("mlp_neuron", 2): ablate}).logits).mean().item()
     assert S.faithfulness(w, c, original, patch, metric, {"mlp_neuron": mask})["F_C"] == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "pythia-serial", "qwen2", "llama"])
+def test_half_identity_and_ln_each_alone_in_the_last_mlp(shape: str) -> None:
+    """Conservation holds for other splits of a gate too, so each rule's pull-back through one MLP is pinned apart.
+
+    In a serial block without post-norms ∂L/∂attn_out − ∂L/∂mlp_out is the gradient pulled back through norm and MLP."""
+    _, w, c, ids, _, metric = setup(shape)
+
+    def pulled(rules: set[str]) -> tuple[Tensor, Tensor]:
+        grads = S.gradients(forward(w, c, ids, rules), metric, ["attn_out", "mlp_out"])
+        return grads["attn_out"][2] - grads["mlp_out"][2], grads["mlp_out"][2]
+
+    if shape not in UNGATED:
+        close(pulled({"half"})[0], 0.5 * pulled(set())[0], 1e-12)
+        return
+    trace = forward(w, c, ids)
+    x = trace["resid_pre"][2] + trace["attn_out"][2]
+    centred = x - x.mean(-1, keepdim=True)
+    scale = (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    at = {"gpt2": "transformer.h.2.{}", "pythia-serial": "gpt_neox.layers.2.{}"}[shape].format
+    ln, up, down = {
+        "gpt2": ("ln_2", "mlp.c_fc", "mlp.c_proj"),
+        "pythia-serial": ("post_attention_layernorm", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    }[shape]
+    w_up, w_down = (w[at(n) + ".weight"].T if shape == "gpt2" else w[at(n) + ".weight"] for n in (up, down))
+    a = (centred / scale * w[at(ln) + ".weight"] + w[at(ln) + ".bias"]) @ w_up.T + w[at(up) + ".bias"]
+    for rules in ({"ln", "identity"}, {"ln"}):
+        got, g = pulled(rules)
+        act = torch.nn.functional.gelu(a, approximate="tanh" if shape == "gpt2" else "none")
+        factor = act / a if "identity" in rules else torch.autograd.grad(act.sum(), a, retain_graph=True)[0]
+        back = ((g @ w_down) * factor) @ w_up * w[at(ln) + ".weight"] / scale
+        close(got, (back - back.mean(-1, keepdim=True)).detach(), 1e-10)
+
+
+def test_softcap_rule_by_hand() -> None:
+    x = torch.tensor([-4.0, -0.1, 0.0, 1e-9, 2.0], dtype=torch.float64, requires_grad=True)
+    (g,) = torch.autograd.grad(softcap(x, 3.0, True).sum(), x)
+    want = torch.tensor([3 * math.tanh(v / 3) / v if v else 1.0 for v in x.tolist()], dtype=torch.float64)
+    close(g, want, 1e-12)
+    close(softcap(x, 3.0, True), softcap(x, 3.0, False), 1e-12)
 
 
 def test_epsilon_and_gamma_rule_by_hand() -> None:
