@@ -1,7 +1,7 @@
 """YAML → pydantic model, with `include`, dotted overrides, and errors that name file, line and key.
 
 1. Each file is composed to YAML nodes, so that every key keeps its line; duplicate keys are refused.
-2. `include: base.yaml` (or a list) puts the base's values underneath: mappings merge, anything else is replaced.
+2. `include: base.yaml` (or a list) puts the base's values underneath: mappings merge, a null removes a key.
 3. Overrides `a.b=value` (the value is YAML) are set last.
 4. pydantic checks the result; its first complaint becomes one RelpError line.
 """
@@ -127,9 +127,13 @@ def _plain(node: yaml.Node, key: Key, source: Source) -> Any:
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` over `below`: mappings merge, a null takes the included key away, anything else replaces it."""
     merged = dict(below)
     for name, value in above.items():
         old = merged.get(name)
+        if value is None and name in merged:
+            del merged[name]
+            continue
         merged[name] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
 

@@ -158,7 +158,7 @@ def _recognise(values: dict[str, Any], where: str) -> Form:
     strange = sorted(keys - best.required - best.optional)
     if missing:
         near = {key: nearest(key, missing) for key in strange}
-        hints = "".join(f" ('{key}'{hint[1:]})" for key, hint in near.items() if "did you mean" in hint)
+        hints = "".join(f" ('{key}':{hint[1:]})" for key, hint in near.items() if "did you mean" in hint)
         raise RelpError(f"{where}missing key {', '.join(map(repr, missing))} of the {best.name} format{hints}")
     for key in strange:
         if key in _ALL_KEYS:

@@ -11,7 +11,8 @@ import hashlib
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from relp_cli.errors import RelpError, nearest
@@ -23,6 +24,7 @@ from relp_cli.tasks.words import Row
 DISCOVERY_SHARE = 0.75
 SPLITS = ("discovery", "heldout", "all")
 _TRIES = 300
+_RINGS = 200
 _MAX_STRATA = 256
 
 
@@ -30,6 +32,11 @@ def check_split(split: str) -> None:
     """Raises: RelpError on an unknown split, with the nearest one."""
     if split not in SPLITS:
         raise RelpError(f"unknown split '{split}'{nearest(split, SPLITS)}")
+
+
+def content_of(words: Iterable[str]) -> str:
+    """What a prompt's split is decided by: its words (by their rows' keys) in any order."""
+    return "|".join(sorted(set(words)))
 
 
 def side(content: str) -> str:
@@ -132,16 +139,20 @@ class _Pool:
 
     def balanced(self, n: int, rng: random.Random) -> list[RawPair]:
         """`n` pairs in which each word occurs equally often in each of the balanced slots."""
-        slots = self.task.spec.balance
-        for _ in range(20):
-            found: dict[PromptPair, RawPair] = {}
-            for fixed, choice in zip(self._rings(slots, n, rng), self._cycle(n, rng), strict=True):
-                raw = self._draw(choice, fixed, found, rng)
-                if raw is None:
-                    break
-                found[raw.pair] = raw
-            else:
-                return list(found.values())
+        slots, words = self.task.spec.balance, len(self.rows[self.task.spec.balance[0]])
+        sizes = [words] * (n // words) + [n % words] * (n % words > 0)
+        if len(sizes) > 1 and sizes[-1] < len(slots):  # a ring needs at least as many words as slots
+            sizes[-2:] = [sizes[-2] - len(slots), sizes[-1] + len(slots)]
+        found: dict[PromptPair, RawPair] = {}
+        choices = list(self._cycle(n, rng))
+        for size in sizes:
+            rings = (self._ring(choices[len(found) : len(found) + size], found, rng) for _ in range(_RINGS))
+            ring = next((ring for ring in rings if ring is not None), None)
+            if ring is None:
+                break
+            found |= ring
+        else:
+            return list(found.values())
         count = sum(1 for _ in self.everything())
         if n > count:
             raise too_few(self.task.spec.name, n, count, self.split)
@@ -150,16 +161,24 @@ class _Pool:
             f"each word equally often in {', '.join(slots)}; ask fewer, or all {count}"
         )
 
-    def _rings(self, slots: tuple[str, ...], n: int, rng: random.Random) -> Iterator[dict[str, Row]]:
-        """Words of the balanced slots: in a shuffled ring of r words, slot j of pair i takes word i + j."""
+    def _ring(
+        self, choices: Sequence[_Choice], found: dict[PromptPair, RawPair], rng: random.Random
+    ) -> dict[PromptPair, RawPair] | None:
+        """One pair per choice, from a shuffled ring of as many words: balanced slot j of pair i takes word i + j.
+
+        None where a pair of neighbours has no combination left.
+        """
+        slots = self.task.spec.balance
         rows = self.rows[slots[0]]
-        sizes = [len(rows)] * (n // len(rows)) + [n % len(rows)] * (n % len(rows) > 0)
-        if len(sizes) > 1 and sizes[-1] < len(slots):  # a ring needs at least as many words as slots
-            sizes[-2:] = [sizes[-2] - len(slots), sizes[-1] + len(slots)]
-        for size in sizes:
-            ring = rng.sample(rows, max(size, min(len(slots), len(rows))))
-            for i in range(size):
-                yield {slot: ring[(i + j) % len(ring)] for j, slot in enumerate(slots)}
+        ring = rng.sample(rows, max(len(choices), min(len(slots), len(rows))))
+        new: dict[PromptPair, RawPair] = {}
+        for i, choice in enumerate(choices):
+            fixed = {slot: ring[(i + j) % len(ring)] for j, slot in enumerate(slots)}
+            raw = self._draw(choice, fixed, ChainMap(new, found), rng)
+            if raw is None:
+                return None
+            new[raw.pair] = raw
+        return new
 
     def _cycle(self, n: int, rng: random.Random) -> Iterator[_Choice]:
         for start in range(0, n, len(self.choices)):
@@ -222,5 +241,5 @@ class _Pool:
 
 
 def _shown(text: Text, words: Mapping[str, Row], roles: Mapping[str, str]) -> str:
-    """The unordered words that a rendered prompt shows, in any form: what its split is decided by."""
-    return "|".join(sorted({words[roles.get(mention.role, mention.slot)].key for mention, _, _ in text.spans}))
+    """The content of a rendered prompt, whatever forms its words have."""
+    return content_of(words[roles.get(mention.role, mention.slot)].key for mention, _, _ in text.spans)

@@ -111,7 +111,7 @@ class Task:
     ) -> tuple[list[RawPair], dict[str, tuple[int, int]], str]:
         """Pairs of the file, how many (did not fit the model, fit it), and a note on the former."""
         rows = [raw for raw in self.fixed if split in ("all", raw.split)]
-        rows, unusable = list(rows), []
+        unusable: list[str] = []
         if self.spec.unusable == "drop":
             rows, unusable = _usable(rows, encoder)
         if not rows or (n is not None and n > len(rows)):

@@ -1,0 +1,1 @@
+"""How the embedded models are made: `python -m relp_cli.models.training [--only NAME]` (`make models`)."""
