@@ -38,7 +38,10 @@ def check_writable(folder: Path) -> None:
     """Fail before a long computation, not after it. Raises RelpError where `folder` cannot be created or written to."""
     probe = folder / ".writable"
     created = [p for p in [folder, *folder.parents] if not p.exists()]
-    write_atomically(probe, b"")
+    try:
+        write_atomically(probe, b"")
+    except RunFailed as error:
+        raise RelpError(f"output folder {folder} is not writable ({error})") from error
     probe.unlink()
     for made in created:  # nothing half-written stays behind
         made.rmdir()

@@ -27,6 +27,7 @@ def select(
     sign: str = "absolute",
     aggregate: str = "none",
     union: bool = False,
+    from_layer: int = 0,
 ) -> Circuit:
     """The nodes whose score passes.
 
@@ -36,6 +37,7 @@ def select(
     sign:      "absolute", or only "positive" / "negative" scores (noising: negative = supports the behaviour).
     aggregate: "none" (per position) or "sum" over positions (Marks et al.): a node is then in everywhere or nowhere.
     union:     a node is in if it passes for *any* example instead of on average (threshold and fraction only).
+    from_layer: nodes of lower layers are never kept (an evaluation that excludes them counts none of them).
 
     One NodeScores gives a circuit of that kind, a mapping a mixed one (ranked together).
     Raises: RelpError unless exactly one way of selecting is given and its value makes sense.
@@ -54,11 +56,13 @@ def select(
         raise RelpError("scores of different position axes cannot form one circuit")
     first = next(iter(kinds.values()))
     strengths = {kind: _strength(s, sign, aggregate, union) for kind, s in kinds.items()}
+    for s in strengths.values():
+        s[:from_layer] = -torch.inf
     cut = _cut(strengths, how, first.meta)
     masks = _masks(strengths, cut, top_k, top_p)
     meta = {k: first.meta[k] for k in KEPT_META if k in first.meta}
     meta["scores"] = tensor_hash(*(s.mean for s in kinds.values()))
-    meta["selection"] = {**how, "tau": cut, "sign": sign, "aggregate": aggregate, "union": union}
+    meta["selection"] = {**how, "tau": cut, "sign": sign, "aggregate": aggregate, "union": union, "from_layer": from_layer}
     return Circuit(masks, ANY_POSITION if aggregate == "sum" else first.labels, meta)
 
 
@@ -113,8 +117,7 @@ def _masks(
     surplus = sum(int(m.sum()) for m in masks.values()) - int(top_k)
     for kind in reversed(list(masks)):
         tied = (strengths[kind] == cut).nonzero()
-        for index in reversed(tied.tolist()):
-            if surplus > 0:
-                masks[kind][tuple(index)] = False
-                surplus -= 1
+        for index in reversed(tied.tolist()[-surplus:] if surplus > 0 else []):
+            masks[kind][tuple(index)] = False
+            surplus -= 1
     return masks

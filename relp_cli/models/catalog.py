@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -10,3 +12,9 @@ EMBEDDED = Path(__file__).parent / "embedded"
 def embedded_names() -> list[str]:
     """Names of the trained models that ship with the package."""
     return sorted(p.name for p in EMBEDDED.iterdir() if (p / "config.json").is_file()) if EMBEDDED.is_dir() else []
+
+
+def card(name: str) -> dict[str, Any]:
+    """What the training measured for an embedded model (held-out accuracy per task); {} if it has no card."""
+    path = EMBEDDED / name / "card.json"
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import socket
@@ -222,8 +221,3 @@ def _content_hash(folder: Path) -> str:
                 digest.update(chunk)
     return digest.hexdigest()[:16]
 
-
-def card(name: str) -> dict[str, Any]:
-    """What the training measured for an embedded model (held-out accuracy per task); {} if it has no card."""
-    path = EMBEDDED / name / "card.json"
-    return json.loads(path.read_text()) if path.is_file() else {}

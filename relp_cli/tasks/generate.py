@@ -25,6 +25,7 @@ DISCOVERY_SHARE = 0.75
 SPLITS = ("discovery", "heldout", "all")
 _TRIES = 300
 _RINGS = 200
+_MAX_ALL = 500_000
 _MAX_STRATA = 256
 
 
@@ -45,9 +46,17 @@ def side(content: str) -> str:
     return "discovery" if int.from_bytes(digest, "big") < DISCOVERY_SHARE * 2**64 else "heldout"
 
 
-def too_few(name: str, n: int, count: int, split: str) -> RelpError:
+class TooFewPairs(RelpError):
+    """More pairs were asked than exist; `count` do."""
+
+    def __init__(self, message: str, count: int) -> None:
+        super().__init__(message)
+        self.count = count
+
+
+def too_few(name: str, n: int, count: int, split: str) -> TooFewPairs:
     """The error for asking more pairs than exist."""
-    return RelpError(f"task '{name}' has {count} pairs in split '{split}' for this model, {n} were asked")
+    return TooFewPairs(f"task '{name}' has {count} pairs in split '{split}' for this model, {n} were asked", count)
 
 
 @dataclass(frozen=True)
@@ -65,10 +74,12 @@ class Vocabulary:
 def generate(task: TaskText, vocabulary: Vocabulary, n: int | None, seed: int, split: str) -> list[RawPair]:
     """`n` distinct pairs (None: all) of usable words; same seed, same pairs.
 
-    Raises: RelpError when fewer than `n` pairs exist in the split (says how many).
+    Raises: RelpError when fewer than `n` pairs exist in the split (says how many), or for all pairs of a huge task.
     """
     check_split(split)
     pool = _Pool(task, vocabulary, split)
+    if n is None and pool.size > _MAX_ALL:
+        raise RelpError(f"task '{task.spec.name}' has about {pool.size} combinations of words: give a number of pairs")
     rng = random.Random(seed)
     if n is None or n > pool.size // 4:
         everything = list(pool.everything())

@@ -1,0 +1,67 @@
+"""relp circuit RUN"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from relp_cli.cli.common import JsonFlag, comma, log, note, out, print_json
+from relp_cli.errors import RelpError
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="A run directory that `relp score` wrote.")],
+    threshold: Annotated[float | None, typer.Option("--threshold", "-t", help="Keep |score| > τ.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="τ as a fraction of mean |L(x_o)| (0.005: Transluce).")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k largest |score|.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the fewest nodes that hold this share of Σ|score|.")] = None,
+    nodes: Annotated[str | None, typer.Option(help="Only these kinds (default: all that were scored, together).")] = None,
+    sign: Annotated[str, typer.Option(help="absolute, positive or negative.")] = "absolute",
+    aggregate: Annotated[str, typer.Option(help="none (per position) or sum (over positions).")] = "none",
+    union: Annotated[bool, typer.Option(help="Keep what passes for any example, not on average.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: circuit.json in the run.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Select a circuit from a run's scores and write it as one readable JSON file.
+
+    Example: relp circuit runs/ioi --threshold 0.005
+    """
+    from relp_cli.circuits.select import select
+    from relp_cli.runs.scoring import open_run
+
+    run_dir, _, scores = open_run(run)
+    kinds = comma(nodes) if nodes else tuple(scores)
+    chosen = {kind: scores[kind] for kind in kinds}
+    circuit = select(
+        chosen, threshold, fraction=fraction, top_k=top_k, top_p=top_p, sign=sign, aggregate=aggregate, union=union
+    )
+    if circuit.n_nodes in (0, circuit.n_possible):
+        note(f"WARNING: this threshold keeps {'nothing' if circuit.n_nodes == 0 else 'everything'}")
+    path = output or run_dir.circuit
+    if path.is_dir():
+        raise RelpError(f"--output {path} is a folder; expected a file name")
+    circuit.save(path)
+    if json:
+        print_json({"circuit": str(path), "n_nodes": circuit.n_nodes, "n_possible": circuit.n_possible, **circuit.meta})
+        return
+    out.print(layers_table(circuit))
+    log.print(str(path), highlight=False)
+
+
+def layers_table(circuit):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201 - rich and torch stay unimported
+    """Nodes kept per kind and layer."""
+    from rich.table import Table
+
+    tau = circuit.meta.get("selection", {}).get("tau")
+    table = Table(title=f"{circuit.n_nodes} of {circuit.n_possible} nodes (τ = {tau:g})", title_justify="left")
+    table.add_column("kind")
+    n_layers = max(mask.shape[0] for mask in circuit.masks.values())
+    for layer in range(n_layers):
+        table.add_column(f"L{layer}", justify="right")
+    table.add_column("all", justify="right")
+    for kind, mask in circuit.masks.items():
+        counts = mask.flatten(1).sum(1).tolist()
+        table.add_row(kind, *map(str, counts), str(sum(counts)))
+    return table

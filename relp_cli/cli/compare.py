@@ -1,0 +1,56 @@
+"""relp compare TASK... | RUN RUN..."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from relp_cli.cli.common import DeviceOption, DtypeOption, JsonFlag, comma, log, note, out, print_json, progress
+
+
+def command(
+    targets: Annotated[list[str], typer.Argument(help="Tasks, or run directories of one task, model and node kinds.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Models, comma-separated.")] = "tiny-gpt2",
+    methods: Annotated[str, typer.Option(help="Methods to compare with the reference.")] = "atp,relp",
+    nodes: Annotated[str, typer.Option(help="Node kinds.")] = "resid_pre,attn_out,mlp_out",
+    pairs: Annotated[int, typer.Option(help="How many prompt pairs.")] = 100,
+    seed: Annotated[int, typer.Option(help="Draws the pairs and the bootstrap samples.")] = 0,
+    metric: Annotated[str | None, typer.Option(help="Default: the task's.")] = None,
+    direction: Annotated[str, typer.Option(help="noising or denoising.")] = "noising",
+    reference: Annotated[str, typer.Option(help="What estimates are compared with.")] = "act_patch",
+    top_k: Annotated[int, typer.Option(help="k of the top-k overlap.")] = 10,
+    only_correct: Annotated[bool, typer.Option(help="Keep the pairs that the model gets right.")] = False,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for tables, figures and scores.")] = Path("runs/compare"),
+    json: JsonFlag = False,
+) -> None:
+    """Agreement of methods with exact patching: the paper's Table 5 and the heatmaps of its Figure 2.
+
+    Example: relp compare ioi sva_across_pp --model tiny-gpt2 --methods atp,relp,relp+ah
+    """
+    from relp_cli.runs.comparing import CompareOptions, compare_runs, compare_tasks
+    from relp_cli.runs.rundir import RunDir
+
+    options = CompareOptions(
+        models=comma(model), methods=comma(methods), nodes=comma(nodes), pairs=pairs, seed=seed, metric=metric,
+        direction=direction, reference=reference, top_k=top_k, only_correct=only_correct, dtype=dtype,
+    )  # fmt: skip
+    with progress() as bar:
+        if all(RunDir(Path(t)).exists() for t in targets):
+            result = compare_runs([Path(t) for t in targets], options, output)
+        else:
+            result = compare_tasks(targets, options, output, device, bar)
+    for line in result.notes:
+        note(line)
+    if json:
+        print_json({"folder": str(output), "rows": result.table.to_dict("records")})
+        return
+    from relp_cli.cli.tables import agreement_tables
+
+    for table in agreement_tables(result.table):
+        out.print(table)
+    for path in result.files:
+        log.print(str(path), highlight=False)

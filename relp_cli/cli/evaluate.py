@@ -1,0 +1,58 @@
+"""relp evaluate RUN | JOB.yaml"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from relp_cli.cli.common import DeviceOption, DryRunFlag, JsonFlag, log, note, out, print_json, progress
+
+
+def command(
+    target: Annotated[str, typer.Argument(help="A run directory, or a batch job (JOB.yaml, or a shipped job's name).")],
+    sweep: Annotated[str | None, typer.Option(help="log:1e-4:1:15 (thresholds), or counts:1,10,100. Default: circuit.json, else log:1e-4:1:15.")] = None,
+    circuit: Annotated[Path | None, typer.Option(help="Evaluate this circuit file instead.")] = None,
+    ablation: Annotated[str, typer.Option(help="mean, mean_task, zero, counterfactual or resample.")] = "mean",
+    exclude_layers: Annotated[int | None, typer.Option(help="First layers left unablated (default: a third; 0: none).")] = None,
+    metric: Annotated[str | None, typer.Option(help="logit_diff, prob_diff, kl or accuracy (default: the run's).")] = None,
+    pairs: Annotated[int, typer.Option(help="Held-out pairs (as many as exist, at most).")] = 100,
+    seed: Annotated[int, typer.Option(help="Draws held-out pairs, random circuits and bootstrap samples.")] = 0,
+    random: Annotated[int, typer.Option(help="Random circuits of the same size per point.")] = 3,
+    device: DeviceOption = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Job folder (jobs only).")] = None,
+    override: Annotated[list[str], typer.Option("--override", help="Override a key of the job: models=[tiny-gpt2]")] = [],  # noqa: B006
+    engine: Annotated[str, typer.Option(help="local or ray (jobs only).")] = "local",
+    dry_run: DryRunFlag = False,
+    json: JsonFlag = False,
+) -> None:
+    """Faithfulness and completeness of a run's circuit on held-out pairs, over a sweep of thresholds, or a batch job.
+
+    Example: relp evaluate runs/ioi --sweep log:1e-4:1:15
+    """
+    if target.endswith((".yaml", ".yml")) or not Path(target).exists():
+        from relp_cli.cli.job import run_job
+
+        run_job(target, override, output, engine, device, dry_run, json)
+        return
+    from relp_cli.cli.tables import frame
+    from relp_cli.runs.evaluating import evaluate_run
+
+    with progress() as bar:
+        path, table, notes = evaluate_run(
+            Path(target), sweep=sweep, circuit=circuit, ablation=ablation, exclude_layers=exclude_layers, metric=metric,
+            pairs=pairs, seed=seed, random_circuits=random, device=device, progress=bar,
+        )  # fmt: skip
+    for line in notes:
+        note(line)
+    if json:
+        print_json({"table": str(path), "rows": table.to_dict("records")})
+        return
+    shown = ["tau", "n_nodes", "faithfulness", "faithfulness_lo", "faithfulness_hi", "completeness", "completeness_lo",
+             "completeness_hi", "random_faithfulness", "random_completeness", "F_C", "note"]  # fmt: skip
+    first = table.iloc[0]
+    out.print(frame(table[[c for c in shown if c in table]], f"{target}: {first.n_pairs} held-out pairs, "
+                    f"{first.ablation} ablation, first {first.exclude_layers} layers unablated, "
+                    f"F(M) = {first.F_M:.3f}, F(∅) = {first.F_empty:.3f}"))  # fmt: skip
+    log.print(str(path), highlight=False)

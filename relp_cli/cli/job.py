@@ -1,0 +1,77 @@
+"""Batch jobs: `relp evaluate JOB.yaml`, and `relp reproduce`, which runs a shipped job and sets the paper's numbers beside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from relp_cli.cli.common import DeviceOption, DryRunFlag, JsonFlag, log, note, out, print_json, progress
+from relp_cli.errors import RelpError, unknown
+
+
+def reproduce(
+    what: Annotated[str, typer.Argument(help="table5 or figure3")],
+    models: Annotated[str | None, typer.Option(help="Only these models (names, or folders of local copies).")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Job folder (default: runs/JOB).")] = None,
+    device: DeviceOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Run the paper's experiment on every model that loads, and print our numbers beside the published ones.
+
+    Example: relp reproduce table5 --models gpt2
+    """
+    if what not in ("table5", "figure3"):
+        raise unknown("experiment", what, ("table5", "figure3"))
+    overrides = [f"models=[{models}]"] if models else []
+    run_job(what, overrides, output, "local", device, False, json)
+
+
+def run_job(
+    name: str, overrides: list[str], output: Path | None, engine: str, device: str | None, dry_run: bool, json: bool
+) -> None:
+    """Load, run, collect, write tables and figures, print a summary."""
+    from relp_cli.runs.job import cells, load_job
+
+    if not Path(name).exists() and "/" in name and not name.endswith((".yaml", ".yml")):
+        raise RelpError(f"run '{name}' does not exist; `relp ls runs` lists runs, `relp score` makes one")
+    job = load_job(name, overrides)
+    folder = output or Path("runs") / job.name
+    if dry_run:
+        grid = cells(job)
+        summary = {"job": job.name, "folder": str(folder), "cells": len(grid), "first": grid[0].label, "last": grid[-1].label}
+        print_json(summary) if json else out.print("\n".join(f"{k}: {v}" for k, v in summary.items()), highlight=False)
+        return
+    from relp_cli.runs.engines import ENGINES
+    from relp_cli.runs.jobrun import collect
+    from relp_cli.runs.summary import summarise
+
+    with progress() as bar:
+        outcome = ENGINES[engine](job, folder, device, bar)
+    result = collect(outcome.paths)
+    files, tables = summarise(job, result.rows, folder)
+    state = f"{outcome.computed} cells computed, {outcome.finished} found finished, {outcome.failed} failed"
+    if json:
+        print_json({"job": job.name, "folder": str(folder), "state": state, "errors": dict(result.errors),
+                    "files": [str(f) for f in files], "rows": result.rows.to_dict("records")})  # fmt: skip
+    else:
+        _print(tables, files)
+        note(f"{job.name}: {state}")
+        for label, error in result.errors:
+            note(f"WARNING: {label}: {error}")
+    if outcome.failed and outcome.computed + outcome.finished == 0:
+        raise typer.Exit(1)
+
+
+def _print(tables: list[tuple[str, Any]], files: list[Path]) -> None:
+    from relp_cli.cli.tables import agreement_tables, frame
+
+    for title, table in tables:
+        if title == "agreement":
+            for one in agreement_tables(table):
+                out.print(one)
+        else:
+            out.print(frame(table, title))
+    for path in files:
+        log.print(str(path), highlight=False)

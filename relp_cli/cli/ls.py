@@ -1,0 +1,112 @@
+"""relp ls tasks|methods|models|nodes|rules|runs (imports no torch, but for rules)"""
+
+from __future__ import annotations
+
+import json as jsonlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from relp_cli.cli.common import JsonFlag, out, print_json
+from relp_cli.errors import unknown
+
+
+def command(
+    what: Annotated[str, typer.Argument(help="tasks, methods, models, nodes, rules, jobs or runs")],
+    json: JsonFlag = False,
+) -> None:
+    """List what there is.
+
+    Example: relp ls methods
+    """
+    if what not in LISTS:
+        raise unknown("list", what, LISTS)
+    rows = LISTS[what]()
+    if json:
+        print_json(rows)
+        return
+    from rich.table import Table
+
+    table = Table(show_edge=False)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for i, column in enumerate(columns):
+        table.add_column(column, no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*(str(row.get(c, "")) for c in columns))
+    out.print(table if rows else f"no {what}")
+
+
+def _tasks() -> list[dict[str, Any]]:
+    from relp_cli.tasks.spec import list_tasks, read_task
+
+    return [{"task": t, "metric": (s := read_task(t).spec).metric, "description": s.description} for t in list_tasks()]
+
+
+def _methods() -> list[dict[str, Any]]:
+    from relp_cli.methods.table import METHODS
+
+    return [
+        {"method": m.name, "for": m.scope, "estimates": m.estimates, "cost": m.cost, "addresses": m.addresses,
+         "source": m.source}
+        for _, m in METHODS.items()
+    ]  # fmt: skip
+
+
+def _models() -> list[dict[str, Any]]:
+    from relp_cli.models.catalog import card, embedded_names
+
+    rows = []
+    for name in embedded_names():
+        solved = {task: cell["accuracy"] for task, cell in card(name).get("heldout", {}).items()}
+        rows.append({"model": name, "held-out accuracy": ", ".join(f"{t} {a:.2f}" for t, a in solved.items())})
+    return rows
+
+
+def _nodes() -> list[dict[str, Any]]:
+    from relp_cli.nodes.kinds import NODE_KINDS
+
+    return [{"kind": k.name, "axes": ", ".join(k.axes), "hook": k.hook, "what": k.description} for _, k in NODE_KINDS.items()]
+
+
+def _rules() -> list[dict[str, Any]]:
+    from relp_cli.lrp.rules import RULES
+    from relp_cli.models.families import FAMILIES
+
+    presets = {name: [f.name for _, f in FAMILIES.items() if name in f.rules] for name in RULES}
+    return [
+        {"rule": r.name + (f"={r.default:g}" if r.default is not None else ""), "acts on": r.site,
+         "what": r.description, "preset of": ", ".join(presets[r.name]), "source": r.source}
+        for _, r in RULES.items()
+    ]  # fmt: skip
+
+
+def _jobs() -> list[dict[str, Any]]:
+    from relp_cli.config.paths import list_configs
+
+    return [{"job": name} for name in list_configs("jobs")]
+
+
+def _runs() -> list[dict[str, Any]]:
+    rows = []
+    for path in sorted(Path("runs").glob("**/run.json")):
+        try:
+            content = jsonlib.loads(path.read_text())
+            spec = content["spec"]
+        except (OSError, ValueError, KeyError):
+            rows.append({"run": str(path.parent), "task": "(unreadable run.json)"})
+            continue
+        rows.append({"run": str(path.parent)} | {k: spec[k] for k in ("task", "model", "method", "direction", "pairs")})
+    return rows
+
+
+LISTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "tasks": _tasks,
+    "methods": _methods,
+    "models": _models,
+    "nodes": _nodes,
+    "rules": _rules,
+    "jobs": _jobs,
+    "runs": _runs,
+}

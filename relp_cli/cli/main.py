@@ -1,0 +1,56 @@
+"""`relp`: one thin file per verb; this one wires them and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from relp_cli import __version__
+from relp_cli.cli import bench, circuit, compare, evaluate, job, ls, report, score, tasks
+from relp_cli.errors import RelpError
+
+app = typer.Typer(
+    name="relp",
+    help="Circuit discovery for transformer language models: score nodes, select circuits, evaluate and compare them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in (score, circuit, evaluate, compare, report, ls, bench):
+    app.command(name=module.__name__.rpartition(".")[2])(module.command)
+app.command(name="validate")(tasks.validate)
+app.command(name="show")(tasks.show)
+app.command(name="reproduce")(job.reproduce)
+
+
+@app.callback(invoke_without_command=True)
+def main(version: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
+    """Circuit discovery for transformer language models."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def run() -> None:
+    """Entry point. Exit codes: 0, 1 (failed), 2 (bad input), 130 (interrupted); never a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(standalone_mode=True)
+    except RelpError as error:
+        fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command again resumes what was finished", 130)
+    except (OSError, MemoryError) as error:
+        fail(f"{type(error).__name__}: {error}", 1)
+    except RuntimeError as error:
+        if os.environ.get("RELP_DEBUG"):
+            raise
+        fail(f"{type(error).__name__}: {str(error).splitlines()[0]} (RELP_DEBUG=1 shows where)", 1)
+
+
+def fail(message: str, code: int) -> None:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.exit(code)

@@ -1,0 +1,24 @@
+"""relp report RUN"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from relp_cli.cli.common import log
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: report.html in the run.")] = None,
+) -> None:
+    """Figures and one self-contained HTML page of a run.
+
+    Example: relp report runs/ioi
+    """
+    from relp_cli.runs.reporting import report_run
+
+    for path in report_run(run, output):
+        log.print(str(path), highlight=False)

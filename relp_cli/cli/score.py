@@ -1,0 +1,83 @@
+"""relp score TASK"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from relp_cli.cli.common import (
+    DeviceOption, DryRunFlag, DtypeOption, JsonFlag, assignments, comma, log, note, out, print_json, progress,
+)  # fmt: skip
+
+
+def command(
+    task: Annotated[str, typer.Argument(help="A shipped task (relp ls tasks), a task YAML, or a file of pairs.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Embedded name, local folder, or hub name.")] = "tiny-gpt2",
+    method: Annotated[str, typer.Option(help="relp ls methods; `relp+ah` adds a rule.")] = "relp",
+    nodes: Annotated[str, typer.Option(help="Node kinds, comma-separated (relp ls nodes).")] = "resid_pre,attn_out,mlp_out",
+    pairs: Annotated[int, typer.Option(help="How many prompt pairs.")] = 100,
+    seed: Annotated[int, typer.Option(help="Draws the pairs.")] = 0,
+    split: Annotated[str, typer.Option(help="discovery, heldout or all.")] = "discovery",
+    metric: Annotated[str | None, typer.Option(help="logit_diff, prob_diff, kl (default: the task's).")] = None,
+    direction: Annotated[str, typer.Option(help="noising (run the original) or denoising.")] = "noising",
+    baseline: Annotated[str, typer.Option(help="patch, zero or mean: what n(x_p) is.")] = "patch",
+    rules: Annotated[str | None, typer.Option(help="LRP rules, comma-separated (default: the family's preset).")] = None,
+    settings: Annotated[list[str], typer.Option("--set", help="A parameter of the method: --set steps=20")] = [],  # noqa: B006
+    bos: Annotated[bool | None, typer.Option("--bos/--no-bos", help="Prepend BOS (default: as the model does).")] = None,
+    only_correct: Annotated[bool, typer.Option(help="Keep the pairs that the model gets right.")] = False,
+    per_example: Annotated[bool | None, typer.Option(help="Store scores per example (default: where they fit).")] = None,
+    batch_size: Annotated[int, typer.Option(help="Pairs per pass.")] = 32,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run directory (default: runs/…).")] = None,
+    dry_run: DryRunFlag = False,
+    json: JsonFlag = False,
+) -> None:
+    """Score nodes of a model on a task and write a run directory.
+
+    Example: relp score ioi --model tiny-gpt2 --method relp --nodes mlp_out,head -o runs/ioi
+    """
+    from relp_cli.runs.checked import score_spec
+
+    params: dict[str, Any] = assignments(settings)
+    if rules is not None:
+        params["rules"] = rules if rules == "auto" else list(comma(rules))
+    spec = score_spec(
+        task=task, model=model, method=method, nodes=comma(nodes), pairs=pairs, seed=seed, split=split, metric=metric,
+        direction=direction, baseline=baseline, bos=bos, only_correct=only_correct, dtype=dtype, batch_size=batch_size,
+        keep_examples=per_example, params=params,
+    )  # fmt: skip
+    from relp_cli.runs.cost import describe_cost
+    from relp_cli.runs.scoring import Prepared, Session, prepare, score_run
+
+    session = Session(device)
+    if dry_run:
+        prepared = prepare(spec, session)
+        cost = describe_cost(prepared.model, prepared.pairs, spec)
+        print_json(cost) if json else out.print("\n".join(f"{k}: {v}" for k, v in cost.items()), highlight=False)
+        return
+
+    def ready(prepared: Prepared, folder: Path) -> None:
+        for line in prepared.notes:
+            note(line)
+        if not json:
+            seen = prepared.behaviour
+            note(
+                f"{prepared.model.name} on {prepared.task.name}: accuracy {seen.accuracy:.2f}, "
+                f"{prepared.metric} {seen.metric_original:+.3f} on originals"
+                + (f", {seen.metric_patch:+.3f} on patches" if seen.metric_patch is not None else "")
+            )
+        if spec.method == "act_patch":
+            note(f"act_patch: {describe_cost(prepared.model, prepared.pairs, spec)['forwards']}")
+
+    with progress() as bar:
+        run, scores, cached = score_run(spec, session, output, bar, ready)
+    if json:
+        print_json({"run": str(run.path), "cached": cached, **run.read()})
+        return
+    from relp_cli.cli.tables import top_nodes
+
+    out.print(top_nodes(scores))
+    log.print(f"{'already done: ' if cached else ''}{run.path}", highlight=False)

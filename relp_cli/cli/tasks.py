@@ -1,0 +1,105 @@
+"""relp validate TASK.yaml, relp show TASK"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from relp_cli.cli.common import JsonFlag, note, out, print_json
+
+
+def validate(
+    task: Annotated[str, typer.Argument(help="A task YAML, a shipped task's name, or a batch job YAML (with `tasks:`).")],
+    json: JsonFlag = False,
+) -> None:
+    """Check a task YAML (templates, word lists, pairing rule) without loading any model.
+
+    Example: relp validate my_task.yaml
+    """
+    from relp_cli.tasks.spec import read_task
+
+    text = read_task(task)
+    spec = text.spec
+    about = {
+        "task": spec.name,
+        "description": spec.description,
+        "metric": spec.metric,
+        "templates": len(spec.templates) if spec.templates else 0,
+        "lists": {name: len(words.rows) for name, words in text.lists.items()},
+        "pairs": spec.pairs,
+        "hash": text.hash,
+    }
+    if json:
+        print_json(about)
+        return
+    for key, value in about.items():
+        if value not in (None, {}, ""):
+            out.print(f"{key}: {value}", highlight=False)
+    out.print("valid")
+
+
+def show(
+    task: Annotated[str, typer.Argument(help="A shipped task, a task YAML, or a file of pairs.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Whose tokenizer and behaviour to show.")] = "tiny-gpt2",
+    pairs: Annotated[int, typer.Option(help="Pairs to measure the model's behaviour on (as many as exist, at most).")] = 100,
+    examples: Annotated[int, typer.Option(help="Pairs to print per token length.")] = 1,
+    seed: Annotated[int, typer.Option(help="Draws the pairs.")] = 0,
+    split: Annotated[str, typer.Option(help="discovery, heldout or all.")] = "discovery",
+    bos: Annotated[bool | None, typer.Option("--bos/--no-bos", help="Prepend BOS (default: as the model does).")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Print aligned tokenised pairs with position roles, and the model's own accuracy on them.
+
+    Example: relp show ioi --model tiny-gpt2
+    """
+    from rich.table import Table
+
+    from relp_cli.runs.checked import score_spec
+    from relp_cli.runs.scoring import Session, prepare
+
+    spec = score_spec(task=task, model=model, pairs=pairs, seed=seed, split=split, bos=bos)
+    prepared = prepare(spec, Session(), at_most=True)
+    tokenizer = prepared.model.tokenizer
+
+    def words(ids: list[int]) -> list[str]:
+        return [repr(tokenizer.decode([i]))[1:-1] if tokenizer is not None else str(i) for i in ids if i >= 0]
+
+    seen = prepared.behaviour
+    if json:
+        rows = [
+            {"roles": b.labels, "original": words(o), "patch": words(p), "answer": words(a), "foil": words(f)}
+            for b in prepared.pairs
+            for o, p, a, f in list(_rows(b))[:examples]
+        ]
+        print_json({"task": prepared.task.name, "model": prepared.model.name, **seen.as_dict(), "pairs": rows})
+        return
+    for line in prepared.notes:
+        note(line)
+    for batch in prepared.pairs:
+        for original, patch, answer, foil in list(_rows(batch))[:examples]:
+            title = f"{len(batch)} pairs of {batch.n_pos} tokens; answer {_some(words(answer))}, foil {_some(words(foil))}"
+            table = Table(title=title, title_justify="left")
+            for name in ("pos", "role", "original", "patch"):
+                table.add_column(name)
+            old, new = words(original), words(patch) if patch else [""] * len(original)
+            for i, (role, a, b) in enumerate(zip(batch.labels, old, new, strict=True)):
+                changed = bool(patch) and a != b
+                table.add_row(str(i), role, a, f"[bold]{b}[/]" if changed else b)
+            out.print(table)
+    patch_value = "" if seen.metric_patch is None else f", on patches {seen.metric_patch:+.3f}"
+    start = "no BOS" if spec.bos is False or (spec.bos is None and prepared.model.bos is None) else "BOS prepended"
+    out.print(
+        f"{prepared.model.name} on {prepared.task.name}: accuracy {seen.accuracy:.3f} over {seen.n} pairs ({start}); mean "
+        f"{prepared.metric} on originals {seen.metric_original:+.3f}{patch_value}",
+        highlight=False,
+    )
+
+
+def _rows(batch):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202 - torch stays unimported here
+    patch = batch.patch.tolist() if batch.patch is not None else [None] * len(batch)
+    return zip(batch.original.tolist(), patch, batch.answer.tolist(), batch.foil.tolist(), strict=True)
+
+
+def _some(words: list[str]) -> str:
+    return " ".join(words) if len(words) <= 4 else f"{words[0]} … {words[-1]} ({len(words)} tokens)"

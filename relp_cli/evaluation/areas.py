@@ -1,0 +1,21 @@
+"""Integrated scores of a faithfulness curve over the fraction kept: CPR and CMD (Mueller et al. 2025, MIB)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+def areas(fraction: Sequence[float], faithfulness: Sequence[float]) -> tuple[float, float]:
+    """(CPR, CMD): trapezoids of faithfulness and of |1 − faithfulness| over the given fractions, in [0, 1].
+
+    The curve is not extended beyond the points it has. NaN where a point is missing or fewer than two exist.
+    """
+    order = np.argsort(fraction, kind="stable")
+    x, y = np.asarray(fraction, dtype=float)[order], np.asarray(faithfulness, dtype=float)[order]
+    if len(x) < 2 or np.isnan(y).any():
+        return float("nan"), float("nan")
+    return float(np.trapezoid(y, x)), float(np.trapezoid(np.abs(1 - y), x))

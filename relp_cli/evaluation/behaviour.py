@@ -1,0 +1,70 @@
+"""What the model itself does on a task: accuracy and metric on original and patch prompts, and whether that is chance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy import stats
+
+from relp_cli.errors import RelpError
+from relp_cli.models.model import Model
+from relp_cli.tasks.metrics import METRICS
+from relp_cli.tasks.pairs import PairBatch
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """accuracy: share of originals with answer above foil; metric_original, metric_patch: means of the task's metric.
+
+    correct: per batch Bool[batch]. at_chance: accuracy is not above 1/2 at the 1 % level (only asked where there is a foil).
+    """
+
+    accuracy: float
+    metric_original: float
+    metric_patch: float | None
+    n: int
+    correct: tuple[torch.Tensor, ...]
+    at_chance: bool
+
+    def as_dict(self) -> dict[str, float | int | bool | None]:
+        return {
+            "accuracy": self.accuracy,
+            "metric_original": self.metric_original,
+            "metric_patch": self.metric_patch,
+            "n": self.n,
+            "at_chance": self.at_chance,
+        }
+
+
+@torch.no_grad()
+def behaviour(model: Model, pairs: Sequence[PairBatch], metric: str) -> Behaviour:
+    """Run all originals and patches once (their cost is not counted to any method)."""
+    row = METRICS[metric]
+    correct, original, patch = [], [], []
+    for batch in (b.to(model.device) for b in pairs):
+        logits = model.logits(batch.original)
+        correct.append(METRICS["accuracy"].fn(logits, batch.answer, batch.foil).bool().cpu())
+        original.append(row.fn(logits, batch.answer, batch.foil, logits).double().cpu())
+        if batch.patch is not None:
+            patch.append(row.fn(model.logits(batch.patch), batch.answer, batch.foil, logits).double().cpu())
+    hits, n = int(torch.cat(correct).sum()), sum(len(b) for b in pairs)
+    has_foil = all((b.foil >= 0).any(-1).all() for b in pairs)
+    chance = has_foil and stats.binomtest(hits, n, 0.5, alternative="greater").pvalue > 0.01
+    return Behaviour(
+        accuracy=hits / n,
+        metric_original=torch.cat(original).mean().item(),
+        metric_patch=torch.cat(patch).mean().item() if patch else None,
+        n=n,
+        correct=tuple(correct),
+        at_chance=bool(chance),
+    )
+
+
+def keep_correct(pairs: Sequence[PairBatch], seen: Behaviour) -> list[PairBatch]:
+    """The pairs whose original the model gets right. Raises RelpError where none is left."""
+    kept = [b.rows(c.nonzero()[:, 0]) for b, c in zip(pairs, seen.correct, strict=True) if c.any()]
+    if not kept:
+        raise RelpError(f"--only-correct leaves no pair: the model gets 0 of {seen.n} right")
+    return kept

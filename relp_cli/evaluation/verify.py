@@ -1,0 +1,84 @@
+"""Exact patching of a cheap method's top candidates: what AP costs for neurons when it is spent where it matters.
+
+1. The candidates are the nodes with the largest |cheap score|, over one or several cheap methods.
+2. Each candidate is patched exactly (RelP eq. 1) on every pair.
+3. The others are not patched and have score 0, which the metadata says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from relp_cli.errors import RelpError
+from relp_cli.evaluation.agreement import top
+from relp_cli.methods.act_patch import ActPatchParams, patch_effects
+from relp_cli.methods.score import Progress, Running, position_axis
+from relp_cli.methods.scores import NodeScores, Scores
+from relp_cli.methods.setup import Setup
+from relp_cli.models.model import Model
+from relp_cli.nodes.kinds import NODE_KINDS
+from relp_cli.tasks.metrics import METRICS
+from relp_cli.tasks.pairs import PairBatch
+
+
+def candidates(cheap: Sequence[NodeScores], k: int) -> Tensor:
+    """Bool[layer, pos, *unit]: the union of each method's k largest |mean|."""
+    mask = torch.zeros(cheap[0].mean.numel(), dtype=torch.bool)
+    for scores in cheap:
+        mask[top(scores.mean.numpy().ravel(), k)] = True
+    return mask.view(cheap[0].mean.shape)
+
+
+def rescore(
+    model: Model,
+    pairs: Sequence[PairBatch],
+    cheap: Sequence[Mapping[str, NodeScores]],
+    k: int,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> Scores:
+    """Exact scores of the top-k candidates per kind (union over the `cheap` results), 0 elsewhere.
+
+    Metric and direction are those of the cheap scores. Raises RelpError where these disagree, or used a baseline.
+    """
+    meta = next(iter(cheap[0].values())).meta
+    for other in cheap:
+        theirs = next(iter(other.values())).meta
+        different = [key for key in ("metric", "direction", "model", "revision") if theirs.get(key) != meta.get(key)]
+        if different or theirs["baseline"] != "patch":
+            raise RelpError(f"cheap scores to verify differ in {', '.join(different) or 'baseline'}")
+    axis, labels = position_axis(pairs)
+    total = sum(len(b) for b in pairs)
+    kept, done = {}, 0
+    for name in cheap[0]:
+        kind = NODE_KINDS[name]
+        mask = candidates([c[name] for c in cheap], k)
+        running = Running(model, kind, labels, total, keep=None)
+        for chunk in (c.to(model.device) for b in pairs for c in b.split(batch_size)):
+            setup = Setup(model, chunk, METRICS[meta["metric"]], (kind,), meta["direction"])
+            running.add(_effects(setup, mask, labels), setup.labels)
+            done += len(chunk)
+            if progress:
+                progress(done, total * len(cheap[0]), "exact patching of candidates")
+        about = {**meta, "method": "act_patch", "rules": {}, "params": {"candidates": k}, "n_candidates": int(mask.sum())}
+        kept[name] = replace(running.finish(axis, about), kind=name)
+    return Scores(kept, {**meta, "method": "act_patch", "rules": {}, "params": {"candidates": k}})
+
+
+def _effects(setup: Setup, mask: Tensor, labels: tuple[str, ...]) -> Tensor:
+    """Float[batch, layer, slot, *unit]: exact effects of the candidates at this batch's positions, 0 elsewhere."""
+    (kind,), source = setup.kinds, setup.source_activations()
+    here = mask[:, [labels.index(label) for label in setup.labels]]
+    here = here[..., None] if kind.split == "vector" else here
+    effects = torch.zeros(len(setup.batch), *here.shape, dtype=setup.model.dtype, device=setup.model.device)
+    for layer in range(setup.model.shape.n_layers):
+        nodes = [(slot, unit) for slot, unit in here[layer].nonzero().tolist()]
+        if nodes:
+            slots, unit_index = zip(*nodes, strict=True)
+            found = patch_effects(setup, kind, layer, nodes, source[kind.name][layer], ActPatchParams().chunk_tokens)
+            effects[:, layer, list(slots), list(unit_index)] = found
+    return effects[..., 0] if kind.split == "vector" else effects

@@ -1,0 +1,141 @@
+"""Comparisons as runs: every method's scores are a run directory below the output folder, reused when they verify."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from relp_cli.errors import RelpError
+from relp_cli.evaluation.compare import run_comparison
+from relp_cli.files import check_writable, write_atomically
+from relp_cli.methods.score import Progress
+from relp_cli.methods.scores import Scores
+from relp_cli.nodes.kinds import NODE_KINDS
+from relp_cli.report.figures import heatmaps
+from relp_cli.runs.checked import score_spec
+from relp_cli.runs.scoring import Prepared, Session, default_folder, digest_of, open_run, prepare, score_run
+from relp_cli.runs.spec import ScoreSpec
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What `relp compare` takes besides its tasks."""
+
+    models: tuple[str, ...]
+    methods: tuple[str, ...]
+    nodes: tuple[str, ...]
+    pairs: int
+    seed: int
+    metric: str | None
+    direction: str
+    reference: str
+    top_k: int
+    only_correct: bool
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One table over all cells, the files written, and notes for people."""
+
+    table: pd.DataFrame
+    files: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+def compare_tasks(
+    tasks: Sequence[str], options: CompareOptions, folder: Path, device: str | None, progress: Progress | None
+) -> Compared:
+    """Score every task × model with every method and the reference; write compare.csv and one heatmap figure per cell."""
+    session = Session(device)
+    specs = [_spec(task, model, options) for task in tasks for model in options.models]
+    check_writable(folder)
+    tables, files, notes = [], [], []
+    for spec in specs:
+        prepared = prepare(spec, session)
+        notes += [f"{prepared.model.name}, {prepared.task.name}: {line}" for line in prepared.notes]
+        scores = {m: _scores(spec, m, prepared, session, folder, progress) for m in _all_methods(options)}
+        result = run_comparison(
+            prepared.model, prepared.pairs, options.methods, options.nodes, prepared.metric, options.direction,
+            options.reference, options.top_k, seed=options.seed, scores=scores,
+        )  # fmt: skip
+        result.table.insert(0, "task", prepared.task.name)
+        tables.append(result.table)
+        files += _figure(prepared, scores, options, folder)
+    table = pd.concat(tables, ignore_index=True)
+    path = folder / "compare.csv"
+    write_atomically(path, table.to_csv(index=False))
+    return Compared(table, (path, *files), tuple(notes))
+
+
+def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path) -> Compared:
+    """Compare runs that exist; one of them must be of the reference method."""
+    runs = [open_run(path) for path in paths]
+    specs = [spec.model_copy(update={"method": "", "params": {}, "keep_examples": None}) for _, spec, _ in runs]
+    for path, spec in zip(paths[1:], specs[1:], strict=True):
+        different = [k for k in ScoreSpec.model_fields if getattr(spec, k) != getattr(specs[0], k)]
+        if different:
+            raise RelpError(f"runs {paths[0]} and {path} cannot be compared: they differ in {', '.join(different)}")
+    by_method = {spec.method: scores for _, spec, scores in runs}
+    if options.reference not in by_method:
+        raise RelpError(f"no run of '{options.reference}' among these; score one, or choose another --reference")
+    methods = [m for m in by_method if m != options.reference]
+    if not methods:
+        raise RelpError("only the reference run was given; expected at least one other method")
+    prepared = prepare(specs[0].model_copy(update={"method": methods[0]}), Session())
+    first = runs[0][2].meta
+    result = run_comparison(
+        prepared.model, prepared.pairs, methods, tuple(runs[0][2]), first["metric"], first["direction"],
+        options.reference, options.top_k, seed=options.seed, scores=by_method,
+    )  # fmt: skip
+    result.table.insert(0, "task", first["task"])
+    path = folder / "compare.csv"
+    write_atomically(path, result.table.to_csv(index=False))
+    return Compared(result.table, (path,), prepared.notes)
+
+
+def _spec(task: str, model: str, options: CompareOptions) -> ScoreSpec:
+    for method in _all_methods(options):
+        score_spec(task=task, method=method)
+    return score_spec(
+        task=task, model=model, nodes=options.nodes, pairs=options.pairs, seed=options.seed, metric=options.metric,
+        direction=options.direction, only_correct=options.only_correct, dtype=options.dtype, keep_examples=True,
+    )  # fmt: skip
+
+
+def _all_methods(options: CompareOptions) -> tuple[str, ...]:
+    return tuple(dict.fromkeys([options.reference, *options.methods]))
+
+
+def _scores(
+    spec: ScoreSpec, method: str, prepared: Prepared, session: Session, folder: Path, progress: Progress | None
+) -> Scores:
+    one = spec.model_copy(update={"method": method})
+    run_folder = default_folder(one, digest_of(one, prepared), folder / "scores")
+    return score_run(one, session, run_folder, progress)[1]
+
+
+def _figure(prepared: Prepared, scores: dict[str, Scores], options: CompareOptions, folder: Path) -> list[Path]:
+    kinds = [k for k in options.nodes if k in NODE_KINDS and NODE_KINDS[k].split == "vector"]
+    if not kinds:
+        return []
+    path = folder / f"heatmaps-{prepared.task.name}-{prepared.model.name}-{options.direction}.png"
+    title = f"{prepared.task.name}, {prepared.model.name}, {options.direction}"
+    heatmaps(scores, kinds, path, title, _tokens(prepared, scores[options.reference]))
+    return [path]
+
+
+def _tokens(prepared: Prepared, scores: Scores) -> list[str] | None:
+    """An example token under each position label, from the first pair that has it."""
+    tokenizer = prepared.model.tokenizer
+    if tokenizer is None:
+        return None
+    found: dict[str, str] = {}
+    for batch in prepared.pairs:
+        for label, token in zip(batch.labels, batch.original[0].tolist(), strict=True):
+            found.setdefault(label, tokenizer.decode([token]).strip())
+    labels = next(iter(scores.values())).labels
+    return [found.get(label, "") for label in labels]

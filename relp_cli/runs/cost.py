@@ -1,0 +1,39 @@
+"""What a scoring run will cost, before it starts: nodes, passes and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from relp_cli.methods.table import METHODS
+from relp_cli.models.model import Model
+from relp_cli.nodes.access import units
+from relp_cli.nodes.kinds import NODE_KINDS
+from relp_cli.runs.spec import ScoreSpec
+from relp_cli.tasks.pairs import PairBatch
+
+
+def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> dict[str, Any]:
+    """nodes per kind, forward and backward passes over one pair, and the memory that activations and scores need."""
+    kinds = [NODE_KINDS[k] for k in spec.nodes if k in NODE_KINDS]
+    positions = max(len(set(b.labels)) for b in pairs)
+    nodes = {k.name: model.shape.n_layers * positions * units(model, k) for k in kinds}
+    n_pairs = sum(len(b) for b in pairs)
+    row = METHODS[spec.method.partition("+")[0]]
+    exact = sum(model.shape.n_layers * len(set(b.labels)) * units(model, k) * len(b) for b in pairs for k in kinds)
+    per_value = torch.finfo(model.dtype).bits // 8
+    width = model.shape.d_mlp + 6 * model.shape.d_model + model.shape.n_heads * max(b.n_pos for b in pairs)
+    batch = min(spec.batch_size, max(len(b) for b in pairs))
+    activations = batch * max(b.n_pos for b in pairs) * width * model.shape.n_layers * per_value * 3
+    weights = sum(p.numel() for p in model.hf.parameters()) * per_value
+    return {
+        "pairs": n_pairs,
+        "nodes": nodes,
+        "forwards": f"{exact + 2 * n_pairs:,} patched runs of one pair ({n_pairs} pairs)"
+        if row.name == "act_patch"
+        else f"{row.cost} per pair ({n_pairs} pairs)",
+        "memory": f"about {(activations + weights) / 2**20:.0f} MiB for weights and activations, "
+        f"{sum(nodes.values()) * 8 * 2 / 2**20:.1f} MiB for scores",
+    }

@@ -1,0 +1,109 @@
+"""Evaluating a run: its circuit, or a sweep over its scores, on held-out pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from relp_cli.circuits.circuit import Circuit
+from relp_cli.circuits.select import select
+from relp_cli.errors import RelpError
+from relp_cli.evaluation.evaluate import evaluate
+from relp_cli.files import write_atomically
+from relp_cli.methods.score import Progress
+from relp_cli.methods.scores import NodeScores
+from relp_cli.runs.scoring import Session, open_run, prepare
+from relp_cli.runs.spec import ScoreSpec
+
+DEFAULT_SWEEP = "log:1e-4:1:15"
+
+
+def sweep_points(text: str) -> list[dict[str, float]]:
+    """`log:LO:HI:N` or `lin:LO:HI:N` thresholds, or node counts `counts:1,10,100` → keyword arguments of `select`;
+    `counts:log:N` (N counts from 1 to all) → N empty ones, which `circuits_of` fills in.
+
+    Raises: RelpError naming the form that was expected.
+    """
+    form, *parts = text.split(":")
+    try:
+        if form in ("log", "lin") and len(parts) == 3:
+            low, high, n = float(parts[0]), float(parts[1]), int(parts[2])
+            if n < 1 or low >= high or (form == "log" and low <= 0):
+                raise ValueError
+            values = np.geomspace(low, high, n) if form == "log" else np.linspace(low, high, n)
+            return [{"threshold": float(v)} for v in values]
+        if form == "counts" and len(parts) == 2 and parts[0] == "log" and int(parts[1]) > 1:
+            return [{} for _ in range(int(parts[1]))]
+        if form == "counts" and len(parts) == 1:
+            counts = [int(v) for v in parts[0].split(",")]
+            if min(counts) < 0:
+                raise ValueError
+            return [{"top_k": c} for c in counts]
+    except ValueError:
+        pass
+    raise RelpError(f"sweep '{text}': expected log:1e-4:1:15, lin:0:1:11, counts:1,10,100 or counts:log:15")
+
+
+def circuits_of(scores: Mapping[str, NodeScores], sweep: str, from_layer: int = 0) -> list[Circuit]:
+    """One circuit per point of a sweep over the nodes of layers ≥ `from_layer`.
+
+    Counts beyond the nodes that have a score (candidates of a verification; all nodes otherwise) mean all of these.
+    """
+    points = sweep_points(sweep)
+    scored = sum(int((s.mean[from_layer:] != 0).sum()) for s in scores.values())
+    if not points[0]:
+        counts = np.unique(np.geomspace(1, max(scored, 1), len(points)).round().astype(int))
+        points = [{"top_k": int(c)} for c in counts]
+    if "top_k" in points[0]:
+        points = [{"top_k": k} for k in dict.fromkeys(min(int(p["top_k"]), scored) for p in points)]
+    return [select(scores, from_layer=from_layer, **p) for p in points]  # type: ignore[arg-type]
+
+
+def held_out(spec: ScoreSpec, pairs: int, seed: int, metric: str | None = None) -> ScoreSpec:
+    """The same task and model on held-out pairs, disjoint from those that were scored by construction."""
+    if spec.split == "all":
+        raise RelpError("this run scored split 'all', which leaves no held-out pairs; score with --split discovery")
+    split = "heldout" if spec.split == "discovery" else "discovery"
+    return spec.model_copy(update={"split": split, "pairs": pairs, "seed": seed, "metric": metric or spec.metric})
+
+
+def evaluate_run(
+    path: Path,
+    *,
+    sweep: str | None = None,
+    circuit: Path | None = None,
+    pairs: int = 100,
+    seed: int = 0,
+    metric: str | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> tuple[Path, pd.DataFrame, tuple[str, ...]]:
+    """Evaluate a run's circuit.json (or a given circuit, or a sweep) and write evaluation.csv into the run.
+
+    Returns the file, the table, and notes for people. Raises RelpError for circuits of another model or task.
+    """
+    run, spec, scores = open_run(path)
+    if sweep is not None and circuit is not None:
+        raise RelpError("give --sweep or --circuit, not both")
+    file = circuit or (run.circuit if run.circuit.is_file() and sweep is None else None)
+    prepared = prepare(held_out(spec, pairs, seed, metric), Session(device), at_most=True)
+    layers = prepared.model.shape.n_layers
+    exclude = layers // 3 if options.get("exclude_layers") is None else options["exclude_layers"]
+    circuits = [Circuit.load(file)] if file else circuits_of(scores, sweep or DEFAULT_SWEEP, exclude)
+    task = circuits[0].meta.get("task")
+    if task is not None and task != scores.meta["task"]:
+        raise RelpError(f"circuit {file} was found on task '{task}', not on '{scores.meta['task']}'")
+    table = evaluate(
+        prepared.model, prepared.pairs, circuits, metric=prepared.metric, seed=seed, progress=progress, **options
+    )
+    about = {k: scores.meta[k] for k in ("task", "model", "method", "direction")} | {"kind": "+".join(circuits[0].masks)}
+    for position, (name, value) in enumerate(about.items()):
+        table.insert(position, name, value)
+    out = run.path / "evaluation.csv"
+    write_atomically(out, table.to_csv(index=False))
+    return out, table, prepared.notes

@@ -1,0 +1,150 @@
+"""Batch jobs: a YAML grid of tasks × models × methods × node kinds × directions × seeds, as content-hashed cells.
+
+1. `cells` lists the grid. A *group* shares task, model, direction and seed: its pairs are drawn once.
+2. Scores are run directories below JOB/scores, one per group and method for all node kinds, shared between cells.
+3. Every cell writes JOB/cells/<hash>.json: its rows, or the error that it alone failed with.
+4. The same command again computes only cells without rows; the summary is rebuilt from the cell files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from relp_cli.config.load import load_config
+from relp_cli.config.paths import find_config
+from relp_cli.errors import RelpError
+from relp_cli.runs.spec import ScoreSpec
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EvaluateSpec(_Strict):
+    """Faithfulness curves on held-out pairs. See `relp evaluate --help`."""
+
+    sweep: str = "counts:log:15"
+    ablation: str = "mean"
+    exclude_layers: int | None = None
+    heldout: int = Field(default=100, ge=1)
+    random_circuits: int = Field(default=3, ge=0)
+    metric: str | None = None
+
+
+class AgreementSpec(_Strict):
+    """Agreement with a reference method over the scored pairs. See `relp compare --help`."""
+
+    reference: str = "act_patch"
+    top_k: int = Field(default=10, ge=1)
+
+
+class JobSpec(_Strict):
+    """A grid. At least one of `evaluate` and `agreement` says what is computed per cell."""
+
+    name: str
+    description: str = ""
+    tasks: tuple[str, ...]
+    models: tuple[str, ...]
+    methods: tuple[str, ...]
+    kinds: tuple[str, ...]
+    directions: tuple[Literal["noising", "denoising"], ...] = ("noising",)
+    seeds: tuple[int, ...] = (0,)
+    pairs: int = Field(default=100, ge=1)
+    metric: str | None = None
+    only_correct: bool = False
+    dtype: str = "float32"
+    params: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    evaluate: EvaluateSpec | None = None
+    agreement: AgreementSpec | None = None
+    exact_candidates: int | None = Field(default=None, ge=1)
+    published: Literal["table5", "figure3"] | None = None
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> JobSpec:
+        if self.evaluate is None and self.agreement is None:
+            raise ValueError("expected `evaluate:` or `agreement:`, or both")
+        for axis in ("tasks", "models", "methods", "kinds", "directions", "seeds"):
+            if not getattr(self, axis):
+                raise ValueError(f"`{axis}` is empty: the grid has no cells")
+        return self
+
+
+@dataclass(frozen=True)
+class Group:
+    """What cells share: the pairs, and the model's behaviour on them."""
+
+    task: str
+    model: str
+    direction: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method and node kind in one group."""
+
+    group: Group
+    method: str
+    kind: str
+
+    @property
+    def label(self) -> str:
+        g = self.group
+        return f"{g.task} / {g.model} / {self.method} / {self.kind}" + (f" / {g.direction}" if g.direction != "noising" else "")
+
+
+def load_job(name_or_path: str, overrides: list[str]) -> JobSpec:
+    """A shipped job ("table5_tiny") or a YAML path, with `key=value` overrides. Raises RelpError, naming file and key."""
+    job = load_config(find_config("jobs", name_or_path), JobSpec, overrides)
+    for method, kind in itertools.product(job.methods, job.kinds):
+        ScoreSpec(task="x", method=method, nodes=(kind,))  # unknown names are found before anything runs
+    unknown = sorted(set(job.params) - {m.partition("+")[0] for m in job.methods} - set(job.methods))
+    if unknown:
+        raise RelpError(f"{name_or_path}: params: '{unknown[0]}' is not among the job's methods {list(job.methods)}")
+    return job
+
+
+def cells(job: JobSpec) -> list[Cell]:
+    """The grid, group by group."""
+    groups = [Group(*g) for g in itertools.product(job.tasks, job.models, job.directions, job.seeds)]
+    return [Cell(g, m, k) for g in groups for m in job.methods for k in job.kinds]
+
+
+def score_spec_of(job: JobSpec, group: Group, method: str) -> ScoreSpec:
+    """The scoring run of one method in one group, for all of the job's node kinds at once."""
+    return ScoreSpec(
+        task=group.task, model=group.model, method=method, nodes=job.kinds, pairs=job.pairs, seed=group.seed,
+        metric=job.metric, direction=group.direction, only_correct=job.only_correct, dtype=job.dtype,
+        keep_examples=True if job.agreement else None,
+        params=job.params.get(method, job.params.get(method.partition("+")[0], {})),
+    )  # fmt: skip
+
+
+def cell_hash(job: JobSpec, cell: Cell, **identity: str) -> str:
+    """Content hash: everything that can change a cell's numbers, and what its names stand for (`identity`)."""
+    settings = job.model_dump(mode="json", include={"evaluate", "agreement", "exact_candidates"})
+    related = sorted(job.methods) if job.exact_candidates else []  # candidates come from the job's cheap methods
+    content = {
+        "score": score_spec_of(job, cell.group, cell.method).model_dump(mode="json"),
+        "kind": cell.kind,
+        "settings": settings,
+        "related": related,
+        **identity,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_cell(path: Path) -> dict[str, Any] | None:
+    """A cell file's content; None where there is none, or none that can be read (it is then redone)."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and ("rows" in content or "error" in content) else None

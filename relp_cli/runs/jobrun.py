@@ -1,0 +1,182 @@
+"""Running a job: group after group, each cell on its own, and the summary from the cell files."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from relp_cli import __version__
+from relp_cli.errors import RelpError
+from relp_cli.evaluation.compare import run_comparison
+from relp_cli.evaluation.evaluate import evaluate
+from relp_cli.evaluation.verify import rescore
+from relp_cli.files import check_writable, write_atomically
+from relp_cli.methods.scores import Scores
+from relp_cli.methods.table import METHODS
+from relp_cli.nodes.kinds import NODE_KINDS
+from relp_cli.runs.evaluating import circuits_of, held_out
+from relp_cli.runs.job import Cell, Group, JobSpec, cell_hash, cells, read_cell, score_spec_of
+from relp_cli.runs.rundir import provenance
+from relp_cli.runs.scoring import Prepared, Session, default_folder, digest_of, prepare, score_run
+
+Report = Callable[[int, int, str], None]
+
+
+@dataclass
+class GroupRun:
+    """One group at work: loads its pairs once, scores each method once, on demand."""
+
+    job: JobSpec
+    group: Group
+    folder: Path
+    session: Session
+
+    def __post_init__(self) -> None:
+        self._prepared: dict[str, Prepared] = {}
+        self._scores: dict[str, Scores] = {}
+
+    def prepared(self, split: str = "discovery") -> Prepared:
+        if split not in self._prepared:
+            spec = score_spec_of(self.job, self.group, self.job.methods[0])
+            if split == "heldout":
+                assert self.job.evaluate is not None
+                spec = held_out(spec, self.job.evaluate.heldout, self.group.seed, self.job.evaluate.metric)
+            self._prepared[split] = prepare(spec, self.session, at_most=split == "heldout")
+        return self._prepared[split]
+
+    def identity(self) -> dict[str, str]:
+        """What the names in a cell stand for; part of its hash."""
+        p = self.prepared()
+        return {"task_hash": p.task.hash, "revision": p.model.revision, "metric": p.metric, "relp": __version__}
+
+    def scores(self, method: str, kind: str) -> Scores:
+        """Scores of one method. Exact patching of neurons and dimensions re-scores the cheap methods' candidates only."""
+        if method == "act_patch" and self.job.exact_candidates and NODE_KINDS[kind].split == "unit":
+            return self._candidates(kind)
+        return self._scored(method, [k for k in self.job.kinds if not self._by_candidates(method, k)])
+
+    def _by_candidates(self, method: str, kind: str) -> bool:
+        return bool(method == "act_patch" and self.job.exact_candidates and NODE_KINDS[kind].split == "unit")
+
+    def _scored(self, method: str, kinds: Sequence[str]) -> Scores:
+        key = f"{method}/{','.join(kinds)}"
+        if key not in self._scores:
+            spec = score_spec_of(self.job, self.group, method).model_copy(update={"nodes": tuple(kinds)})
+            folder = default_folder(spec, digest_of(spec, self.prepared()), self.folder / "scores")
+            self._scores[key] = score_run(spec, self.session, folder)[1]
+        return self._scores[key]
+
+    def _candidates(self, kind: str) -> Scores:
+        key = f"candidates/{kind}"
+        if key not in self._scores:
+            cheap = [m for m in self.job.methods if m not in ("act_patch",) and METHODS[m.partition("+")[0]].signed]
+            if not cheap:
+                raise RelpError("exact_candidates needs at least one signed method besides act_patch to choose them")
+            assert self.job.exact_candidates is not None
+            found = [{kind: self.scores(m, kind)[kind]} for m in cheap]
+            p = self.prepared()
+            self._scores[key] = rescore(p.model, p.pairs, found, self.job.exact_candidates)
+        return self._scores[key]
+
+    def run(self, cell: Cell) -> list[dict[str, Any]]:
+        """The rows of one cell: agreement (one row) and/or a faithfulness curve (one row per point)."""
+        about = {"task": self.prepared().task.name, "model": cell.group.model, "method": cell.method, "kind": cell.kind,
+                 "direction": cell.group.direction, "seed": cell.group.seed}  # fmt: skip
+        rows: list[dict[str, Any]] = []
+        mine = self.scores(cell.method, cell.kind)
+        if self.job.agreement:
+            rows += [{**about, "what": "agreement", **r} for r in self._agreement(cell, mine)]
+        if self.job.evaluate:
+            rows += [{**about, "what": "evaluation", **r} for r in self._curve(cell, mine)]
+        return rows
+
+    def _agreement(self, cell: Cell, mine: Scores) -> list[dict[str, Any]]:
+        assert self.job.agreement is not None
+        p, options = self.prepared(), self.job.agreement
+        exact = self.scores(options.reference, cell.kind)
+        table = run_comparison(
+            p.model, p.pairs, [cell.method], [cell.kind], p.metric, cell.group.direction, options.reference,
+            options.top_k, seed=cell.group.seed, scores={options.reference: exact, cell.method: mine},
+        ).table  # fmt: skip
+        return table.drop(columns=["model", "method", "kind", "direction"]).to_dict("records")
+
+    def _curve(self, cell: Cell, mine: Scores) -> list[dict[str, Any]]:
+        assert self.job.evaluate is not None
+        options, held = self.job.evaluate, self.prepared("heldout")
+        layers = held.model.shape.n_layers
+        exclude = layers // 3 if options.exclude_layers is None else options.exclude_layers
+        circuits = circuits_of({cell.kind: mine[cell.kind]}, options.sweep, exclude)
+        table = evaluate(
+            held.model, held.pairs, circuits, options.ablation, exclude, held.metric, cell.group.seed,
+            options.random_circuits,
+        )  # fmt: skip
+        return table.to_dict("records")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """paths: every cell's file; computed, finished (found done) and failed count cells."""
+
+    paths: dict[Cell, Path]
+    computed: int
+    finished: int
+    failed: int
+
+
+def run_cells(job: JobSpec, folder: Path, session: Session, report: Report | None = None) -> Outcome:
+    """Compute what is missing, each cell on its own: a failure is recorded in its file and tried again next time.
+
+    Raises: RelpError where the folder cannot be written to.
+    """
+    check_writable(folder)
+    paths: dict[Cell, Path] = {}
+    counts = {"computed": 0, "finished": 0, "failed": 0}
+    current: GroupRun | None = None
+    todo = cells(job)
+    for number, cell in enumerate(todo):
+        if current is None or current.group != cell.group:
+            current = GroupRun(job, cell.group, folder, session)
+        paths[cell], state = _run_cell(job, cell, current, folder / "cells")
+        counts[state] += 1
+        if report:
+            report(number + 1, len(todo), f"{job.name}: {cell.group.task}, {cell.group.model}")
+    return Outcome(paths, **counts)
+
+
+def _run_cell(job: JobSpec, cell: Cell, group: GroupRun, folder: Path) -> tuple[Path, str]:
+    started = time.perf_counter()
+    content: dict[str, Any] = {"cell": cell.label}
+    # A cell whose model or task does not load has no content hash yet; its error still needs a file.
+    path, state = folder / f"unloaded-{cell_hash(job, cell)}.json", "computed"
+    try:
+        path = folder / f"{cell_hash(job, cell, **group.identity())}.json"
+        if "rows" in (read_cell(path) or {}):
+            return path, "finished"
+        content["rows"] = group.run(cell)
+    except (RelpError, RuntimeError, ValueError, OSError, MemoryError) as error:
+        content["error"], state = " ".join(str(error).split()) or type(error).__name__, "failed"
+    content |= {"seconds": round(time.perf_counter() - started, 3), "provenance": provenance()}
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return path, state
+
+
+@dataclass(frozen=True)
+class Collected:
+    """All rows of a job's cells, and (cell, error) of those that failed."""
+
+    rows: pd.DataFrame
+    errors: tuple[tuple[str, str], ...]
+
+
+def collect(paths: dict[Cell, Path]) -> Collected:
+    """The cell files of one job, in the order of its grid."""
+    contents = {cell: read_cell(path) or {"error": "not computed"} for cell, path in paths.items()}
+    rows = [row for content in contents.values() for row in content.get("rows", [])]
+    errors = tuple((cell.label, content["error"]) for cell, content in contents.items() if "error" in content)
+    return Collected(pd.DataFrame(rows), errors)

@@ -1,0 +1,106 @@
+"""A run directory: `run.json` (what was asked, what was done, and where it came from) beside its result files.
+
+A result counts as done when run.json names it with a checksum that the file still has. Anything else is redone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from relp_cli.errors import RelpError, RunFailed
+from relp_cli.files import write_atomically
+
+PACKAGES = ("relp-cli", "torch", "transformers", "transformer-lens", "numpy")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths and bookkeeping of one run directory."""
+
+    path: Path
+
+    @property
+    def record(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def scores(self) -> Path:
+        return self.path / "scores.safetensors"
+
+    @property
+    def circuit(self) -> Path:
+        return self.path / "circuit.json"
+
+    def exists(self) -> bool:
+        return self.record.is_file()
+
+    def read(self) -> dict[str, Any]:
+        """run.json. Raises RelpError where there is none, RunFailed where it is not readable."""
+        if not self.path.is_dir():
+            raise RelpError(f"run '{self.path}' does not exist; `relp ls runs` lists runs, `relp score` makes one")
+        if not self.record.is_file():
+            raise RelpError(f"'{self.path}' is not a run directory (it has no run.json)")
+        try:
+            content = json.loads(self.record.read_text())
+        except ValueError as error:
+            raise RunFailed(f"{self.record} is not valid JSON ({error}); score again to replace it") from error
+        if not isinstance(content, dict) or "spec" not in content:
+            raise RunFailed(f"{self.record} was not written by relp")
+        return content
+
+    def is_done(self, digest: str) -> bool:
+        """Whether this directory holds the verified scores of that content hash.
+
+        Raises: RelpError if it holds another run's.
+        """
+        if not self.exists():
+            return False
+        try:
+            content = self.read()
+        except RunFailed:
+            return False  # an interrupted or damaged record: redo
+        if content["hash"] != digest:
+            raise RelpError(
+                f"{self.path} holds another run ({content['spec']['task']}, {content['spec']['model']}, "
+                f"{content['spec']['method']}, hash {content['hash']}, not {digest}); choose another --output or delete it"
+            )
+        return self.scores.is_file() and content["files"].get(self.scores.name) == checksum(self.scores)
+
+    def write(self, content: dict[str, Any]) -> None:
+        """Write run.json, last of all files: what it lists is complete."""
+        files = {p.name: checksum(p) for p in (self.scores,) if p.is_file()}
+        write_atomically(self.record, json.dumps({**content, "files": files}, indent=1, ensure_ascii=False) + "\n")
+
+
+def checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, platform, time and command line."""
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["relp", *sys.argv[1:]]) if Path(sys.argv[0]).stem == "relp" else "python",
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: package_version(name) for name in PACKAGES},
+    }
+
+
+def package_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,173 @@
+"""Scoring runs: from a `ScoreSpec` to a run directory, resumed where it is done already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from relp_cli import __version__
+from relp_cli.errors import RelpError
+from relp_cli.evaluation.behaviour import Behaviour, behaviour, keep_correct
+from relp_cli.files import check_writable
+from relp_cli.methods.score import Progress, score
+from relp_cli.methods.scores import Scores
+from relp_cli.models.load import load_model
+from relp_cli.models.model import Model
+from relp_cli.runs.rundir import RunDir, provenance
+from relp_cli.runs.spec import ScoreSpec
+from relp_cli.tasks.generate import TooFewPairs
+from relp_cli.tasks.metrics import METRICS
+from relp_cli.tasks.pairs import PairBatch
+from relp_cli.tasks.task import Task, load_task
+
+
+@dataclass
+class Session:
+    """Models and tasks that are loaded already; a batch job scores many cells on few of them."""
+
+    device: str | None = None
+    models: dict[tuple[str, str], Model] = field(default_factory=dict)
+    tasks: dict[str, Task] = field(default_factory=dict)
+
+    def model(self, name: str, dtype: str = "float32") -> Model:
+        if (name, dtype) not in self.models:
+            self.models[name, dtype] = load_model(name, dtype=dtype, device=self.device)
+        return self.models[name, dtype]
+
+    def task(self, name: str) -> Task:
+        if name not in self.tasks:
+            self.tasks[name] = load_task(name)
+        return self.tasks[name]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Pairs of one task, tokenised for one model, and what the model does on them."""
+
+    model: Model
+    task: Task
+    pairs: list[PairBatch]
+    metric: str
+    behaviour: Behaviour
+    notes: tuple[str, ...]
+
+
+def prepare(spec: ScoreSpec, session: Session, at_most: bool = False) -> Prepared:
+    """Load, draw and tokenise pairs, and run the model on them.
+
+    at_most: take what there is where the split holds fewer than `spec.pairs` (and say so in `notes`).
+    """
+    task = session.task(spec.task)  # bad tasks are found before a model is loaded
+    metric = spec.metric or task.metric
+    METRICS[metric]
+    model = session.model(spec.model, spec.dtype)
+    try:
+        built = task.build(model, spec.pairs, spec.seed, spec.split, spec.bos)
+    except TooFewPairs as error:
+        if not at_most or not error.count:
+            raise
+        built = task.build(model, error.count, spec.seed, spec.split, spec.bos)
+    pairs, notes = built.batches, list(built.notes)
+    available = sum(len(b) for b in pairs)
+    if available < spec.pairs:
+        notes.append(f"{available} {spec.split} pairs exist, {spec.pairs} were asked")
+    seen = behaviour(model, pairs, metric)
+    if spec.only_correct:
+        kept = keep_correct(pairs, seen)
+        notes.append(f"only correct: {sum(len(b) for b in kept)} of {seen.n} pairs kept")
+        pairs, seen = kept, behaviour(model, kept, metric)
+    if seen.at_chance:
+        notes.append(
+            f"WARNING: {model.name} is at chance on {task.name} (accuracy {seen.accuracy:.2f}, n = {seen.n}); "
+            "scores explain no behaviour here"
+        )
+    return Prepared(model, task, pairs, metric, seen, tuple(notes))
+
+
+def digest_of(spec: ScoreSpec, prepared: Prepared) -> str:
+    return spec.digest(
+        task_hash=prepared.task.hash, revision=prepared.model.revision, metric_used=prepared.metric, relp=__version__
+    )
+
+
+def default_folder(spec: ScoreSpec, digest: str, root: Path = Path("runs")) -> Path:
+    """runs/<task>-<model>-<method>-<hash>."""
+    names = [Path(spec.task).stem, Path(spec.model).name, spec.method.replace("+", "_")]
+    return root / "-".join([*names, digest[:8]])
+
+
+def score_run(
+    spec: ScoreSpec,
+    session: Session,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+    on_ready: Callable[[Prepared, Path], None] | None = None,
+) -> tuple[RunDir, Scores, bool]:
+    """Score and write a run directory; returns it, its scores, and whether they were there already.
+
+    Raises: RelpError for bad input (before anything is written), RunFailed where writing fails.
+    """
+    prepared = prepare(spec, session)
+    digest = digest_of(spec, prepared)
+    run = RunDir(folder or default_folder(spec, digest))
+    if on_ready:
+        on_ready(prepared, run.path)
+    if run.is_done(digest):
+        return run, Scores.load(run.scores), True
+    check_writable(run.path)
+    scores = score(
+        prepared.model,
+        prepared.pairs,
+        spec.method,
+        spec.nodes,
+        prepared.metric,
+        spec.direction,
+        spec.baseline,
+        spec.batch_size,
+        spec.keep_examples,
+        progress,
+        **spec.params,
+    )
+    scores = with_meta(scores, prepared, spec, digest)
+    scores.save(run.scores)
+    run.write(
+        {
+            "hash": digest,
+            "spec": spec.model_dump(mode="json"),
+            "scores": dict(scores.meta),
+            "behaviour": prepared.behaviour.as_dict(),
+            "notes": list(prepared.notes),
+            "provenance": provenance(),
+        }
+    )
+    return run, scores, False
+
+
+def with_meta(scores: Any, prepared: Prepared, spec: ScoreSpec, digest: str) -> Any:
+    """The scores with their task, its hash, the seed and the BOS choice in their metadata."""
+    from dataclasses import replace
+
+    meta = {
+        **scores.meta,
+        "task": prepared.task.name,
+        "task_hash": prepared.task.hash,
+        "seed": spec.seed,
+        "split": spec.split,
+        "bos": bool(prepared.model.bos is not None if spec.bos is None else spec.bos),
+        "hash": digest,
+    }
+    if isinstance(scores, Scores):
+        return Scores({k: replace(s, meta=meta) for k, s in scores.kinds.items()}, meta)
+    return replace(scores, meta=meta)
+
+
+def open_run(path: Path) -> tuple[RunDir, ScoreSpec, Scores]:
+    """A finished run. Raises RelpError for what is no run, RunFailed for a corrupt score file."""
+    run = RunDir(path)
+    content = run.read()
+    if not run.scores.is_file():
+        raise RelpError(f"run '{path}' has no scores; run `relp score` again")
+    scores = Scores.load(run.scores)
+    return run, ScoreSpec(**content["spec"]), scores

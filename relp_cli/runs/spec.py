@@ -1,0 +1,54 @@
+"""`ScoreSpec`: everything that determines a scoring run. Its hash names the result; loading it needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from relp_cli.methods.table import METHODS
+from relp_cli.nodes.kinds import NODE_KINDS
+
+
+class ScoreSpec(BaseModel):
+    """One scoring run. Raises RelpError for names that are in no table (with the nearest one)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str
+    model: str = "tiny-gpt2"
+    method: str = "relp"
+    nodes: tuple[str, ...] = ("resid_pre", "attn_out", "mlp_out")
+    pairs: int = Field(default=100, ge=1)
+    seed: int = 0
+    split: Literal["discovery", "heldout", "all"] = "discovery"
+    metric: str | None = None
+    direction: Literal["noising", "denoising"] = "noising"
+    baseline: Literal["patch", "zero", "mean"] = "patch"
+    bos: bool | None = None
+    only_correct: bool = False
+    dtype: str = "float32"
+    batch_size: int = Field(default=32, ge=1)
+    keep_examples: bool | None = None
+    params: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, method: str) -> str:
+        METHODS[method.partition("+")[0]]
+        return method
+
+    @field_validator("nodes")
+    @classmethod
+    def _known_nodes(cls, nodes: tuple[str, ...]) -> tuple[str, ...]:
+        if nodes != ("edges",):
+            for name in nodes:
+                NODE_KINDS[name]
+        return nodes
+
+    def digest(self, **more: str) -> str:
+        """Content hash of the spec and of what its names stand for (task hash, model revision, package version)."""
+        content = self.model_dump(mode="json") | more
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,89 @@
+"""A job's tables and figures, made from its collected rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from relp_cli.files import write_atomically
+from relp_cli.report.figures import agreement_bars, faithfulness_curves
+from relp_cli.report.published import beside
+from relp_cli.report.tables import table5, write_table
+from relp_cli.runs.job import JobSpec
+
+Tables = list[tuple[str, pd.DataFrame]]
+
+
+def summarise(job: JobSpec, rows: pd.DataFrame, folder: Path) -> tuple[list[Path], Tables]:
+    """Write results.csv (tidy, all cells), parquet where pyarrow is installed, summary tables and figures.
+
+    Returns the files, and (title, table) pairs to print; the title "agreement" marks rows in `relp compare`'s form.
+    """
+    if rows.empty:
+        return [], []
+    files = [folder / "results.csv"]
+    write_atomically(files[0], rows.to_csv(index=False))
+    if _has_pyarrow():
+        files.append(folder / "results.parquet")
+        write_table(rows, files[-1])
+    tables: Tables = []
+    for part, make in (("agreement", _agreement), ("evaluation", _evaluation)):
+        chosen = rows[rows.what == part].dropna(axis=1, how="all")
+        if len(chosen):
+            made, shown = make(job, chosen, folder)
+            files += made
+            tables += shown
+    return files, tables
+
+
+def _has_pyarrow() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("pyarrow") is not None
+
+
+def _agreement(job: JobSpec, rows: pd.DataFrame, folder: Path) -> tuple[list[Path], Tables]:
+    files = [folder / f"agreement.{end}" for end in ("csv", "md", "tex")]
+    for path in files:
+        write_table(table5(rows), path)
+    figure = folder / "agreement.png"
+    agreement_bars(rows, figure)
+    tables: Tables = [("agreement", rows)]
+    if job.published == "table5":
+        tables.append(("PCC with exact patching, ours beside the paper's Table 5", beside(rows)))
+    return [*files, figure], tables
+
+
+def _evaluation(job: JobSpec, rows: pd.DataFrame, folder: Path) -> tuple[list[Path], Tables]:
+    files = []
+    for (model, kind), chosen in rows.groupby(["model", "kind"], sort=False):
+        stem = f"curves-{Path(str(model)).name}-{kind}"
+        for end in ("png", "pdf"):
+            files.append(folder / f"{stem}.{end}")
+            faithfulness_curves(chosen, files[-1])
+    areas = areas_of(rows)
+    for end in ("csv", "md", "tex"):
+        files.append(folder / f"summary.{end}")
+        write_table(areas, files[-1])
+    return files, [(f"{job.name}: areas under the curves against the fraction of nodes kept", areas)]
+
+
+def areas_of(rows: pd.DataFrame) -> pd.DataFrame:
+    """CPR (∫ faithfulness), CMD (∫ |1 − faithfulness|) per cell over the fraction of nodes kept, and the number of nodes
+    at which faithfulness first reaches one half."""
+    from relp_cli.evaluation.areas import areas
+
+    keys = ["task", "model", "kind", "method", "direction", "seed"]
+    out: list[dict[str, Any]] = []
+    for key, chosen in rows.groupby(keys, sort=False):
+        fraction = (chosen.n_nodes / chosen.n_possible).tolist()
+        cpr, cmd = areas(fraction, chosen.faithfulness.tolist())
+        reached = chosen[chosen.faithfulness >= 0.5].n_nodes
+        out.append(
+            dict(zip(keys, key, strict=True))
+            | {"CPR": cpr, "CMD": cmd, "nodes for F ≥ .5": int(reached.min()) if len(reached) else float("nan")}
+            | {"n_possible": int(chosen.n_possible.iloc[0]), "n_pairs": int(chosen.n_pairs.iloc[0])}
+        )
+    return pd.DataFrame(out)
