@@ -251,7 +251,8 @@ def _check_aligned(
     (a, a_spans), (b, b_spans) = one, two
     shown = f"original {encoder.pieces(a)} ({len(a)}) / patch {encoder.pieces(b)} ({len(b)})"
     if len(a) != len(b):
-        raise RelpError(f"{raw.where}original and patch have different token lengths: {shown}")
+        hint = "; `unusable: drop` in a task YAML leaves such pairs of a file out" if raw.where else ""
+        raise RelpError(f"{raw.where}original and patch have different token lengths: {shown}{hint}")
     if a == b:
         raise RelpError(f"{raw.where}original and patch are the same tokens: {encoder.pieces(a)}")
     if raw.changed is None:

@@ -3,6 +3,8 @@
 from collections import Counter
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from relp_cli.errors import RelpError
 from relp_cli.tasks.pairs import PairBatch
@@ -190,8 +192,6 @@ foil: sooner
 
 def _digits(tokenizer):
     """Two digits are a token after a space and alone, and `1776` is one token of its own."""
-    from tokenizers import models
-
     vocabulary = dict(tokenizer.get_vocab())
     old = [(word[:-1], word[-1]) for word, i in sorted(vocabulary.items(), key=lambda item: item[1]) if len(word) > 1]
     extra = [("3", "2"), ("7", "6"), ("0", "1"), ("Ġ17", "76")]
@@ -245,6 +245,25 @@ def test_unequal_lengths_show_both_tokenisations(tmp_path):
     known = [word for word in SWAP_WORDS if word != "Ann"]
     with pytest.raises(RelpError, match=r"different token lengths: original .*\(19\) / patch .*\(16\)"):
         load_task(swap_task(tmp_path, text)).pairs(Fake(pieces(known)), n=None, split="all")
+
+
+def test_a_difference_outside_the_changed_slots_is_refused(tmp_path):
+    """Without word boundaries, `a` pulls the following b into its token and `x` does not: ab|c against x|bc."""
+    vocabulary = {piece: i for i, piece in enumerate(["a", "b", "c", "x", "ab", "bc"])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocabulary, [("a", "b"), ("b", "c")])), bos_token="x"
+    )
+    text = "name: t\nslots: {A: {values: [a, x]}}\ntemplates: ['{A}bc']\npatch: {A: other}\n"
+    task = load_task(write(tmp_path, "t.yaml", text + "answer: a\nfoil: c\njoin: ''\n"))
+    with pytest.raises(
+        RelpError, match=r"differ where the pairing rule changes nothing: original (ab|x)\|b?c \(2\) / patch"
+    ):
+        task.pairs(Fake(tokenizer), n=1, split="all")
+
+
+def test_all_pairs_of_a_huge_task_are_refused():
+    with pytest.raises(RelpError, match="has about 1228800 combinations"):
+        load_task("ioi").pairs(everything(), n=None)
 
 
 def test_the_hash_covers_yaml_includes_and_word_lists(tmp_path):

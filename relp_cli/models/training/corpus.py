@@ -11,9 +11,6 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
 from relp_cli.tasks.generate import Vocabulary, content_of, generate, side
 from relp_cli.tasks.spec import TaskText, WordSet, list_tasks, read_task
 from relp_cli.tasks.template import Mention, Template, parse
@@ -53,21 +50,6 @@ def sentences(seed: int) -> list[str]:
     texts = [text for text in texts if not any(leak(text) for leak in leaks)]
     rng.shuffle(texts)
     return texts
-
-
-def tokenizer_for(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over every word of the shipped lists and of `texts`; digits go in pairs."""
-    splitter = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.Split(Regex(r"\d{2}"), behavior="isolated")]
-    )
-    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(text)}
-    for name in list_tasks():
-        task = read_task(name)
-        words |= {word for rows in task.lists.values() for row in rows.rows for word in row.words}
-    vocabulary = {word: i for i, word in enumerate(["<bos>", "<unk>", *sorted(words)])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = splitter
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", unk_token="<unk>")
 
 
 def _task_sentences(task: TaskText, count: int, rng: random.Random) -> list[str]:
