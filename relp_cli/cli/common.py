@@ -14,8 +14,9 @@ from rich.console import Console
 
 from relp_cli.errors import RelpError
 
-out = Console(soft_wrap=True)  # tables: stdout
-log = Console(stderr=True, soft_wrap=True)  # everything else: stderr
+# Tables go to stdout, everything else to stderr. A pipe has no width of its own: tables there are not squeezed.
+out = Console(width=None if sys.stdout.isatty() else 160)
+log = Console(stderr=True, soft_wrap=True)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of tables.")]
 DryRunFlag = Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and stop.")]

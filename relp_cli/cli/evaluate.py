@@ -36,7 +36,7 @@ def command(
 
         run_job(target, override, output, engine, device, dry_run, json)
         return
-    from relp_cli.cli.tables import frame
+    from relp_cli.cli.tables import evaluation_table
     from relp_cli.runs.evaluating import evaluate_run
 
     with progress() as bar:
@@ -49,10 +49,10 @@ def command(
     if json:
         print_json({"table": str(path), "rows": table.to_dict("records")})
         return
-    shown = ["tau", "n_nodes", "faithfulness", "faithfulness_lo", "faithfulness_hi", "completeness", "completeness_lo",
-             "completeness_hi", "random_faithfulness", "random_completeness", "F_C", "note"]  # fmt: skip
     first = table.iloc[0]
-    out.print(frame(table[[c for c in shown if c in table]], f"{target}: {first.n_pairs} held-out pairs, "
-                    f"{first.ablation} ablation, first {first.exclude_layers} layers unablated, "
-                    f"F(M) = {first.F_M:.3f}, F(∅) = {first.F_empty:.3f}"))  # fmt: skip
+    title = (
+        f"{target}: {first.n_pairs} held-out pairs, {first.ablation} ablation, first {first.exclude_layers} layers "
+        f"unablated, F(M) = {first.F_M:.3f}, F(∅) = {first.F_empty:.3f} [95 % bootstrap]"
+    )
+    out.print(evaluation_table(table, title.replace("[", "\\[")))
     log.print(str(path), highlight=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -56,6 +57,27 @@ def _cell(value: Any, digits: int) -> str:
     if isinstance(value, float):
         return f"{value:.{digits}g}" if value and (abs(value) < 10**-digits or abs(value) >= 1e5) else f"{value:.{digits}f}"
     return str(value)
+
+
+def evaluation_table(df: Any, title: str) -> Table:
+    """`evaluate`'s rows with intervals in the cells: one line per circuit."""
+    table = Table(title=title, title_justify="left")
+    table.box = SIMPLE_HEAD
+    for name in ("τ", "nodes", "faithfulness", "completeness", "random", "F(C)"):
+        table.add_column(name, justify="right", no_wrap=True)
+    noted = any(df["note"])
+    if noted:
+        table.add_column("note")
+    for row in df.to_dict("records"):
+        table.add_row(
+            "—" if row["tau"] is None else f"{row['tau']:.3g}",
+            f"{row['n_nodes']}/{row['n_possible']}",
+            *(f"{_cell(row[n], 2)} \\[{row[n + '_lo']:.2f}, {row[n + '_hi']:.2f}]" for n in ("faithfulness", "completeness")),
+            _cell(row.get("random_faithfulness"), 2),
+            f"{row['F_C']:.3f}",
+            *([row["note"]] if noted else []),
+        )
+    return table
 
 
 KIND_TITLES = {"resid_pre": "residual", "attn_out": "attention", "mlp_out": "MLP"}

@@ -179,7 +179,7 @@ class _Runs:
         def hook(value: Tensor) -> Tensor:
             other = torch.zeros_like(value) if ablated is None else ablated[kind.name][layer].expand_as(value)
             if mask is False:
-                return other
+                return other.contiguous()  # GPT-2's linear layers view their input
             kept = mask[layer].unsqueeze(-1) if kind.split == "vector" else mask[layer]  # [pos, units]
             if kind.split == "unit":
                 return torch.where(kept, value, other)
