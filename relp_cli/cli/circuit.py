@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from relp_cli.cli.common import JsonFlag, comma, log, note, out, print_json
+from relp_cli.cli.common import DeviceOption, JsonFlag, comma, log, note, out, print_json, progress
 from relp_cli.errors import RelpError
 
 
@@ -21,6 +21,9 @@ def command(
     sign: Annotated[str, typer.Option(help="absolute, positive or negative.")] = "absolute",
     aggregate: Annotated[str, typer.Option(help="none (per position) or sum (over positions).")] = "none",
     union: Annotated[bool, typer.Option(help="Keep what passes for any example, not on average.")] = False,
+    verify: Annotated[bool, typer.Option(help="Patch the selected nodes exactly and keep those it confirms.")] = False,
+    confirm: Annotated[float | None, typer.Option(help="--verify keeps |exact effect| > this (default: the selection's τ).")] = None,
+    device: DeviceOption = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: circuit.json in the run.")] = None,
     json: JsonFlag = False,
 ) -> None:
@@ -37,6 +40,13 @@ def command(
     circuit = select(
         chosen, threshold, fraction=fraction, top_k=top_k, top_p=top_p, sign=sign, aggregate=aggregate, union=union
     )
+    if verify:
+        from relp_cli.runs.verifying import verify_circuit
+
+        with progress() as bar:
+            circuit, found = verify_circuit(run, circuit, confirm, device, bar)
+        for line in found:
+            note(line)
     if circuit.n_nodes in (0, circuit.n_possible):
         note(f"WARNING: this threshold keeps {'nothing' if circuit.n_nodes == 0 else 'everything'}")
     path = output or run_dir.circuit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ ABLATIONS = {
     "zero": "zero",
     "counterfactual": "the pair's own patch run",
     "resample": "the patch run of another, randomly drawn pair of the same length",
+    "corpus": "mean over all tokens of a text file, the same at every position",
 }
 
 
@@ -35,19 +37,29 @@ class Ablation:
 
     @classmethod
     def prepare(
-        cls, model: Model, pairs: Sequence[PairBatch], name: str, kinds: Sequence[NodeKind], seed: int = 0
+        cls,
+        model: Model,
+        pairs: Sequence[PairBatch],
+        name: str,
+        kinds: Sequence[NodeKind],
+        seed: int = 0,
+        corpus: Path | None = None,
     ) -> Ablation:
-        """Compute what does not depend on a circuit: means over `pairs`.
+        """Compute what does not depend on a circuit: means over `pairs`, or over the lines of a `corpus` file.
 
         Raises: RelpError for an unknown ablation, and for prompts without the patch prompts that it needs.
         """
         if name not in ABLATIONS:
             raise unknown("ablation", name, ABLATIONS)
-        if name != "zero" and any(b.patch is None for b in pairs):
+        if (name == "corpus") != (corpus is not None):
+            raise RelpError("ablation 'corpus' and a corpus file go together: --ablation corpus --corpus FILE")
+        if name not in ("zero", "corpus") and any(b.patch is None for b in pairs):
             raise RelpError(f"ablation '{name}' needs patch prompts; these have none (use zero)")
         if name == "resample" and any(len(b) < 2 for b in pairs):
             raise RelpError("ablation 'resample' needs at least two pairs of every token length")
         means = None
+        if corpus is not None:
+            means = mean_activations(model, read_corpus(model, corpus), kinds)
         if name in ("mean", "mean_task"):
             prompt = "patch" if name == "mean" else "both"
             means = mean_activations(model, pairs, kinds, prompt=prompt)
@@ -60,6 +72,8 @@ class Ablation:
         """
         if self.name == "zero":
             return None
+        if self.means is not None and self.name == "corpus":
+            return {kind: [v.expand(batch.n_pos, -1) for v in layers] for kind, layers in self.means.values.items()}
         if self.means is not None:
             return self.means.at(batch)  # type: ignore[return-value]
         tokens = batch.patch
@@ -68,6 +82,25 @@ class Ablation:
             tokens = donors.patch[_others(donors, batch, self.seed + 1000 * index)].to(model.device)
         assert tokens is not None
         return activations(model, tokens, self.kinds)
+
+
+def read_corpus(model: Model, path: Path) -> list[PairBatch]:
+    """The lines of a UTF-8 text file as prompts whose positions all share one label (so that means are over tokens).
+
+    Raises: RelpError for a file that cannot be read or has no text, and for a model without a tokenizer.
+    """
+    if model.tokenizer is None:
+        raise RelpError(f"model {model.name} has no tokenizer to read corpus {path} with")
+    try:
+        lines = [line for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RelpError(f"corpus {path} cannot be read: {error}") from error
+    rows = [model.tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines]
+    rows = [([model.bos] if model.bos is not None else []) + ids for ids in rows if ids]
+    if not rows:
+        raise RelpError(f"corpus {path} has no text")
+    nothing = torch.full((1,), -1)
+    return [PairBatch(torch.tensor([ids]), None, nothing, nothing, ("token",) * len(ids)) for ids in rows]
 
 
 def _others(donors: PairBatch, batch: PairBatch, seed: int) -> Tensor:

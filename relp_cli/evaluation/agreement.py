@@ -47,7 +47,7 @@ def agreement(
     k = min(k, len(a))
     nan = float("nan")
     lo, hi, per_pair = nan, nan, nan
-    if estimate.examples is not None and exact.examples is not None and not notes:
+    if bootstrap and estimate.examples is not None and exact.examples is not None and not notes:
         lo, hi, per_pair = _over_pairs(estimate, exact, bootstrap, seed, unsigned)
     return Agreement(
         pcc=nan if notes else float(pearson(a, b)),

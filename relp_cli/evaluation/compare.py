@@ -11,7 +11,6 @@ import pandas as pd
 from relp_cli.evaluation.agreement import agreement
 from relp_cli.methods.score import COMPONENTS, Progress, score
 from relp_cli.methods.scores import Scores
-from relp_cli.methods.table import METHODS
 from relp_cli.models.model import Model
 from relp_cli.tasks.pairs import PairBatch
 
@@ -55,7 +54,7 @@ def run_comparison(
             )
     rows = []
     for method in methods:
-        unsigned = not METHODS[method.partition("+")[0]].signed
+        unsigned = not done[method].meta["signed"]
         for kind in nodes:
             result = agreement(done[method][kind], done[reference][kind], top_k, bootstrap, seed, unsigned)
             cost = done[method].meta

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,13 +40,14 @@ def evaluate(
     seed: int = 0,
     random_circuits: int = 0,
     bootstrap: int = 1000,
-    batch_size: int = 32,
+    corpus: Path | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Evaluate one circuit, or a sweep of them that share ablation values and the F(M), F(∅) runs.
 
     exclude_layers:  how many of the first layers run unablated and are not counted (None: ⌊L/3⌋, paper A.2).
     metric:          None: the one the circuit was found with, else logit_diff.
+    corpus:          a text file, for the ablation of that name.
     random_circuits: also evaluate that many random circuits of the same size per circuit; adds `random_*` columns.
 
     Returns one row per circuit: n_nodes, n_possible, tau, faithfulness, completeness with `_lo`/`_hi` (95 % bootstrap),
@@ -63,7 +65,7 @@ def evaluate(
         check_circuit(model, c, kinds)
     row = METRICS[metric or str(circuits[0].meta.get("metric", "logit_diff"))]
     everything = [c.random_like(seed + i, exclude) for c in circuits for i in range(random_circuits)]
-    runs = _Runs(model, row, kinds, exclude, pairs, Ablation.prepare(model, pairs, ablation, kinds, seed), batch_size)
+    runs = Runs(model, row, kinds, exclude, pairs, Ablation.prepare(model, pairs, ablation, kinds, seed, corpus))
     values = runs.all([*circuits, *everything], progress)
     draws = np.random.default_rng(seed).multinomial(values.n, np.full(values.n, 1 / values.n), size=bootstrap)
     rows = []
@@ -129,7 +131,7 @@ class _Values:
         return len(self.get("full"))
 
 
-class _Runs:
+class Runs:
     """The forward passes of an evaluation."""
 
     def __init__(
@@ -140,7 +142,7 @@ class _Runs:
         exclude: int,
         pairs: Sequence[PairBatch],
         ablation: Ablation,
-        batch_size: int,
+        batch_size: int = 32,
     ) -> None:
         self.model, self.metric, self.kinds, self.exclude = model, metric, kinds, exclude
         self.chunks = [(chunk.to(model.device), batch) for batch in pairs for chunk in batch.split(batch_size)]
@@ -154,24 +156,27 @@ class _Runs:
             logits = self.model.logits(chunk.original)
             values.add("full", 0, self.metric.fn(logits, chunk.answer, chunk.foil, logits))
             nothing = {k.name: False for k in self.kinds}
-            values.add("empty", 0, self._run(chunk, nothing, ablated, logits))
+            values.add("empty", 0, self.run(chunk, nothing, ablated, logits))
             for i, circuit in enumerate(circuits):
                 masks = {kind: at_batch(mask, circuit.labels, chunk) for kind, mask in circuit.masks.items()}
-                values.add("circuit", i, self._run(chunk, masks, ablated, logits))
-                values.add("complement", i, self._run(chunk, {k: ~m for k, m in masks.items()}, ablated, logits))
+                values.add("circuit", i, self.run(chunk, masks, ablated, logits))
+                values.add("complement", i, self.run(chunk, {k: ~m for k, m in masks.items()}, ablated, logits))
             if progress:
                 progress(done + 1, len(self.chunks), "evaluate")
         return values
 
-    def _run(self, chunk: PairBatch, masks: Any, ablated: Activations | None, full: Tensor) -> Tensor:
-        hooks = [
+    def run(self, chunk: PairBatch, masks: Any, ablated: Activations | None, full: Tensor) -> Tensor:
+        with self.model.hooks(self.hooks(masks, ablated)):
+            logits = self.model.logits(chunk.original)
+        return self.metric.fn(logits, chunk.answer, chunk.foil, full)
+
+    def hooks(self, masks: Any, ablated: Activations | None) -> list[tuple[str, Hook]]:
+        """What makes the model run only the masked nodes: kind → Bool[layer, pos, *unit], or False for none."""
+        return [
             (kind.point(layer), self._keep(kind, masks[kind.name], layer, ablated))
             for kind in self.kinds
             for layer in range(self.exclude, self.model.shape.n_layers)
         ]
-        with self.model.hooks(hooks):
-            logits = self.model.logits(chunk.original)
-        return self.metric.fn(logits, chunk.answer, chunk.foil, full)
 
     def _keep(self, kind: NodeKind, mask: Any, layer: int, ablated: Activations | None) -> Hook:
         """Keep masked nodes of the running value, put the ablation value everywhere else."""

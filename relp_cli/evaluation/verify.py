@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +38,6 @@ def rescore(
     pairs: Sequence[PairBatch],
     cheap: Sequence[Mapping[str, NodeScores]],
     k: int,
-    batch_size: int = 32,
     progress: Progress | None = None,
 ) -> Scores:
     """Exact scores of the top-k candidates per kind (union over the `cheap` results), 0 elsewhere.
@@ -51,22 +50,34 @@ def rescore(
         different = [key for key in ("metric", "direction", "model", "revision") if theirs.get(key) != meta.get(key)]
         if different or theirs["baseline"] != "patch":
             raise RelpError(f"cheap scores to verify differ in {', '.join(different) or 'baseline'}")
+    masks = {name: candidates([c[name] for c in cheap], k) for name in cheap[0]}
+    return exact_scores(model, pairs, masks, {**meta, "params": {"candidates": k}}, progress)
+
+
+def exact_scores(
+    model: Model,
+    pairs: Sequence[PairBatch],
+    masks: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    progress: Progress | None = None,
+    batch_size: int = 32,
+) -> Scores:
+    """Exact scores of the masked nodes (kind → Bool[layer, pos, *unit]), 0 elsewhere; `meta` has metric and direction."""
     axis, labels = position_axis(pairs)
-    total = sum(len(b) for b in pairs)
-    kept, done = {}, 0
-    for name in cheap[0]:
+    total, done = sum(len(b) for b in pairs), 0
+    about = {**meta, "method": "act_patch", "rules": {}, "signed": True}
+    kept = {}
+    for name, mask in masks.items():
         kind = NODE_KINDS[name]
-        mask = candidates([c[name] for c in cheap], k)
         running = Running(model, kind, labels, total, keep=None)
         for chunk in (c.to(model.device) for b in pairs for c in b.split(batch_size)):
             setup = Setup(model, chunk, METRICS[meta["metric"]], (kind,), meta["direction"])
             running.add(_effects(setup, mask, labels), setup.labels)
             done += len(chunk)
             if progress:
-                progress(done, total * len(cheap[0]), "exact patching of candidates")
-        about = {**meta, "method": "act_patch", "rules": {}, "params": {"candidates": k}, "n_candidates": int(mask.sum())}
-        kept[name] = replace(running.finish(axis, about), kind=name)
-    return Scores(kept, {**meta, "method": "act_patch", "rules": {}, "params": {"candidates": k}})
+                progress(done, total * len(masks), "exact patching of candidates")
+        kept[name] = running.finish(axis, {**about, "n_candidates": int(mask.sum())})
+    return Scores(kept, about)
 
 
 def _effects(setup: Setup, mask: Tensor, labels: tuple[str, ...]) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 
 from relp_cli.circuits.circuit import Circuit
 from relp_cli.evaluation.ablation import Ablation
-from relp_cli.evaluation.evaluate import _Runs
+from relp_cli.evaluation.evaluate import Runs
 from relp_cli.methods.score import score
 from relp_cli.models.load import wrap
 from relp_cli.models.model import Model
@@ -105,7 +105,7 @@ def _circuit_point(f: Fixture) -> None:
     """One F(C) of a neuron circuit: ablation values are ready, half of the neurons are ablated."""
     runs, masks, ablated, full = _prepared(f)
     with torch.no_grad():
-        runs._run(f.batch, masks, ablated, full)
+        runs.run(f.batch, masks, ablated, full)
 
 
 _cache: dict[int, Any] = {}
@@ -117,7 +117,7 @@ def _prepared(f: Fixture) -> Any:
         mask = torch.rand(shape.n_layers, f.batch.n_pos, shape.d_mlp, generator=torch.Generator().manual_seed(0)) > 0.5
         circuit = Circuit.from_mask("mlp_neuron", mask)
         ablation = Ablation.prepare(f.model, [f.batch], "mean", [kind])
-        runs = _Runs(f.model, METRICS["logit_diff"], (kind,), 0, [f.batch], ablation, 8)
+        runs = Runs(f.model, METRICS["logit_diff"], (kind,), 0, [f.batch], ablation)
         _cache[id(f)] = (runs, dict(circuit.masks), ablation.values(f.model, f.batch, f.batch, 0), f.model.logits(f.batch.original))
     return _cache[id(f)]
 

@@ -12,6 +12,7 @@ import pandas as pd
 from relp_cli.circuits.circuit import Circuit
 from relp_cli.circuits.select import select
 from relp_cli.errors import RelpError
+from relp_cli.evaluation.areas import MIB_FRACTIONS
 from relp_cli.evaluation.evaluate import evaluate
 from relp_cli.files import write_atomically
 from relp_cli.methods.score import Progress
@@ -24,7 +25,8 @@ DEFAULT_SWEEP = "log:1e-4:1:15"
 
 def sweep_points(text: str) -> list[dict[str, float]]:
     """`log:LO:HI:N` or `lin:LO:HI:N` thresholds, or node counts `counts:1,10,100` → keyword arguments of `select`;
-    `counts:log:N` (N counts from 1 to all) → N empty ones, which `circuits_of` fills in.
+    `counts:log:N` (N counts from 1 to all) → N empty ones, and `fractions:mib` or `fractions:.1,.5` → their share (`of`),
+    which `circuits_of` turns into counts.
 
     Raises: RelpError naming the form that was expected.
     """
@@ -38,6 +40,11 @@ def sweep_points(text: str) -> list[dict[str, float]]:
             return [{"threshold": float(v)} for v in values]
         if form == "counts" and len(parts) == 2 and parts[0] == "log" and int(parts[1]) > 1:
             return [{} for _ in range(int(parts[1]))]
+        if form == "fractions" and parts:
+            fractions = MIB_FRACTIONS if parts == ["mib"] else tuple(float(v) for v in parts[0].split(","))
+            if not all(0 < f <= 1 for f in fractions):
+                raise ValueError
+            return [{"of": f} for f in fractions]
         if form == "counts" and len(parts) == 1:
             counts = [int(v) for v in parts[0].split(",")]
             if min(counts) < 0:
@@ -45,7 +52,7 @@ def sweep_points(text: str) -> list[dict[str, float]]:
             return [{"top_k": c} for c in counts]
     except ValueError:
         pass
-    raise RelpError(f"sweep '{text}': expected log:1e-4:1:15, lin:0:1:11, counts:1,10,100 or counts:log:15")
+    raise RelpError(f"sweep '{text}': expected log:1e-4:1:15, lin:0:1:11, counts:1,10,100, counts:log:15 or fractions:mib")
 
 
 def circuits_of(scores: Mapping[str, NodeScores], sweep: str, from_layer: int = 0) -> list[Circuit]:
@@ -58,6 +65,8 @@ def circuits_of(scores: Mapping[str, NodeScores], sweep: str, from_layer: int = 
     if not points[0]:
         counts = np.unique(np.geomspace(1, max(scored, 1), len(points)).round().astype(int))
         points = [{"top_k": int(c)} for c in counts]
+    if "of" in points[0]:
+        points = [{"top_k": max(1, round(p["of"] * scored))} for p in points]
     if "top_k" in points[0]:
         points = [{"top_k": k} for k in dict.fromkeys(min(int(p["top_k"]), scored) for p in points)]
     return [select(scores, from_layer=from_layer, **p) for p in points]  # type: ignore[arg-type]

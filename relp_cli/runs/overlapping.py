@@ -1,0 +1,39 @@
+"""Overlap between circuits of runs, files and the literature."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from relp_cli.circuits.circuit import Circuit
+from relp_cli.circuits.reference import reference_circuit, reference_names
+from relp_cli.errors import RelpError
+from relp_cli.evaluation.agreement import agreement
+from relp_cli.evaluation.overlap import overlap
+from relp_cli.runs.rundir import RunDir
+from relp_cli.runs.scoring import open_run
+
+
+def overlap_of(first: Path, second: str) -> dict[str, Any]:
+    """`overlap(first, second)`; for two runs with common kinds and positions also the PCC of their scores per kind."""
+    rows = overlap(_circuit(str(first)), _circuit(second))
+    if RunDir(first).exists() and RunDir(Path(second)).exists():
+        mine, theirs = open_run(first)[2], open_run(Path(second))[2]
+        for kind in (k for k in mine if k in theirs and mine[k].labels == theirs[k].labels):
+            rows[f"PCC of {kind} scores"] = agreement(mine[kind], theirs[kind], bootstrap=0).pcc
+    return rows
+
+
+def _circuit(where: str) -> Circuit:
+    path = Path(where)
+    if path.is_dir():
+        run = RunDir(path)
+        run.read()
+        if not run.circuit.is_file():
+            raise RelpError(f"run '{path}' has no circuit yet; run `relp circuit {path} --threshold …`")
+        return Circuit.load(run.circuit)
+    if path.is_file():
+        return Circuit.load(path)
+    if where in reference_names() or "/" not in where:
+        return reference_circuit(where)
+    raise RelpError(f"'{where}' is neither a run, a circuit file nor a published circuit ({', '.join(reference_names())})")

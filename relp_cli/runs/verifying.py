@@ -1,0 +1,36 @@
+"""`relp circuit --verify`: keep the selected nodes that exact patching confirms, and say what was wrong with the rest."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from relp_cli.circuits.circuit import ANY_POSITION, Circuit
+from relp_cli.errors import RelpError
+from relp_cli.evaluation.verify import exact_scores
+from relp_cli.methods.score import Progress
+from relp_cli.runs.scoring import Session, open_run, prepare
+
+
+def verify_circuit(
+    path: Path, circuit: Circuit, confirm: float | None, device: str | None, progress: Progress | None
+) -> tuple[Circuit, list[str]]:
+    """The confirmed part of a circuit: nodes with |exact effect| > `confirm` (default: the selection's τ) on the run's
+    own pairs, and sentences on false positives.
+
+    Raises: RelpError for circuits without positions, and where no default for `confirm` exists.
+    """
+    _, spec, scores = open_run(path)
+    if circuit.labels == ANY_POSITION:
+        raise RelpError("--verify patches nodes at their positions; select with --aggregate none")
+    tau = circuit.meta["selection"]["tau"] if confirm is None else confirm
+    prepared = prepare(spec, Session(device))
+    exact = exact_scores(prepared.model, prepared.pairs, circuit.masks, scores.meta, progress)
+    masks = {kind: mask & (exact[kind].mean.abs() > tau) for kind, mask in circuit.masks.items()}
+    kept = replace(circuit, masks=masks, meta={**circuit.meta, "verified": {"method": "act_patch", "confirm": tau}})
+    rejected = circuit.n_nodes - kept.n_nodes
+    share = rejected / circuit.n_nodes if circuit.n_nodes else 0.0
+    return kept, [
+        f"exact patching confirms {kept.n_nodes} of {circuit.n_nodes} nodes at |effect| > {tau:g}: "
+        f"{rejected} false positives ({share:.0%})"
+    ]
