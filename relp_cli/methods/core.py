@@ -40,16 +40,12 @@ def gradients(
 
     Raises: RelpError for a metric that has no gradient, and for nodes that the rules cut off from the output.
     """
-    if not setup.metric.differentiable:
-        raise RelpError(f"metric '{setup.metric.name}' has no gradient; it serves act_patch and evaluation only")
-    if setup.metric.zero_grad_at_original and setup.direction == "noising" and tokens is None and leaf is None:
-        raise RelpError(
-            f"metric '{setup.metric.name}' has gradient exactly 0 at the original prompt, where this method evaluates it; "
-            "use --direction denoising, act_patch, or another metric"
-        )
+    refuse_metric(setup, at_run=tokens is None and leaf is None)
     tokens = setup.run if tokens is None else tokens
-    with torch.enable_grad(), lrp(setup.model, rules, other) as applied, capture(setup.model, setup.kinds, leaf) as values:
-        metric = setup.value(setup.model.logits(tokens))
+    with torch.enable_grad():
+        with lrp(setup.model, rules, other) as applied, capture(setup.model, setup.kinds, leaf) as values:
+            logits = setup.model.logits(tokens)
+        metric = setup.value(logits)  # outside the hooks: kl runs the model for its reference
         flat = [v for layers in values.values() for v in layers]
         grads = torch.autograd.grad(metric.sum(), flat, allow_unused=True)
     if tokens is setup.run and leaf is None:
@@ -60,12 +56,24 @@ def gradients(
     by_kind: Activations = {}
     position = iter(grads)
     for kind, layers in values.items():
-        by_kind[kind] = [_must_reach(next(position), kind, layer, rules) for layer in range(len(layers))]
+        by_kind[kind] = [must_reach(next(position), kind, layer, rules) for layer in range(len(layers))]
     detached = {kind: [v.detach() for v in layers] for kind, layers in values.items()}
     return Gradients(detached, by_kind, metric.detach(), applied)
 
 
-def _must_reach(grad: Tensor | None, kind: str, layer: int, rules: Sequence[str]) -> Tensor:
+def refuse_metric(setup: Setup, at_run: bool = True) -> None:
+    """Raises RelpError for a metric without gradient, or (at_run) whose gradient at the run is 0 by construction."""
+    if not setup.metric.differentiable:
+        raise RelpError(f"metric '{setup.metric.name}' has no gradient; it serves act_patch and evaluation only")
+    if at_run and setup.metric.zero_grad_at_original and setup.direction == "noising":
+        raise RelpError(
+            f"metric '{setup.metric.name}' has gradient exactly 0 at the original prompt, where this method evaluates "
+            "it; use --direction denoising, act_patch, or another metric"
+        )
+
+
+def must_reach(grad: Tensor | None, kind: str, layer: int, rules: Sequence[str]) -> Tensor:
+    """The gradient. Raises RelpError where there is none."""
     if grad is None:
         raise RelpError(
             f"no gradient reaches {kind} nodes of layer {layer} under rules {', '.join(rules) or '(none)'}; "

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from relp_cli.errors import RelpError
-from relp_cli.lrp.context import recording
+from relp_cli.lrp.context import Recorded, recording
 from relp_cli.lrp.rules import RULES, TWO_POINT, parse_rules
 from relp_cli.methods.core import differences, gradients, products
 from relp_cli.methods.setup import Setup
 from relp_cli.methods.table import Params, Result
 from relp_cli.models.model import Model
+from relp_cli.nodes.access import Activations
 
 
 class RelpParams(Params):
@@ -22,13 +23,21 @@ class RelpParams(Params):
 def relp(setup: Setup, params: RelpParams) -> Result:
     """2 forward + 1 backward for all nodes; two-point rules read the forward pass that gives δ."""
     rules = params.rules if params.rules is not None else setup.model.family.rules
-    two_point = any(a.rule.two_point for a in parse_rules(list(rules)))
-    if two_point and setup.baseline != "patch":
+    source, other = recorded_source(setup, rules)
+    at = gradients(setup, rules, other)
+    return Result(products(setup, differences(source, at.values), at.grads), at.applied)
+
+
+def recorded_source(setup: Setup, rules: tuple[str, ...]) -> tuple[Activations, Recorded | None]:
+    """n(source), and what two-point rules among `rules` need of that pass (None without such rules).
+
+    Raises: RelpError for two-point rules where no patch prompt is run.
+    """
+    if any(a.rule.two_point for a in parse_rules(rules)) and setup.baseline != "patch":
         raise RelpError(f"two-point rules need a patch prompt, not baseline '{setup.baseline}'")
     with torch.no_grad(), recording(setup.model, rules) as other:
         source = setup.source_activations()
-    at = gradients(setup, rules, other or None)
-    return Result(products(setup, differences(source, at.values), at.grads), at.applied)
+    return source, other or None
 
 
 def with_extra_rules(model: Model, rules: tuple[str, ...], extra: list[str]) -> tuple[str, ...]:

@@ -65,9 +65,11 @@ def score(
     chunks = [small.to(model.device) for batch in pairs for small in batch.split(batch_size)]
     total = sum(len(c) for c in chunks)
     passes, started = Passes(), time.perf_counter()
-    means = mean_activations(model, pairs, kinds, batch_size) if baseline == "mean" else None
+    with_inputs = dict.fromkeys((*kinds, NODE_KINDS["resid_pre"]))  # integrated gradients need the mean embeddings
+    means = mean_activations(model, pairs, tuple(with_inputs), batch_size) if baseline == "mean" else None
     sums = {k.name: Running(model, k, labels, total, keep_examples) for k in kinds}
     applied: dict[str, int] = {}
+    about: dict[str, Any] = {}
     original: list[Tensor] = []
     done = 0
     for chunk in chunks:
@@ -75,7 +77,7 @@ def score(
             model, chunk, METRICS[metric], kinds, direction, baseline, means and means.at(chunk), passes  # type: ignore[arg-type]
         )
         result: Result = function(setup, parsed)
-        applied = result.applied
+        applied, about = result.applied, result.meta
         for kind in kinds:
             sums[kind.name].add(result.scores[kind.name], setup.labels)
         original.append(setup.prompt_value("run" if direction == "noising" else "source").cpu())
@@ -101,6 +103,7 @@ def score(
         "seconds": round(time.perf_counter() - started, 3),
         "mean_metric": torch.cat(original).mean().item(),
         "mean_abs_metric": torch.cat(original).abs().mean().item(),
+        **about,
     }
     return Scores({k.name: sums[k.name].finish(axis, meta) for k in kinds}, meta)
 

@@ -61,6 +61,7 @@ class Setup:
             raise RelpError(f"baseline '{self.baseline}' replaces the patch prompt; it has no denoising direction")
         if self.baseline == "mean" and self.means is None:
             raise RelpError("baseline 'mean' needs the mean activations")
+        _ = self._reference  # now: inside a capture or under rules its own forward pass would be hooked as well
 
     @property
     def run(self) -> Int[Tensor, "batch pos"]:
@@ -121,10 +122,21 @@ class Setup:
         if self.baseline == "mean":
             assert self.means is not None
             return {k.name: [m.expand(len(self.batch), -1, -1) for m in self.means[k.name]] for k in self.kinds}
-        prompt = "source" if self.baseline == "patch" else "run"
+        prompt: Literal["run", "source"] = "source" if self.baseline == "patch" else "run"
         self.passes.forward += 1
-        with torch.no_grad(), capture(self.model, self.kinds) as values:
-            self.seen[prompt] = self.value(self.model.logits(getattr(self, prompt)))
+        values = self._captured(prompt)
         if self.baseline == "zero":
             return {name: [torch.zeros_like(v) for v in layers] for name, layers in values.items()}
+        return values
+
+    def run_activations(self) -> Activations:
+        """n(run) for every kind: Float[batch, pos, width] per layer (one forward pass)."""
+        self.passes.forward += 1
+        return self._captured("run")
+
+    def _captured(self, prompt: Literal["run", "source"]) -> Activations:
+        with torch.no_grad():
+            with capture(self.model, self.kinds) as values:
+                logits = self.model.logits(getattr(self, prompt))
+            self.seen[prompt] = self.value(logits)  # outside `capture`: kl runs the model for its reference
         return values

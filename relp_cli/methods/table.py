@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """Per-example scores on the slot axis, and what was done to get them (rules applied → layers)."""
+    """Per-example scores on the slot axis, what was done to get them (rules applied → layers), and what else the
+    scores' metadata should say (it may override what the row says: `signed`).
+    """
 
     scores: PerExample
     applied: dict[str, int] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
 
 
 class Params(BaseModel):
@@ -59,6 +62,24 @@ for _row in (
     Method("atp", "atp:atp:", "c(n), linearised at the run", "2 forward + 1 backward", "cost", "RelP eq. 2; Nanda 2022"),
     Method("relp", "relp:relp:RelpParams", "c(n), with LRP coefficients for the gradient", "2 forward + 1 backward",
            "noisy gradients of norms, activations and gates", "RelP eq. 3", rules=True),
+    Method("ig_inputs", "ig_inputs:ig_inputs:PathParams",
+           "c(n), gradient averaged over embeddings between run and source",
+           "steps × (forward + backward) + 2 forward", "zero-gradient regions, saturation",
+           "Sundararajan et al. 2017; Hanna et al. 2024"),
+    Method("relp_ig", "relp_ig:relp_ig:RelpIgParams", "c(n), LRP coefficients averaged over the same path",
+           "steps × (forward + backward) + 2 forward", "as relp and ig_inputs", "relp (METHODS.md)", rules=True),
+    Method("ig_activations", "ig_activations:ig_activations:IgActivationsParams",
+           "c(n), gradient averaged while a layer's site moves from run to source",
+           "steps × (forward + backward) per layer and kind + 2 forward", "zero-gradient regions, saturation",
+           "Marks et al. 2025; IG blog (IGact)"),
+    Method("conductance", "conductance:conductance:ConductanceParams",
+           "the node's share of L(source) − L(run) along the path of embeddings",
+           "(steps + 1) × (forward + backward) + 2 forward", "zero-gradient regions", "Dhamdhere et al. 2018"),
+    Method("atp_star", "atp_star:atp_star:AtpStarParams",
+           "|c(n)|, averaged over dropped layers (grad_drop=false: c(n), exact up to the pattern for queries and keys)",
+           "2 forward + 1 backward per layer; QK fix: + 2 forward",
+           "attention saturation (QK fix), cancellation (GradDrop)",
+           "Kramár et al. 2024", signed=False),
     Method("delta", "baselines:delta:", "‖n(source) − n(run)‖, unsigned", "2 forward", "baseline", "—", signed=False),
     Method("random", "baselines:random:RandomParams", "nothing: seeded noise", "none", "baseline", "—", signed=False),
 ):  # fmt: skip

@@ -1,0 +1,185 @@
+"""AtP* (Kramár et al. 2024): attribution patching without its two known blind spots.
+
+1. QK fix, for queries and keys: the attention scores are computed with the source's queries (or keys) in place of the
+   run's, by the model itself, so rotary embeddings, grouped keys, softcaps and windows are the model's own.
+2. The softmax is then redone exactly, for one query or one key at a time; only what follows the pattern is linear.
+3. GradDrop, for all kinds: the gradient is taken once per layer with that layer's contribution held constant, and the
+   absolute scores are averaged, so that a direct and an indirect effect that cancel are still seen. Unsigned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from relp_cli.errors import RelpError
+from relp_cli.methods.core import Gradients, PerExample, differences, must_reach, products, refuse_metric
+from relp_cli.methods.setup import Setup
+from relp_cli.methods.table import Params, Result
+from relp_cli.models.model import Hook
+from relp_cli.nodes.access import Activations, capture
+from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
+
+PATTERN = NodeKind("pattern", "blocks.{l}.attn.hook_pattern", "vector", "attention probabilities, not a node")
+SCORES = NodeKind("attention scores", "blocks.{l}.attn.hook_attn_scores", "vector", "before the softmax, masked")
+ATTENTION = (NODE_KINDS["query"], NODE_KINDS["key"], SCORES, PATTERN)
+BETWEEN_LAYERS = ("resid_pre", "resid_dim")  # kinds that no layer contains
+
+
+class AtpStarParams(Params):
+    """qk_fix: recompute the softmax exactly for queries and keys. grad_drop: average |score| over dropped layers."""
+
+    qk_fix: bool = True
+    grad_drop: bool = True
+
+
+def atp_star(setup: Setup, params: AtpStarParams) -> Result:
+    """2 forward + 1 backward (with grad_drop: per layer); with qk_fix + 1 forward for queries and 1 for keys."""
+    n_layers = setup.model.shape.n_layers
+    dropped = [frozenset([layer]) for layer in range(n_layers)] if params.grad_drop else [frozenset[int]()]
+    fixed = [k.name for k in setup.kinds if k.name in ("query", "key")] if params.qk_fix else []
+    source = setup.source_activations()
+    wide = (*setup.kinds, *(k for k in ATTENTION if fixed and k not in setup.kinds))
+    runs = layer_drop_gradients(replace(setup, kinds=wide), dropped)
+    run = runs[0].values
+    deltas = differences(source, {k.name: run[k.name] for k in setup.kinds})
+    after = {name: moved_scores(setup, name, source, run) for name in fixed}
+    total: PerExample = {}
+    for dropping, at in zip(dropped, runs, strict=True):
+        scores = products(setup, deltas, at.grads)
+        for name in fixed:
+            scores[name] = fixed_scores(setup, name, run[SCORES.name], after[name], at.grads[PATTERN.name])
+        for name, value in scores.items():
+            kept = value.abs() * _outside(name, value, dropping) if params.grad_drop else value
+            total[name] = total[name] + kept if name in total else kept
+    if params.grad_drop:
+        total = {name: value / _n_drops(name, n_layers) for name, value in total.items()}
+    return Result(total, meta={"signed": not params.grad_drop, "qk_fix": bool(fixed), "grad_drop": params.grad_drop})
+
+
+def _n_drops(kind: str, n_layers: int) -> int:
+    """K of METHODS.md: how many layers can be dropped without dropping the node itself."""
+    k = n_layers if kind in BETWEEN_LAYERS else n_layers - 1
+    if k == 0:
+        raise RelpError(f"grad_drop: {kind} nodes of a one-layer model have no other layer to drop; use grad_drop=false")
+    return k
+
+
+def _outside(kind: str, scores: Tensor, dropping: Collection[int]) -> Tensor:
+    """1 for the layers whose nodes a dropped layer does not contain, along the layer axis."""
+    inside = torch.tensor([kind not in BETWEEN_LAYERS and n in dropping for n in range(scores.shape[1])])
+    return (~inside).to(scores).view(1, -1, *[1] * (scores.ndim - 2))
+
+
+def layer_drop_gradients(setup: Setup, dropped: Sequence[Collection[int]]) -> list[Gradients]:
+    """∂L/∂n with the contributions (attn_out + mlp_out) of some layers held constant; one backward per set.
+
+    Gradients at attn_out and mlp_out are taken downstream of the cut: with all layers dropped they are direct effects.
+    """
+    refuse_metric(setup)
+    dropping: set[int] = set()
+    with torch.enable_grad():
+        with _gates(setup, dropping), capture(setup.model, setup.kinds) as values:
+            logits = setup.model.logits(setup.run)
+        metric = setup.value(logits)
+        setup.seen["run"] = metric.detach()
+        setup.passes.forward += 1
+        flat = [(kind, layer, v) for kind, layers in values.items() for layer, v in enumerate(layers)]
+        detached = {kind: [v.detach() for v in layers] for kind, layers in values.items()}
+        out = []
+        for layers_ in dropped:
+            dropping.clear()
+            dropping.update(layers_)
+            grads = torch.autograd.grad(metric.sum(), [v for *_, v in flat], retain_graph=True, allow_unused=True)
+            setup.passes.backward += 1
+            by_kind: Activations = {kind: [] for kind in values}
+            for (kind, layer, _), grad in zip(flat, grads, strict=True):
+                by_kind[kind].append(must_reach(grad, kind, layer, ()))
+            out.append(Gradients(detached, by_kind, metric.detach(), {}))
+    return out
+
+
+@contextmanager
+def _gates(setup: Setup, dropping: Collection[int]) -> Iterator[None]:
+    """While open, layers' contributions pass gates; a backward pass stops at the gates of `dropping`'s layers."""
+
+    def gate(layer: int) -> Hook:
+        def hook(value: Tensor) -> Tensor:
+            inner = value.view_as(value)
+            inner.register_hook(lambda g: torch.zeros_like(g) if layer in dropping else g)
+            return inner.view_as(inner)
+
+        return hook
+
+    layers = range(setup.model.shape.n_layers)
+    with setup.model.hooks([(f"blocks.{n}.{name}", gate(n)) for n in layers for name in ("hook_attn_out", "hook_mlp_out")]):
+        yield
+
+
+def moved_scores(setup: Setup, kind: str, source: Activations, run: Activations) -> list[Tensor]:
+    """Attention scores with the source's queries or keys, per layer: Float[batch, head, query, key], masked as ever.
+
+    One forward pass; every layer's queries and keys are set, so that no layer sees what the others changed.
+    """
+    other = "key" if kind == "query" else "query"
+    replaced = {kind: source[kind], other: run[other]}
+    hooks: list[tuple[str, Hook]] = [
+        (NODE_KINDS[name].point(layer), lambda _, v=value: v)  # type: ignore[misc]
+        for name, layers in replaced.items()
+        for layer, value in enumerate(layers)
+    ]
+    setup.passes.forward += 1
+    with torch.no_grad(), setup.model.hooks(hooks), capture(setup.model, [SCORES]) as seen:
+        setup.model.logits(setup.run)
+    return seen[SCORES.name]
+
+
+def fixed_scores(
+    setup: Setup, kind: str, before: list[Tensor], after: list[Tensor], grads: list[Tensor]
+) -> Float[Tensor, "batch layer slot head"]:
+    """The QK fix for all queries or all keys, from scores before and after and ∂L/∂pattern, one tensor per layer."""
+    function = query_effects if kind == "query" else key_effects
+    layers = [function(b, a, g) for b, a, g in zip(before, after, grads, strict=True)]
+    effects = torch.stack(layers, 1).transpose(-1, -2)
+    if kind == "key":  # a key serves its group of query heads
+        effects = effects.unflatten(-1, (setup.model.shape.n_kv_heads, -1)).sum(-1)
+    return setup.to_slots(effects)
+
+
+def query_effects(before: Tensor, after: Tensor, grad: Tensor) -> Float[Tensor, "batch head pos"]:
+    """Σ_k (P' − P)·∂L/∂P for each query; before, after, grad: Float[batch, head, query, key]."""
+    return ((_softmax(after) - _softmax(before)) * grad).sum(-1)
+
+
+def key_effects(before: Tensor, after: Tensor, grad: Tensor) -> Float[Tensor, "batch head pos"]:
+    """The same for each key t on its own: Σ_{q ≥ t} u/(1+u)·(g_qt − G_q), u = P_qt·expm1(δ_qt), G_q = Σ_j P_qj·g_qj.
+
+    1 + u is formed from the other keys' probabilities and exp(−|δ|), so neither overflows nor cancels.
+    """
+    p = _softmax(before)
+    masked = before <= torch.finfo(before.dtype).min / 2
+    change = torch.where(masked, torch.zeros_like(before), after - before).to(p.dtype)
+    shrink = torch.exp(-change.abs())
+    others = _sum_of_others(p)
+    denominator = torch.where(change > 0, others * shrink + p, others + p * shrink)
+    numerator = -p * torch.expm1(-change.abs()) * change.sign()
+    ratio = numerator / denominator.clamp_min(torch.finfo(p.dtype).tiny)
+    return (ratio * (grad - (p * grad).sum(-1, keepdim=True))).sum(-2)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """In float32 at least, as models do."""
+    return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
+
+
+def _sum_of_others(p: Tensor) -> Tensor:
+    """Σ_{j ≠ t} p_j without cancellation: what stands left of t plus what stands right of it."""
+    zero = torch.zeros_like(p[..., :1])
+    left = torch.cat([zero, p[..., :-1].cumsum(-1)], -1)
+    right = torch.cat([p[..., 1:].flip(-1).cumsum(-1).flip(-1), zero], -1)
+    return left + right
