@@ -174,8 +174,8 @@ def linear_parameters(model: Model, name: str, d_in: int, d_out: int) -> tuple[T
 
 
 def replace(value: Tensor, surrogate: Tensor) -> Tensor:
-    """`value` going forward, the gradient of `surrogate` going backward."""
-    return value.detach() + (surrogate - surrogate.detach())
+    """`value` going forward, the gradient of `surrogate` (which a float32 scale may have widened) going backward."""
+    return value.detach() + (surrogate - surrogate.detach()).to(value.dtype)
 
 
 BUILDERS: tuple[tuple[tuple[str, ...], Callable[..., list[RuleSite]]], ...] = (
