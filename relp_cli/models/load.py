@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import socket
@@ -105,7 +106,7 @@ def _folder(name: str) -> Path | None:
 
 
 def _from_pretrained(name: str, folder: Path | None, dtype: torch.dtype, revision: str | None) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
@@ -133,9 +134,18 @@ def _from_pretrained(name: str, folder: Path | None, dtype: torch.dtype, revisio
     if folder and not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return hf, None
     try:
-        return hf, AutoTokenizer.from_pretrained(where, revision=revision, local_files_only=cached_only)
+        loader = PreTrainedTokenizerFast if folder and _generic_tokenizer(folder) else AutoTokenizer
+        return hf, loader.from_pretrained(where, revision=revision, local_files_only=cached_only)
     except (OSError, ValueError, KeyError) as error:
         raise RelpError(f"model '{name}': its tokenizer cannot be loaded ({_first_line(error)})") from error
+
+
+def _generic_tokenizer(folder: Path) -> bool:
+    """Whether the folder names the generic tokenizer class. AutoTokenizer overrides it by model type (Qwen2: byte-level
+    BPE whatever tokenizer.json says), which would silently change every token."""
+    config = folder / "tokenizer_config.json"
+    named = json.loads(config.read_text()).get("tokenizer_class") if config.is_file() else None
+    return named in ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 def _hub_resolves() -> bool:

@@ -1,0 +1,144 @@
+"""Every verb on an embedded model, in the order a user meets them; numbers are checked against the Python API."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import relp_cli
+
+
+def test_help_and_import_load_no_torch():
+    code = "import sys, relp_cli, relp_cli.cli.main; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("what", ["tasks", "methods", "models", "nodes", "jobs", "runs"])
+def test_ls_lists_without_torch(what):
+    code = f"""
+import sys
+sys.argv = ["relp", "ls", "{what}", "--json"]
+from relp_cli.cli.main import run
+try:
+    run()
+except SystemExit as stop:
+    sys.stderr.write(f"{{stop.code or 0}} {{'torch' in sys.modules}}")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "0 False"
+    rows = json.loads(done.stdout)
+    assert what == "runs" or len(rows) >= 4
+
+
+def test_every_verb_has_help_with_an_example(relp):
+    for verb in ("score", "circuit", "evaluate", "compare", "overlap", "report", "ls", "bench", "validate", "show", "reproduce"):
+        done = relp(verb, "--help")
+        assert done.code == 0
+        assert f"relp {verb} " in done.out.replace("\n", " "), verb
+
+
+def test_score_circuit_evaluate(relp, tmp_path):
+    first = relp("score", "ioi", "--nodes", "mlp_neuron,head", "--pairs", 12, "-o", "run")
+    assert first.code == 0, first.err
+    assert "accuracy 1.00" in first.err
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["scores"]["rules"] == {"ln": 9, "identity": 4}
+    assert record["behaviour"]["n"] == 12
+    stamp = (tmp_path / "run/scores.safetensors").stat().st_mtime_ns
+    again = relp("score", "ioi", "--nodes", "mlp_neuron,head", "--pairs", 12, "-o", "run")
+    assert "already done" in again.err
+    assert (tmp_path / "run/scores.safetensors").stat().st_mtime_ns == stamp
+
+    chosen = relp("circuit", "run", "--nodes", "mlp_neuron", "--top-k", 25, "--json")
+    assert json.loads(chosen.out)["n_nodes"] == 25
+    done = relp("evaluate", "run", "--pairs", 10, "--random", 1, "--json")
+    assert done.code == 0, done.err
+    row = json.loads(done.out)["rows"][0]
+
+    model, task = relp_cli.load_model("tiny-gpt2"), relp_cli.load_task("ioi")
+    scores = relp_cli.score(model, task.pairs(model, 12), "relp", ["mlp_neuron"])
+    circuit = relp_cli.select(scores["mlp_neuron"], top_k=25)
+    want = relp_cli.evaluate(model, task.pairs(model, 10, split="heldout"), circuit).iloc[0]
+    assert row["faithfulness"] == pytest.approx(want.faithfulness, rel=1e-5)
+    assert row["completeness"] == pytest.approx(want.completeness, rel=1e-5)
+    assert row["n_nodes"] == int(circuit.masks["mlp_neuron"][1:].sum())
+
+
+def test_sweep_writes_one_row_per_threshold_and_nested_circuits(relp, tmp_path):
+    relp("score", "sva_simple", "--nodes", "mlp_neuron", "--pairs", 8, "-o", "run")
+    done = relp("evaluate", "run", "--sweep", "log:1e-3:1:4", "--pairs", 8, "--random", 0)
+    assert done.code == 0, done.err
+    table = pd.read_csv(tmp_path / "run/evaluation.csv")
+    np.testing.assert_allclose(table.tau, np.geomspace(1e-3, 1, 4))
+    assert table.n_nodes.is_monotonic_decreasing
+
+
+def test_compare_matches_numpy_and_reuses_scores(relp, tmp_path):
+    arguments = ("compare", "ioi", "--methods", "atp,relp", "--pairs", 6, "-o", "out")
+    done = relp(*arguments)
+    assert done.code == 0, done.err
+    table = pd.read_csv(tmp_path / "out/compare.csv").set_index(["method", "kind"])
+    saved = {p.name.split("-")[3]: relp_cli.Scores.load(p / "scores.safetensors") for p in (tmp_path / "out/scores").iterdir()}
+    for method in ("atp", "relp"):
+        for kind in ("resid_pre", "attn_out", "mlp_out"):
+            a, b = saved[method][kind].mean.flatten(), saved["act_patch"][kind].mean.flatten()
+            assert table.loc[(method, kind)].pcc == pytest.approx(np.corrcoef(a, b)[0, 1])
+    assert (tmp_path / "out/heatmaps-ioi-tiny-gpt2-noising.png").read_bytes()[:4] == b"\x89PNG"
+    started = time.perf_counter()
+    assert relp(*arguments).code == 0
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out/scores").rglob("*.safetensors")}
+    assert len(stamps) == 3
+    assert all(t < time.time_ns() - (time.perf_counter() - started) for t in stamps.values())
+    runs = sorted(str(p) for p in (tmp_path / "out/scores").iterdir())
+    other = relp("compare", *runs, "-o", "again")
+    assert other.code == 0, other.err
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "again/compare.csv").set_index(["method", "kind"])[["pcc", "spearman"]].sort_index(),
+        table[["pcc", "spearman"]].sort_index(),
+    )
+
+
+def test_show_aligns_roles(relp):
+    done = relp("show", "ioi", "--pairs", 6, "--json")
+    content = json.loads(done.out)
+    assert content["accuracy"] == 1.0
+    for pair in content["pairs"]:
+        changed = [r for r, a, b in zip(pair["roles"], pair["original"], pair["patch"], strict=True) if a != b]
+        assert changed == ["S1", "IO", "S2"]
+        assert pair["roles"][-1] == "end"
+
+
+def test_dry_run_writes_nothing(relp, tmp_path):
+    done = relp("score", "ioi", "--method", "act_patch", "--nodes", "mlp_neuron", "--pairs", 5, "--dry-run", "--json")
+    cost = json.loads(done.out)
+    assert cost["nodes"]["mlp_neuron"] == 4 * 16 * 256
+    assert "patched runs" in cost["forwards"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_baselines_score_single_prompts(relp, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text(
+        '{"prompt": "Then, Mary and John went to the store. John gave a ring to", "answer": " Mary", "foil": " John"}\n'
+    )
+    patchless = relp("score", "prompts.jsonl", "--split", "all", "--pairs", 1, "-o", "a")
+    assert patchless.code == 2
+    assert "--baseline zero or mean" in patchless.err
+    done = relp("score", "prompts.jsonl", "--split", "all", "--pairs", 1, "--baseline", "zero", "-o", "b")
+    assert done.code == 0, done.err
+
+
+def test_verify_keeps_exactly_what_patching_confirms(relp, tmp_path):
+    relp("score", "ioi", "--nodes", "head", "--pairs", 6, "-o", "cheap")
+    relp("score", "ioi", "--nodes", "head", "--pairs", 6, "--method", "act_patch", "-o", "exact")
+    exact = relp_cli.Scores.load(tmp_path / "exact/scores.safetensors")["head"].mean
+    cheap = relp_cli.Scores.load(tmp_path / "cheap/scores.safetensors")["head"].mean
+    done = relp("circuit", "cheap", "--threshold", 0.05, "--verify")
+    assert done.code == 0, done.err
+    circuit = relp_cli.Circuit.load(tmp_path / "cheap/circuit.json")
+    assert (circuit.masks["head"] == ((cheap.abs() > 0.05) & (exact.abs() > 0.05))).all()
