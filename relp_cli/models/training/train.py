@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
 from relp_cli.models.catalog import EMBEDDED
 from relp_cli.models.training.corpus import sentences
 from relp_cli.models.training.shapes import SHAPES
-from relp_cli.models.training.tokenizer import read_tokenizer, tokenizer_for
+from relp_cli.models.training.tokenizer import tokenizer_for
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.spec import list_tasks
 from relp_cli.tasks.task import load_task
@@ -116,7 +116,7 @@ def measure(folder: Path, n: int = 100) -> dict[str, dict[str, float | str]]:
     With BOS and without: `accuracy`, `mean` (of the task's own metric), and the same with `_no_bos`.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    tokenizer = read_tokenizer(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     return {name: _measure_task(model, tokenizer, folder.name, name, n) for name in list_tasks()}
 
 
