@@ -58,10 +58,13 @@ def sweep_points(text: str) -> list[dict[str, float]]:
 def circuits_of(scores: Mapping[str, NodeScores], sweep: str, from_layer: int = 0) -> list[Circuit]:
     """One circuit per point of a sweep over the nodes of layers ≥ `from_layer`.
 
-    Counts beyond the nodes that have a score (candidates of a verification; all nodes otherwise) mean all of these.
+    Counts beyond the nodes that have a score (the candidates of a re-scoring; all nodes otherwise) mean all of these.
     """
     points = sweep_points(sweep)
-    scored = sum(int((s.mean[from_layer:] != 0).sum()) for s in scores.values())
+    scored = sum(
+        int((s.mean[from_layer:] != 0).sum()) if "n_candidates" in s.meta else s.mean[from_layer:].numel()
+        for s in scores.values()
+    )
     if not points[0]:
         counts = np.unique(np.geomspace(1, max(scored, 1), len(points)).round().astype(int))
         points = [{"top_k": int(c)} for c in counts]
