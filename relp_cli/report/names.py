@@ -1,0 +1,42 @@
+"""How node kinds are written in tables and figures, and checks of tables that come in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from relp_cli.errors import RelpError
+
+KIND_TITLES = {
+    "resid_pre": "residual", "attn_out": "attention", "mlp_out": "MLP", "head": "heads", "mlp_neuron": "MLP neurons",
+    "query": "queries", "key": "keys", "value": "values", "attn_dim": "attention dimensions",
+    "mlp_dim": "MLP dimensions", "resid_dim": "residual dimensions", "feature": "features",
+}  # fmt: skip
+# What else than task, model, method and kind tells two rows of one table apart (job grids).
+MORE_KEYS = ("direction", "metric", "ablation", "seed")
+
+
+def kind_title(kind: str) -> str:
+    """ "attn_out" → "attention"; a mixed "head+mlp_out" → "heads + MLP"."""
+    return " + ".join(KIND_TITLES.get(part, part) for part in str(kind).split("+"))
+
+
+def model_title(model: str) -> str:
+    """The last part of a hub name or folder."""
+    return Path(str(model)).name
+
+
+def need(table: pd.DataFrame, columns: Sequence[str], what: str) -> None:
+    """Raises RelpError unless `table` has rows and these columns."""
+    missing = [name for name in columns if name not in table.columns]
+    if missing:
+        raise RelpError(f"{what}: the table has no column '{missing[0]}' (it has {', '.join(map(str, table.columns))})")
+    if table.empty:
+        raise RelpError(f"{what}: the table has no rows")
+
+
+def varying(table: pd.DataFrame, columns: Sequence[str] = MORE_KEYS) -> list[str]:
+    """Those of `columns` that the table has with more than one value."""
+    return [name for name in columns if name in table.columns and table[name].nunique(dropna=False) > 1]
