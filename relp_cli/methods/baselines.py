@@ -7,7 +7,7 @@ import torch
 from relp_cli.methods.core import differences, products
 from relp_cli.methods.setup import Setup
 from relp_cli.methods.table import Params, Result
-from relp_cli.nodes.access import activations, units
+from relp_cli.nodes.access import units
 
 
 class RandomParams(Params):
@@ -19,8 +19,7 @@ class RandomParams(Params):
 def delta(setup: Setup, params: Params) -> Result:  # noqa: ARG001 - it has no parameters
     """‖n(source) − n(run)‖₂ of each node."""
     source = setup.source_activations()
-    setup.passes.forward += 1
-    d = differences(source, activations(setup.model, setup.run, setup.kinds))
+    d = differences(source, setup.run_activations())
     return Result({k: v.sqrt() for k, v in products(setup, d, d).items()})
 
 

@@ -67,6 +67,7 @@ def score(
     passes, started = Passes(), time.perf_counter()
     with_inputs = dict.fromkeys((*kinds, NODE_KINDS["resid_pre"]))  # integrated gradients need the mean embeddings
     means = mean_activations(model, pairs, tuple(with_inputs), batch_size) if baseline == "mean" else None
+    passes.forward += len(chunks) if means else 0
     sums = {k.name: Running(model, k, labels, total, keep_examples) for k in kinds}
     applied: dict[str, int] = {}
     about: dict[str, Any] = {}
