@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 import torch
 
 from relp_cli.errors import RelpError, nearest
+from relp_cli.models.catalog import EMBEDDED, embedded_names
 from relp_cli.models.checks import check_model
 from relp_cli.models.families import family_of
-from relp_cli.models.catalog import EMBEDDED, embedded_names
 from relp_cli.models.model import Model, Shape
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,7 +41,9 @@ def load_model(
     whose residual stream is not the sum that every method here assumes.
     """
     torch_dtype = _dtype(dtype)
-    target = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    target = (
+        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
     folder = _folder(str(name))
     hf, tokenizer = _from_pretrained(str(name), folder, torch_dtype, revision)
     version = _content_hash(folder) if folder else str(getattr(hf.config, "_commit_hash", None) or "unknown")
@@ -106,6 +108,9 @@ def _folder(name: str) -> Path | None:
 
 
 def _from_pretrained(name: str, folder: Path | None, dtype: torch.dtype, revision: str | None) -> tuple[Any, Any]:
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import logging as hf_logging
 
@@ -115,7 +120,7 @@ def _from_pretrained(name: str, folder: Path | None, dtype: torch.dtype, revisio
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            hf, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where,
                 revision=revision,
                 dtype=dtype,
@@ -123,8 +128,9 @@ def _from_pretrained(name: str, folder: Path | None, dtype: torch.dtype, revisio
                 output_loading_info=True,
                 local_files_only=cached_only,
             )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
         raise _load_error(name, folder, error) from error
+    hf, info = loaded
     incomplete = sorted(map(str, [*info.get("missing_keys", []), *info.get("mismatched_keys", [])]))
     if incomplete:
         raise RelpError(
@@ -134,7 +140,7 @@ def _from_pretrained(name: str, folder: Path | None, dtype: torch.dtype, revisio
     if folder and not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return hf, None
     try:
-        loader = PreTrainedTokenizerFast if folder and _generic_tokenizer(folder) else AutoTokenizer
+        loader: Any = PreTrainedTokenizerFast if folder and _generic_tokenizer(folder) else AutoTokenizer
         return hf, loader.from_pretrained(where, revision=revision, local_files_only=cached_only)
     except (OSError, ValueError, KeyError) as error:
         raise RelpError(f"model '{name}': its tokenizer cannot be loaded ({_first_line(error)})") from error
@@ -230,4 +236,3 @@ def _content_hash(folder: Path) -> str:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)
     return digest.hexdigest()[:16]
-
