@@ -34,7 +34,7 @@ class RuleSite:
 
 def build_sites(model: Model, active: list[ActiveRule]) -> list[RuleSite]:
     """All sites of all active rules. Raises RelpError where a rule finds no layer to act on."""
-    by_site = {a.rule.site: a for a in active}
+    by_site: dict[str, ActiveRule] = {a.rule.site: a for a in active}
     sites: list[RuleSite] = []
     for kinds, builder in BUILDERS:
         wanted = [by_site.get(kind) for kind in kinds]
@@ -93,7 +93,7 @@ def _mlp(model: Model, name: str, act: ActiveRule | None, gate: ActiveRule | Non
         return replace(activation.fn(x.detach()), x * slope)
 
     def surrogate(v: Values, _: Tensor, other: Values | None) -> Tensor:
-        a = activated(v["pre"], other and other["pre"])
+        a = activated(v["pre"], None if other is None else other["pre"])
         if not gated:
             return a
         if gate is None:
@@ -112,7 +112,10 @@ def _attentions(model: Model, rule: ActiveRule) -> list[RuleSite]:
 def _attention(model: Model, name: str, rule: ActiveRule) -> RuleSite:
     def surrogate(v: Values, y: Tensor, other: Values | None) -> Tensor:
         z = rule.rule.fn(
-            v["pattern"], by_head(model, v["value"]), other and other["pattern"], other and by_head(model, other["value"])
+            v["pattern"],
+            by_head(model, v["value"]),
+            other and other["pattern"],
+            other and by_head(model, other["value"]),
         )
         return z.transpose(1, 2).reshape(y.shape)
 
@@ -122,8 +125,8 @@ def _attention(model: Model, name: str, rule: ActiveRule) -> RuleSite:
 
 def by_head(model: Model, value: Tensor) -> Tensor:
     """[batch, pos, kv_heads·d_head] → [batch, head, pos, d_head]; each key/value head serves its group of query heads."""
-    per_kv = value.unflatten(-1, (model.shape.n_kv_heads, -1)).transpose(1, 2)
-    return per_kv.repeat_interleave(model.shape.n_heads // model.shape.n_kv_heads, dim=1)
+    per_kv = value.unflatten(-1, (-1, model.shape.d_head)).transpose(1, 2)
+    return per_kv.repeat_interleave(model.shape.n_heads // per_kv.shape[1], dim=1)
 
 
 def _softcaps(model: Model, rule: ActiveRule) -> list[RuleSite]:
@@ -132,10 +135,10 @@ def _softcaps(model: Model, rule: ActiveRule) -> list[RuleSite]:
     for layer in range(model.shape.n_layers if cap else 0):
         name = f"blocks.{layer}.attn"
 
-        def attention(v: Values, y: Tensor, _: Values | None, name: str = name) -> Tensor:
-            q, k = v["q"], v["k"].repeat_interleave(model.shape.n_heads // model.shape.n_kv_heads, dim=1)
+        def attention(v: Values, _y: Tensor, _: Values | None, name: str = name) -> Tensor:
+            q, k = v["q"], v["k"].repeat_interleave(model.shape.n_heads // v["k"].shape[1], dim=1)
             raw = (q @ k.transpose(-2, -1)) * model.component(name).original_component.scaling
-            # Masked scores (−inf or the dtype's minimum) stay what they are: y.detach() + f − f.detach().
+            # Masked scores (−inf or the dtype's minimum) stay what they are: value.detach() + f − f.detach().
             return rule.rule.fn(raw, cap)
 
         reads = {"q": f"{name}.hook_rot_q", "k": f"{name}.hook_rot_k"}
@@ -143,7 +146,7 @@ def _softcaps(model: Model, rule: ActiveRule) -> list[RuleSite]:
     if final:
         reads = {"x": "unembed.hook_out"}
         sites.append(
-            RuleSite("final.softcap", (str(rule),), reads, "logits", lambda v, y, _: rule.rule.fn(v["x"], final), dict)
+            RuleSite("final.softcap", (str(rule),), reads, "logits", lambda v, _y, _: rule.rule.fn(v["x"], final), dict)
         )
     return sites
 

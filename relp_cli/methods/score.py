@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import time
 from collections.abc import Callable, Sequence
@@ -44,7 +45,7 @@ def score(
     """Score nodes of a model on prompt pairs.
 
     method:    a row of `METHODS`, with `+rule` added for relp variants (`relp+ah`).
-    nodes:     rows of `NODE_KINDS`; all come from one pass.
+    nodes:     rows of `NODE_KINDS`; all come from one pass. Or ["edges"], for methods on edges.
     direction: "noising" (the original runs, patch values go in) or "denoising" (the reverse).
     baseline:  what n(x_p) is: "patch", "zero", or "mean" over all given originals per position.
     params:    the method's own parameters (`rules=[...]` for relp); unknown ones are errors.
@@ -52,7 +53,14 @@ def score(
     Returns Scores: kind → mean, variance, n [layer, pos, *unit], per example where it fits (`keep_examples`).
     Raises: RelpError for unknown names, bad parameters, and pairs that share no position axis.
     """
+    if tuple(nodes) == ("edges",):  # edges stand above this package; their module is imported when they are asked for
+        score_edges = importlib.import_module("relp_cli.edges.score").score_edges
+        return score_edges(
+            model, pairs, method, metric, direction, baseline, batch_size, keep_examples, progress, **params
+        )
     row, parsed = resolve_method(model, method, params)
+    if row.scope == "edges":
+        raise RelpError(f"method '{row.name}' scores edges; ask for nodes=edges")
     kinds = tuple(NODE_KINDS[name] for name in nodes)
     if not kinds or len(set(nodes)) != len(nodes):
         raise RelpError(f"expected node kinds, each once, got {list(nodes)}; known: {', '.join(NODE_KINDS)}")
@@ -75,7 +83,14 @@ def score(
     done = 0
     for chunk in chunks:
         setup = Setup(
-            model, chunk, METRICS[metric], kinds, direction, baseline, means and means.at(chunk), passes  # type: ignore[arg-type]
+            model,
+            chunk,
+            METRICS[metric],
+            kinds,
+            direction,
+            baseline,
+            means and means.at(chunk),
+            passes,  # type: ignore[arg-type]
         )
         result: Result = function(setup, parsed)
         applied, about = result.applied, result.meta
@@ -120,7 +135,7 @@ def resolve_method(model: Model, method: str, params: dict[str, Any]) -> tuple[M
     _, schema = row.load()
     if params.get("rules") is not None and isinstance(params["rules"], str):
         params = {**params, "rules": tuple(params["rules"].split(","))}
-    known = [n for n in schema.model_fields]
+    known = list(schema.model_fields)
     for key in params:
         if key not in known:
             raise RelpError(f"method '{name}' has no parameter '{key}'{nearest(key, known) if known else ''}")
@@ -194,12 +209,16 @@ def mean_activations(
     for batch in pairs:
         index = torch.tensor([labels.index(r) for r in batch.labels], device=model.device)
         for chunk in (c.to(model.device) for c in batch.split(batch_size)):
-            for tokens in ([chunk.original, chunk.patch] if prompt == "both" else [getattr(chunk, prompt)]):
+            for tokens in [chunk.original, chunk.patch] if prompt == "both" else [getattr(chunk, prompt)]:
                 if tokens is None:
                     raise RelpError("these prompts have no patch prompt to take means over")
-                counts.index_add_(0, index, torch.full((len(index),), float(len(tokens)), dtype=torch.float64, device=model.device))
+                counts.index_add_(
+                    0, index, torch.full((len(index),), float(len(tokens)), dtype=torch.float64, device=model.device)
+                )
                 for name, layers in activations(model, tokens, kinds).items():
-                    totals = sums.setdefault(name, [v.new_zeros(len(labels), v.shape[-1], dtype=torch.float64) for v in layers])
+                    totals = sums.setdefault(
+                        name, [v.new_zeros(len(labels), v.shape[-1], dtype=torch.float64) for v in layers]
+                    )
                     for total, value in zip(totals, layers, strict=True):
                         total.index_add_(0, index, value.double().sum(0))
     means = {name: [(t / counts[:, None]).to(model.dtype) for t in layers] for name, layers in sums.items()}
@@ -240,9 +259,7 @@ class Running:
         n = self.n.view(1, -1, *([1] * (self.sum.ndim - 2))).double()
         mean = self.sum / n
         variance = (self.squares - n * mean.square()).clamp(min=0) / (n - 1)
-        return NodeScores(
-            self.kind.name, mean, variance, self.n, self.labels, axis, self.examples, self.present, meta
-        )
+        return NodeScores(self.kind.name, mean, variance, self.n, self.labels, axis, self.examples, self.present, meta)
 
 
 def parameters_of(method: str) -> dict[str, str]:

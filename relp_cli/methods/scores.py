@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -46,6 +46,19 @@ class NodeScores:
     def n_nodes(self) -> int:
         return self.mean.numel()
 
+    def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and header of one entry of a score file."""
+        tensors = {n: getattr(self, n) for n in ("mean", "variance", "n", "examples", "present")}
+        header = {"labels": list(self.labels), "axis": self.axis}
+        return {n: t for n, t in tensors.items() if t is not None}, header
+
+    @classmethod
+    def from_parts(
+        cls, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any], meta: Mapping[str, Any]
+    ) -> NodeScores:
+        """What `parts` gave."""
+        return cls(kind=kind, labels=tuple(header["labels"]), axis=header["axis"], meta=meta, **tensors)
+
 
 @dataclass(frozen=True)
 class Scores(Mapping[str, NodeScores]):
@@ -70,11 +83,8 @@ class Scores(Mapping[str, NodeScores]):
         tensors: dict[str, Tensor] = {}
         header: dict[str, Any] = {"schema": SCHEMA, "sign": SIGN, "meta": dict(self.meta), "kinds": {}}
         for kind, scores in self.kinds.items():
-            for name in ("mean", "variance", "n", "examples", "present"):
-                value = getattr(scores, name)
-                if value is not None:
-                    tensors[f"{kind}/{name}"] = value.detach().cpu().contiguous()
-            header["kinds"][kind] = {"labels": list(scores.labels), "axis": scores.axis}
+            parts, header["kinds"][kind] = scores.parts()
+            tensors |= {f"{kind}/{name}": value.detach().cpu().contiguous() for name, value in parts.items()}
         write_atomically(Path(path), save(tensors, metadata={"relp": json.dumps(header)}))
 
     @classmethod
@@ -90,7 +100,9 @@ class Scores(Mapping[str, NodeScores]):
             raise RunFailed(f"score file {path} was not written by this version of relp (schema {SCHEMA})")
         kinds = {}
         for kind, about in header["kinds"].items():
-            parts = {n: tensors.get(f"{kind}/{n}") for n in ("mean", "variance", "n", "examples", "present")}
+            parts: dict[str, Any] = {
+                n: tensors.get(f"{kind}/{n}") for n in ("mean", "variance", "n", "examples", "present")
+            }
             kinds[kind] = NodeScores(
                 kind=kind, labels=tuple(about["labels"]), axis=about["axis"], meta=header["meta"], **parts
             )

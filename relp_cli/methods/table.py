@@ -51,7 +51,8 @@ class Method:
 
     def load(self) -> tuple[Callable[..., Result], type[Params]]:
         module, function, params = self.where.split(":")
-        loaded: Any = importlib.import_module(f"relp_cli.methods.{module}")
+        package = "edges" if self.scope == "edges" else "methods"
+        loaded: Any = importlib.import_module(f"relp_cli.{package}.{module}")
         return getattr(loaded, function), getattr(loaded, params) if params else Params
 
 
@@ -80,6 +81,25 @@ for _row in (
            "2 forward + 1 backward per layer; QK fix: + 2 forward",
            "attention saturation (QK fix), cancellation (GradDrop)",
            "Kramár et al. 2024", signed=False),
+    Method("edge_patch", "edge_patch:edge_patch:EdgePatchParams", "c(u→v), exactly", "1 forward per edge", "—",
+           "path patching: Goldowsky-Dill et al. 2023", scope="edges"),
+    Method("eap", "eap:eap:", "c(u→v), linearised at the run", "2 forward + 1 backward", "cost", "Syed et al. 2023",
+           scope="edges"),
+    Method("relp_edges", "eap:relp_edges:RelpParams", "c(u→v), with LRP coefficients for the gradient",
+           "2 forward + 1 backward", "noisy gradients of norms, activations and gates", "relp (METHODS.md)", rules=True,
+           scope="edges"),
+    Method("eap_ig", "eap_ig:eap_ig:EapIgParams", "c(u→v), gradient averaged over embeddings between run and source",
+           "steps × (forward + backward) + 2 forward", "zero-gradient regions, saturation", "Hanna et al. 2024",
+           scope="edges"),
+    Method("relp_edges_ig", "eap_ig:relp_edges_ig:RelpEdgesIgParams", "c(u→v), LRP coefficients averaged over eap_ig's path",
+           "steps × (forward + backward) + 2 forward", "as relp_edges and eap_ig", "relp (METHODS.md)", rules=True,
+           scope="edges"),
+    Method("eap_ig_activations", "eap_ig:eap_ig_activations:EapIgParams",
+           "c(u→v), gradient averaged while u's site moves from run to source",
+           "(2·layers + 1) × steps × (forward + backward) + 2 forward", "zero-gradient regions, saturation",
+           "Hanna et al. 2024 (code)", scope="edges"),
+    Method("clean_corrupted", "eap:clean_corrupted:", "c(u→v), mean of the gradients at both prompts",
+           "2 forward + 2 backward", "zero-gradient regions", "Hanna et al. 2024 (code)", scope="edges"),
     Method("delta", "baselines:delta:", "‖n(source) − n(run)‖, unsigned", "2 forward", "baseline", "—", signed=False),
     Method("random", "baselines:random:RandomParams", "nothing: seeded noise", "none", "baseline", "—", signed=False),
 ):  # fmt: skip

@@ -1,0 +1,233 @@
+"""The gradient at every reader's input, and the edge scores Σ_pos (u(source) − u(run))·∂L/∂(input of v) made of it.
+
+1. One forward pass gives each reader of a whole stream its own view of it (MLPs, logits), so autograd returns ∂L/∂ of that
+   reader's input alone; for heads it returns ∂L/∂ of each head's query, key and value.
+2. A query's gradient g becomes the gradient at its reader's input by hand, one small matrix product per head:
+   (1/σ)·[Wᵀg − x̂·(x̂·Wᵀg)/d], with W the projection with the norm folded in (`projections`), x̂ the normalised stream.
+   Under the LN-rule the second term is absent; σ is then what the rule says it is.
+3. Per layer, one product [writers × pos·d]·[pos·d × readers] per example gives the scores of all its edges.
+The pull-backs of a layer's heads sum to autograd's own gradient at the norm's input; `check` compares them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from relp_cli.edges.graph import QKV, Graph
+from relp_cli.edges.stream import Recorder, Written, centre, projections, ungrouped
+from relp_cli.errors import RelpError
+from relp_cli.lrp.context import Recorded, lrp
+from relp_cli.lrp.rules import ActiveRule, parse_rules
+from relp_cli.methods.core import must_reach, refuse_metric
+from relp_cli.methods.setup import Setup
+from relp_cli.models.checks import TOLERANCE
+from relp_cli.models.model import Hook, Model
+from relp_cli.nodes.access import capture
+
+CHUNK = 1 << 24  # numbers of writer differences formed at a time (64 MiB in float32)
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Gradients of one run; per layer, width = heads·d_head (one key and value per query head).
+
+    heads[part][layer]: Float[batch, pos, width], ∂L/∂ of q, k, v; attention, mlps: Float[batch, pos, d_model], ∂L/∂ of the
+    inputs of the two norms; logits: the same of the final norm. x, scale: the attention norm's input and denominator.
+    norm: the active rule on norms, other: the patch run's values for two-point rules.
+    """
+
+    heads: Mapping[str, list[Tensor]]
+    attention: list[Tensor]
+    mlps: list[Tensor]
+    logits: Tensor
+    x: list[Tensor]
+    scale: list[Tensor]
+    written: Written
+    metric: Float[Tensor, " batch"]
+    applied: dict[str, int]
+    norm: ActiveRule | None = None
+    other: Recorded | None = None
+
+
+class _Taps:
+    """The hooks of step 1: `fork` outside the rules, `keep` downstream of them."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.seen: dict[str, Tensor] = {}
+        layers = range(model.shape.n_layers)
+        self.inputs = [f"blocks.{n}.{norm}.hook_in" for n in layers for norm in ("ln1", "ln2")] + ["ln_final.hook_in"]
+        self.heads = [f"blocks.{n}.attn.{part}.hook_out" for n in layers for part in QKV]
+        self.scales = [f"blocks.{n}.ln1.hook_scale" for n in layers]
+
+    def fork(self) -> list[tuple[str, Hook]]:
+        return [(name, self._fork(name)) for name in self.inputs]
+
+    def keep(self) -> list[tuple[str, Hook]]:
+        return [(name, self._keep(name)) for name in (*self.heads, *self.scales)]
+
+    def _fork(self, name: str) -> Hook:
+        def hook(value: Tensor) -> Tensor:
+            self.seen[name] = value.view_as(value)
+            return self.seen[name]
+
+        return hook
+
+    def _keep(self, name: str) -> Hook:
+        return lambda value: self.seen.__setitem__(name, value)
+
+
+def reader_gradients(
+    setup: Setup,
+    rules: Sequence[str] = (),
+    other: Recorded | None = None,
+    tokens: Tensor | None = None,
+    clamp: Sequence[tuple[str, Hook]] = (),
+) -> Readers:
+    """∂L/∂ of every reader at `tokens` (default: the run): 1 forward + 1 backward.
+
+    clamp: hooks that change values before anything else reads them.
+    Raises: RelpError for metrics without gradient (core.refuse_metric) and for rules on linear layers.
+    """
+    refuse_metric(setup, at_run=tokens is None and not clamp)
+    model, active = setup.model, parse_rules(list(rules))
+    if linear := next((a for a in active if a.rule.site == "linear"), None):
+        raise RelpError(f"edges take no rule on linear layers ('{linear}'): their queries' gradients are pulled back plainly")
+    tokens = setup.run if tokens is None else tokens
+    taps, recorder = _Taps(model), Recorder(model)
+    with torch.enable_grad(), ungrouped(model), model.hooks([*clamp, *taps.fork()]):
+        with lrp(model, rules, other) as applied, capture(model, ()), model.hooks([*taps.keep(), *recorder.hooks()]):
+            logits = model.logits(tokens)
+        metric = setup.value(logits)
+        names = [*taps.inputs, *taps.heads]
+        grads = dict(
+            zip(names, torch.autograd.grad(metric.sum(), [taps.seen[n] for n in names], allow_unused=True), strict=True)
+        )
+    setup.passes.forward += len(tokens) / len(setup.batch)
+    setup.passes.backward += len(tokens) / len(setup.batch)
+    held = any(a.rule.name == "ah" for a in active)  # then no gradient reaches queries and keys: exactly 0
+    return _readers(taps, grads, held, recorder.written(), metric.detach(), applied, active, other)
+
+
+def _readers(
+    taps: _Taps,
+    grads: Mapping[str, Tensor | None],
+    held: bool,
+    written: Written,
+    metric: Tensor,
+    applied: dict[str, int],
+    active: Sequence[ActiveRule],
+    other: Recorded | None,
+) -> Readers:
+    layers = range(taps.model.shape.n_layers)
+
+    def of(name: str, layer: int) -> Tensor:
+        point = f"blocks.{layer}.{name}"
+        if held and grads[point] is None and name in ("attn.q.hook_out", "attn.k.hook_out"):
+            return torch.zeros_like(taps.seen[point])
+        return must_reach(grads[point], name, layer, [str(a) for a in active])
+
+    return Readers(
+        heads={part: [of(f"attn.{part}.hook_out", n) for n in layers] for part in QKV},
+        attention=[of("ln1.hook_in", n) for n in layers],
+        mlps=[of("ln2.hook_in", n) for n in layers],
+        logits=must_reach(grads["ln_final.hook_in"], "ln_final", taps.model.shape.n_layers, []),
+        x=[taps.seen[f"blocks.{n}.ln1.hook_in"].detach() for n in layers],
+        scale=[taps.seen[f"blocks.{n}.ln1.hook_scale"].detach() for n in layers],
+        written=written,
+        metric=metric,
+        applied=applied,
+        norm=next((a for a in active if a.rule.site == "norm"), None),
+        other=other,
+    )
+
+
+def pull_back(model: Model, at: Readers, layer: int, rows: slice, out: Float[Tensor, "reader batch pos d_model"]) -> None:
+    """∂L/∂(input) of each of a layer's 3·heads head readers, into `out`."""
+    heads, name = model.shape.n_heads, f"blocks.{layer}.ln1"
+    norm, x = model.component(name), at.x[layer][rows]
+    inverse = 1 / at.scale[layer][rows]
+    weight = inverse
+    if at.norm is not None:
+        theirs = at.other[name]["inverse"][rows] if at.norm.rule.two_point and at.other else None
+        weight = at.norm.rule.fn(torch.ones_like(inverse), inverse, theirs)
+    for i, (part, (projection, _)) in enumerate(zip(QKV, projections(model, layer), strict=True)):
+        g = (at.heads[part][layer][rows] * weight).to(x.dtype).unflatten(-1, (heads, -1))
+        torch.bmm(g.permute(2, 0, 1, 3).flatten(1, 2), projection, out=out[i * heads : (i + 1) * heads].flatten(1, 2))
+    if at.norm is None:  # 1/σ moves with the stream
+        unit = (centre(norm, x) * inverse).to(x.dtype)
+        along = torch.einsum("rbpd,bpd->rbp", out, unit)
+        out.addcmul_(along[..., None], unit, value=-1 / x.shape[-1])
+
+
+def edge_products(
+    model: Model, graph: Graph, delta: Written, at: Readers, positions: bool = False, writers: slice = slice(None)
+) -> Tensor:
+    """Σ_pos δu·∂L/∂(input of v): Float[batch, writer, reader], or per position Float[batch, pos, writer, reader].
+
+    writers: only these rows are computed, the others are 0.
+    """
+    batch, pos, d = delta.input.shape
+    out = delta.input.new_zeros(batch, *([pos] if positions else []), *graph.mask.shape)
+    for rows in _parts(batch, max(1, CHUNK // (len(graph.writers) * pos * d))):
+        deltas = Deltas(model, graph, delta, rows)
+        grads = delta.input.new_empty(3 * graph.n_heads + 1, rows.stop - rows.start, pos, d)
+        for layer in range(graph.n_layers):
+            deltas.form(layer)
+            last = min(graph.written_before(layer, "mlp"), len(graph.writers[writers]) + (writers.start or 0))
+            if last <= (writers.start or 0):
+                continue
+            pull_back(model, at, layer, rows, grads[:-1])
+            grads[-1] = at.mlps[layer][rows]
+            _dot(out, deltas.values, grads, rows, slice(writers.start or 0, last), graph.readers_of(layer))
+        _dot(out, deltas.values, at.logits[rows][None], rows, writers, slice(len(graph.readers) - 1, len(graph.readers)))
+    return out * graph.mask.to(out.device)
+
+
+class Deltas:
+    """The writers' differences of some rows of the batch, Float[writer, batch, pos, d_model], formed layer by layer."""
+
+    def __init__(self, model: Model, graph: Graph, delta: Written, rows: slice) -> None:
+        self.model, self.graph, self.delta, self.rows = model, graph, delta, rows
+        first = delta.input[rows]
+        self.values = first.new_empty(len(graph.writers), *first.shape)
+        self.values[0] = first
+
+    def form(self, layer: int) -> None:
+        heads = self.graph.heads_of(layer)
+        self.values[heads] = self.delta.heads_out(self.model, layer, self.rows)
+        self.values[heads.stop] = self.delta.mlps[layer][self.rows]
+
+
+def _dot(out: Tensor, deltas: Tensor, grads: Tensor, rows: slice, writers: slice, readers: slice) -> None:
+    for i, row in enumerate(range(rows.start, rows.stop)):
+        d, g = deltas[writers, i], grads[:, i]
+        if out.ndim == 4:
+            out[row, :, writers, readers] = torch.bmm(d.transpose(0, 1), g.permute(1, 2, 0))
+        else:
+            out[row, writers, readers] = d.flatten(1) @ g.flatten(1).T
+
+
+def _parts(n: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def check(model: Model, at: Readers) -> None:
+    """Raises RelpError unless, in every layer, the heads' pulled-back gradients sum to autograd's at the norm's input."""
+    tolerance: Any = TOLERANCE[model.dtype]
+    for layer, want in enumerate(at.attention):
+        out = want.new_empty(3 * model.shape.n_heads, 1, *want.shape[1:])
+        pull_back(model, at, layer, slice(0, 1), out)
+        got, want = out.sum(0), want[:1]
+        error = ((got - want).abs().max() / out.abs().max().clamp_min(1e-30)).item()
+        if not error <= tolerance:
+            raise RelpError(
+                f"model {model.name} ({model.family.name}): edges do not know how layer {layer}'s queries, keys and values "
+                f"read the residual stream (relative error {error:.1e} > {tolerance:.0e})"
+            )

@@ -1,0 +1,102 @@
+"""The edge graph as data: who writes to the residual stream, who reads it, and which pairs are edges.
+
+Writers, in the order in which they write: `input` (the token embedding), and per layer its heads `a{l}.h{h}` and its MLP
+`m{l}`. Readers: per layer the heads' queries, keys and values `a{l}.h{h}<q|k|v>` (all q, then all k, then all v) and the
+MLP, and last `logits`. An edge u→v exists where u writes before v reads; in parallel blocks the MLP does not read its own
+layer's heads. Both orders are those of EAP-IG's score matrices (Hanna et al. 2024). Positional embeddings and the biases
+of attention outputs are constants and belong to no writer; an MLP's output bias belongs to the MLP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from relp_cli.errors import unknown
+from relp_cli.models.model import Shape
+
+QKV = ("q", "k", "v")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Every edge of a model with `n_layers` blocks of `n_heads` (query) heads. Under grouped-query attention, the keys and
+    values of a group are read once per query head, each with its own share.
+    """
+
+    n_layers: int
+    n_heads: int
+    parallel: bool = False
+
+    @classmethod
+    def of(cls, shape: Shape) -> Graph:
+        return cls(shape.n_layers, shape.n_heads, shape.parallel)
+
+    @cached_property
+    def writers(self) -> tuple[str, ...]:
+        layers = [[*(f"a{n}.h{h}" for h in range(self.n_heads)), f"m{n}"] for n in range(self.n_layers)]
+        return ("input", *(name for layer in layers for name in layer))
+
+    @cached_property
+    def readers(self) -> tuple[str, ...]:
+        heads = [[f"a{n}.h{h}<{part}>" for part in QKV for h in range(self.n_heads)] for n in range(self.n_layers)]
+        return (*(name for n, layer in enumerate(heads) for name in (*layer, f"m{n}")), "logits")
+
+    def written_before(self, layer: int, what: str) -> int:
+        """How many writers (a prefix of `writers`) a layer's "attention" or "mlp" reads; `layer` = n_layers: the logits."""
+        before = 1 + layer * (self.n_heads + 1)
+        return before + self.n_heads if what == "mlp" and not self.parallel else before
+
+    def heads_of(self, layer: int) -> slice:
+        """A layer's heads among the writers; the MLP follows them."""
+        start = 1 + layer * (self.n_heads + 1)
+        return slice(start, start + self.n_heads)
+
+    def readers_of(self, layer: int) -> slice:
+        """A layer's readers: its heads' q, k and v, then its MLP."""
+        size = 3 * self.n_heads + 1
+        return slice(layer * size, (layer + 1) * size)
+
+    @cached_property
+    def mask(self) -> Bool[Tensor, "writer reader"]:
+        """True where there is an edge."""
+        mask = torch.zeros(len(self.writers), len(self.readers), dtype=torch.bool)
+        for layer in range(self.n_layers):
+            columns = self.readers_of(layer)
+            mask[: self.written_before(layer, "attention"), columns.start : columns.stop - 1] = True
+            mask[: self.written_before(layer, "mlp"), columns.stop - 1] = True
+        mask[:, -1] = True
+        return mask
+
+    @property
+    def n_edges(self) -> int:
+        return int(self.mask.sum())
+
+    @cached_property
+    def _positions(self) -> tuple[dict[str, int], dict[str, int]]:
+        return {n: i for i, n in enumerate(self.writers)}, {n: i for i, n in enumerate(self.readers)}
+
+    def writer(self, name: str) -> int:
+        """A writer's row. Raises RelpError for a name that is none."""
+        if name not in self._positions[0]:
+            raise unknown("writer", name, self.writers)
+        return self._positions[0][name]
+
+    def reader(self, name: str) -> int:
+        """A reader's column. Raises RelpError for a name that is none."""
+        if name not in self._positions[1]:
+            raise unknown("reader", name, self.readers)
+        return self._positions[1][name]
+
+    def name(self, writer: int, reader: int) -> str:
+        """`a0.h3->a1.h0<q>`."""
+        return f"{self.writers[writer]}->{self.readers[reader]}"
+
+    @cached_property
+    def writer_of(self) -> tuple[int, ...]:
+        """Per reader the writer of the same node (`a1.h0<q>` → `a1.h0`), or −1 for the logits."""
+        return tuple(self._positions[0].get(name.partition("<")[0], -1) for name in self.readers)

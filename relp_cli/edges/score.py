@@ -1,0 +1,173 @@
+"""`score_edges`: run one edge method over batches of pairs and aggregate over examples. Reached through `relp.score`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from relp_cli.edges.gradients import check, reader_gradients
+from relp_cli.edges.graph import Graph
+from relp_cli.edges.scores import EVERYWHERE, KIND, EdgeScores
+from relp_cli.edges.setup import EdgeResult, EdgeSetup, Progress
+from relp_cli.edges.stream import Recorder, Written, mean_written
+from relp_cli.errors import RelpError, unknown
+from relp_cli.methods.score import KEEP_LIMIT, position_axis, resolve_method
+from relp_cli.methods.scores import Scores
+from relp_cli.methods.setup import Passes, Setup
+from relp_cli.models.model import Model
+from relp_cli.tasks.metrics import METRICS
+from relp_cli.tasks.pairs import PairBatch
+
+POSITIONS = ("sum", "keep")
+
+
+def score_edges(
+    model: Model,
+    pairs: Sequence[PairBatch],
+    method: str = "eap",
+    metric: str = "logit_diff",
+    direction: str = "noising",
+    baseline: str = "patch",
+    batch_size: int = 32,
+    keep_examples: bool | None = None,
+    progress: Progress | None = None,
+    **params: Any,
+) -> Scores:
+    """Score every edge of a model. Arguments as for `relp.score`; besides the method's own parameters:
+
+    positions: "sum" (one score per edge) or "keep" (one per edge and position; the axis is that of node scores).
+
+    Returns Scores with the one kind "edges". Raises: RelpError as `relp.score`.
+    """
+    positions = params.pop("positions", None) or "sum"
+    choices = {"direction": ("noising", "denoising"), "baseline": ("patch", "zero", "mean"), "positions": POSITIONS}
+    for what, value in (("direction", direction), ("baseline", baseline), ("positions", positions)):
+        if value not in choices[what]:
+            raise unknown(what, value, choices[what])
+    row, parsed = resolve_method(model, method, params)
+    if row.scope != "edges":
+        raise RelpError(f"method '{row.name}' scores nodes, not edges; methods for edges: {', '.join(edge_methods())}")
+    if not pairs:
+        raise RelpError("no prompt pairs to score")
+    axis, labels = position_axis(pairs) if positions == "keep" else ("all", EVERYWHERE)
+    graph = Graph.of(model.shape)
+    passes, started = Passes(), time.perf_counter()
+    chunks = [small.to(model.device) for batch in pairs for small in batch.split(batch_size)]
+    means = _means(model, chunks) if baseline == "mean" else None
+    setups = [
+        EdgeSetup(
+            Setup(model, chunk, METRICS[metric], (), direction, baseline, {} if means else None, passes),  # type: ignore[arg-type]
+            graph, positions == "keep", means and _at(means, chunk),
+        )
+        for chunk in chunks
+    ]  # fmt: skip
+    check_once(model, chunks[0])
+    function: Any = row.load()[0]
+    total, original = Totals(graph, labels, sum(map(len, chunks)), keep_examples), []
+    result = EdgeResult(torch.empty(0))
+    for setup, result in zip(setups, function(setups, parsed, progress), strict=True):
+        total.add(result.scores, setup.base.labels if positions == "keep" else EVERYWHERE)
+        original.append(setup.base.prompt_value("run" if direction == "noising" else "source").cpu())
+        if progress:
+            progress(total.row, len(total), method)
+    mean_size = sum(map(len, chunks)) / len(chunks)
+    meta = {
+        "method": method, "params": parsed.model_dump(mode="json"), "positions": positions, "signed": row.signed,
+        "rules": result.applied, "metric": metric, "direction": direction, "baseline": baseline, "model": model.name,
+        "revision": model.revision, "family": model.family.name, "dtype": str(model.dtype).removeprefix("torch."),
+        "n_pairs": len(total), "axis": axis, "n_edges": graph.n_edges,
+        "forwards_per_pair": round(passes.forward / len(total) * mean_size, 3),
+        "backwards_per_pair": round(passes.backward / len(total) * mean_size, 3),
+        "seconds": round(time.perf_counter() - started, 3),
+        "mean_metric": torch.cat(original).mean().item(), "mean_abs_metric": torch.cat(original).abs().mean().item(),
+        **result.meta,
+    }  # fmt: skip
+    return Scores({KIND: total.finish(axis, meta)}, meta)
+
+
+def edge_methods() -> list[str]:
+    from relp_cli.methods.table import METHODS
+
+    return [name for name, row in METHODS.items() if row.scope == "edges"]
+
+
+_checked: WeakSet[Model] = WeakSet()
+
+
+def check_once(model: Model, batch: PairBatch) -> None:
+    """`gradients.check` on one pair, once per model in a process (its passes are not counted to a method)."""
+    if model not in _checked:
+        one = replace(batch.rows(slice(0, 1)), patch=None, answer=batch.answer[:1, :1], foil=batch.foil[:1, :1])
+        check(model, reader_gradients(Setup(model, one, METRICS["logit_diff"], (), baseline="zero"), tokens=one.original))
+        _checked.add(model)
+
+
+def _means(model: Model, chunks: Sequence[PairBatch]) -> tuple[Written, tuple[str, ...]]:
+    """What every writer writes on average over all originals, per position label."""
+    _, labels = position_axis(chunks)
+    parts = []
+    for chunk in chunks:
+        recorder = Recorder(model)
+        with torch.no_grad(), model.hooks(recorder.hooks()):
+            model.logits(chunk.original)
+        parts.append((recorder.written(), torch.tensor([labels.index(x) for x in chunk.labels], device=model.device)))
+    return mean_written(parts, len(labels)), labels
+
+
+def _at(means: tuple[Written, tuple[str, ...]], batch: PairBatch) -> Written:
+    index = torch.tensor([means[1].index(x) for x in batch.labels], device=means[0].input.device)
+    return means[0].map(lambda t: t[index])
+
+
+class Totals:
+    """Sums over examples in float64, aligned on the common labels."""
+
+    def __init__(self, graph: Graph, labels: tuple[str, ...], n: int, keep: bool | None) -> None:
+        self.graph, self.labels, self.total = graph, labels, n
+        shape = (len(labels), graph.n_edges)
+        self.sum, self.squares = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+        self.n = torch.zeros(len(labels), dtype=torch.long)
+        keep = n * self.sum.numel() <= KEEP_LIMIT if keep is None else keep
+        self.examples = torch.zeros(n, *shape) if keep else None
+        self.present = torch.zeros(n, len(labels), dtype=torch.bool) if keep else None
+        self.row = 0
+
+    def __len__(self) -> int:
+        return self.total
+
+    def add(self, scores: Tensor, labels: Sequence[str]) -> None:
+        """Add Float[batch, writer, reader] or, with positions, Float[batch, slot, writer, reader]."""
+        if not torch.isfinite(scores).all():
+            raise RelpError("edge scores are not finite (dtype too narrow?)")
+        index = torch.tensor([self.labels.index(label) for label in labels])
+        values = scores.reshape(len(scores), len(labels), *self.graph.mask.shape).cpu()[..., self.graph.mask].double()
+        self.sum.index_add_(0, index, values.sum(0))
+        self.squares.index_add_(0, index, values.square().sum(0))
+        self.n.index_add_(0, index, torch.full((len(index),), len(values)))
+        if self.examples is not None and self.present is not None:
+            rows = slice(self.row, self.row + len(values))
+            self.examples[rows] = torch.zeros_like(self.examples[rows]).index_copy(1, index, values.float())
+            self.present[rows] = torch.zeros_like(self.present[rows]).index_fill(1, index, True)
+        self.row += len(values)
+
+    def finish(self, axis: str, meta: dict[str, Any]) -> EdgeScores:
+        n = self.n[:, None].double()
+        mean = self.sum / n
+        variance = (self.squares - n * mean.square()).clamp(min=0) / (n - 1)
+
+        def dense(values: Tensor) -> Tensor:
+            out = values.new_zeros(len(self.labels), *self.graph.mask.shape)
+            out[..., self.graph.mask] = values
+            return out[0] if axis == "all" else out
+
+        graph = self.graph
+        return EdgeScores(
+            dense(mean), dense(variance), self.n, graph.writers, graph.readers, graph.mask, self.labels, axis,
+            self.examples, self.present, meta,
+        )  # fmt: skip

@@ -1,0 +1,98 @@
+"""`EdgeScores`: what every edge method returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from relp_cli.methods.scores import NodeScores
+
+KIND = "edges"
+EVERYWHERE = ("*",)
+
+
+@dataclass(frozen=True)
+class EdgeScores:
+    """Scores of every edge.
+
+    mean, variance: Float[writer, reader] over examples, summed over positions; Float[pos, writer, reader] where positions
+                    were kept (variance unbiased; NaN where n = 1). 0 where `mask` has no edge.
+    n:              Int[1] or Int[pos], how many examples.
+    writers, readers: names, `input`, `a0.h3`, `m2` and `a1.h0<q>`, `m2`, `logits`.
+    mask:           Bool[writer, reader], True where an edge exists.
+    labels:         ("*",) or one label per position; axis: "all", "position" or "role" (see NodeScores).
+    examples:       Float[example, pos | 1, edge] with edges in row-major order of the mask, or None; present: Bool[example, pos | 1].
+    """
+
+    mean: Float[Tensor, "*pos writer reader"]
+    variance: Float[Tensor, "*pos writer reader"]
+    n: Int[Tensor, " pos"]
+    writers: tuple[str, ...]
+    readers: tuple[str, ...]
+    mask: Bool[Tensor, "writer reader"]
+    labels: tuple[str, ...] = EVERYWHERE
+    axis: str = "all"
+    examples: Float[Tensor, "example pos edge"] | None = None
+    present: Bool[Tensor, "example pos"] | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        return KIND
+
+    @property
+    def n_edges(self) -> int:
+        """Edges, times positions where these were kept."""
+        return int(self.mask.sum()) * len(self.labels)
+
+    @property
+    def n_nodes(self) -> int:
+        return self.n_edges
+
+    def flat(self) -> NodeScores:
+        """The same numbers as scores of one layer whose units are the edges, for everything that ranks or correlates."""
+        def edges(t: Tensor) -> Tensor:
+            return t.reshape(1, len(self.labels), *self.mask.shape)[..., self.mask]
+
+        examples = None if self.examples is None else self.examples[:, None]
+        return NodeScores(
+            KIND, edges(self.mean), edges(self.variance), self.n, self.labels, self.axis, examples, self.present, self.meta
+        )
+
+    def edge_names(self) -> list[str]:
+        """`input->a0.h0<q>`, …, in the order of `flat()`'s units."""
+        return [f"{self.writers[u]}->{self.readers[v]}" for u, v in self.mask.nonzero().tolist()]
+
+    def dense(self, values: Float[Tensor, "... edge"]) -> Float[Tensor, "... writer reader"]:
+        """Values per edge as matrices with 0 where there is no edge."""
+        out = values.new_zeros(*values.shape[:-1], *self.mask.shape)
+        out[..., self.mask] = values
+        return out
+
+    def select(self, **how: Any) -> Any:
+        """An EdgeCircuit; see `edges.select.select_edges`."""
+        from relp_cli.edges.select import select_edges
+
+        return select_edges(self, **how)
+
+    def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and header of one entry of a score file."""
+        tensors = {n: getattr(self, n) for n in ("mean", "variance", "n", "mask", "examples", "present")}
+        header = {"labels": list(self.labels), "axis": self.axis, "writers": list(self.writers), "readers": list(self.readers)}
+        return {n: t for n, t in tensors.items() if t is not None}, header
+
+    @classmethod
+    def from_parts(
+        cls, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any], meta: Mapping[str, Any]
+    ) -> EdgeScores:
+        """What `parts` gave; `kind` is "edges"."""
+        assert kind == KIND
+        return cls(
+            mean=tensors["mean"], variance=tensors["variance"], n=tensors["n"], mask=tensors["mask"],
+            writers=tuple(header["writers"]), readers=tuple(header["readers"]), labels=tuple(header["labels"]),
+            axis=header["axis"], examples=tensors.get("examples"), present=tensors.get("present"), meta=meta,
+        )  # fmt: skip

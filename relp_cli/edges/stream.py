@@ -1,0 +1,185 @@
+"""The residual stream of a run: what each writer adds to it. The only code of `edges/` that knows hook names.
+
+1. Heads are kept as z, before W_O, in one tensor per layer; `Written.heads_out` forms a layer's outputs z·W_O when they
+   are read, so nothing of size heads × d_model × layers is held by a forward pass.
+2. Under post-norms (Gemma-2) a head's share is z·W_O times the weight and *the run's own* scale of the post-norm, so that
+   heads and bias share sum to attn_out in every run.
+3. Grouped-query attention runs with each query head's own copy of its key and value (`ungrouped`), so that a copy's
+   gradient is that head's share, and a copy can be given an input of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from relp_cli.errors import RelpError
+from relp_cli.lrp.sites import centred, linear_parameters
+from relp_cli.models.model import Hook, Model
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the writers of one run add to the residual stream, or a difference or mean of such.
+
+    input: Float[batch, pos, d_model], the token embedding without positional embeddings.
+    heads: per layer Float[batch, pos, heads·d_head], z (over the post-norm's scale, where there is one).
+    mlps:  per layer Float[batch, pos, d_model].
+    """
+
+    input: Float[Tensor, "batch pos d_model"]
+    heads: tuple[Float[Tensor, "batch pos width"], ...]
+    mlps: tuple[Float[Tensor, "batch pos d_model"], ...]
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Written:
+        return Written(fn(self.input), tuple(map(fn, self.heads)), tuple(map(fn, self.mlps)))
+
+    def zip(self, fn: Callable[[Tensor, Tensor], Tensor], other: Written) -> Written:
+        pairs = (zip(getattr(self, part), getattr(other, part), strict=True) for part in ("heads", "mlps"))
+        heads, mlps = (tuple(fn(a, b) for a, b in layers) for layers in pairs)
+        return Written(fn(self.input, other.input), heads, mlps)
+
+    def __sub__(self, other: Written) -> Written:
+        return self.zip(torch.sub, other)
+
+    def heads_out(self, model: Model, layer: int, rows: slice = slice(None)) -> Float[Tensor, "head batch pos d_model"]:
+        """A layer's heads as they are added to the residual stream."""
+        return heads_out(model, layer, self.heads[layer][rows])
+
+
+def heads_out(model: Model, layer: int, z: Float[Tensor, "batch pos width"]) -> Float[Tensor, "head batch pos d_model"]:
+    """z·W_O per head, through the post-norm's weight."""
+    heads, d_model = model.shape.n_heads, model.shape.d_model
+    weight, _ = linear_parameters(model, f"blocks.{layer}.attn.o", z.shape[-1], d_model)
+    by_head = z.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3).flatten(1, 2)
+    out = torch.bmm(by_head, weight.T.unflatten(0, (heads, -1))).unflatten(1, z.shape[:2])
+    return centred(model.component(f"blocks.{layer}.ln1_post"), out) if model.shape.post_norm else out
+
+
+class Recorder:
+    """Hooks that record what the writers write in the forward passes that run under them."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.seen: dict[str, Tensor] = {}
+
+    def hooks(self) -> list[tuple[str, Hook]]:
+        layers = range(self.model.shape.n_layers)
+        names = ["blocks.0.hook_in", *(["pos_embed.hook_out"] if "pos_embed.hook_out" in self.model.points else [])]
+        for layer in layers:
+            names += [f"blocks.{layer}.attn.o.hook_in", f"blocks.{layer}.hook_mlp_out"]
+            names += [f"blocks.{layer}.ln1_post.hook_scale"] if self.model.shape.post_norm else []
+        return [(name, self._keep(name)) for name in names]
+
+    def _keep(self, name: str) -> Hook:
+        return lambda value: self.seen.__setitem__(name, value)
+
+    @property
+    def input(self) -> Tensor:
+        value = self.seen["blocks.0.hook_in"].detach()
+        positions = self.seen.get("pos_embed.hook_out")
+        return value if positions is None else value - positions.detach()
+
+    def heads(self, layer: int) -> Tensor:
+        z = self.seen[f"blocks.{layer}.attn.o.hook_in"].detach()
+        if not self.model.shape.post_norm:
+            return z
+        return (z / self.seen[f"blocks.{layer}.ln1_post.hook_scale"].detach()).to(z.dtype)
+
+    def mlp(self, layer: int) -> Tensor:
+        return self.seen[f"blocks.{layer}.hook_mlp_out"].detach()
+
+    def written(self) -> Written:
+        layers = range(self.model.shape.n_layers)
+        return Written(self.input, tuple(map(self.heads, layers)), tuple(map(self.mlp, layers)))
+
+
+def written(model: Model, tokens: Tensor) -> tuple[Written, Float[Tensor, "batch vocab"]]:
+    """What every writer writes in one plain forward pass, and its logits."""
+    recorder = Recorder(model)
+    with torch.no_grad(), model.hooks(recorder.hooks()):
+        logits = model.logits(tokens)
+    return recorder.written(), logits
+
+
+@contextmanager
+def ungrouped(model: Model) -> Iterator[None]:
+    """Inside, the values at `k.hook_out` and `v.hook_out` hold one key and value per *query* head (unchanged without
+    grouped-query attention). Enter it outside any `lrp` block.
+
+    Raises: RelpError for grouped-query attention that does not say its group size where it repeats keys and values.
+    """
+    shape = model.shape
+    size = shape.n_heads // shape.n_kv_heads
+    if size == 1:
+        yield
+        return
+    parts: list[Any] = [model.component(f"blocks.{n}.attn").original_component for n in range(shape.n_layers)]
+    if any(getattr(part, "num_key_value_groups", None) != size for part in parts):
+        raise RelpError(f"model {model.name} ({model.family.name}): edges know no grouped-query attention of this form")
+
+    def repeat(value: Tensor) -> Tensor:
+        return value.unflatten(-1, (shape.n_kv_heads, -1)).repeat_interleave(size, dim=-2).flatten(-2)
+
+    points = [(f"blocks.{n}.attn.{part}.hook_out", repeat) for n in range(shape.n_layers) for part in "kv"]
+    try:
+        for part in parts:
+            part.num_key_value_groups = 1
+        with model.hooks(points):
+            yield
+    finally:
+        for part in parts:
+            part.num_key_value_groups = size
+
+
+def projections(model: Model, layer: int) -> list[tuple[Float[Tensor, "head d_head d_model"], Tensor | None]]:
+    """Per q, k, v: the projection of each query head with the attention's norm folded in, and its bias.
+
+    For a reader input x with norm denominator σ(x): value = W·centre(x)/σ + bias, where W = centre(W_part ∘ norm weight)
+    (centre: subtract the mean over d_model; nothing under RMSNorm).
+    """
+    shape, norm = model.shape, model.component(f"blocks.{layer}.ln1")
+    out: list[tuple[Tensor, Tensor | None]] = []
+    for part in "qkv":
+        heads = shape.n_heads if part == "q" else shape.n_kv_heads
+        weight, bias = linear_parameters(model, f"blocks.{layer}.attn.{part}", shape.d_model, heads * shape.d_head)
+        folded = centred_rows(norm, weight).unflatten(0, (heads, -1))
+        total = bias if getattr(norm, "bias", None) is None else weight @ norm.bias + (0 if bias is None else bias)
+        total = None if total is None else total.unflatten(0, (heads, -1))
+        repeats = shape.n_heads // heads
+        if repeats > 1:
+            folded = folded.repeat_interleave(repeats, dim=0)
+            total = None if total is None else total.repeat_interleave(repeats, dim=0)
+        out.append((folded, total))
+    return out
+
+
+def centred_rows(norm: Any, weight: Float[Tensor, "out d_model"]) -> Float[Tensor, "out d_model"]:
+    """The transpose of `centred`: rows times the norm's weight, then centred (under LayerNorm)."""
+    scale = getattr(norm, "weight", None)
+    if scale is not None:
+        weight = weight * (1 + scale if norm.uses_weight_offset else scale)
+    return weight if norm.uses_rms_norm else weight - weight.mean(-1, keepdim=True)
+
+
+def centre(norm: Any, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+    """x − mean(x) under LayerNorm, x under RMSNorm."""
+    return x if norm.uses_rms_norm else x - x.mean(-1, keepdim=True)
+
+
+def mean_written(parts: Sequence[tuple[Written, Tensor]], n_labels: int) -> Written:
+    """Mean per position label over prompts, accumulated in float64: fields Float[label, width]. parts: (run, label of
+    each position)."""
+    first, index = parts[0]
+    counts = torch.zeros(n_labels, dtype=torch.float64, device=first.input.device)
+    total = first.map(lambda t: t.new_zeros(n_labels, t.shape[-1], dtype=torch.float64))
+    for run, index in parts:
+        counts.index_add_(0, index, counts.new_full((len(index),), len(run.input)))
+        total.zip(lambda t, value, i=index: t.index_add_(0, i, value.double().sum(0)), run)  # type: ignore[misc]
+    return total.map(lambda t: (t / counts[:, None]).to(first.input.dtype))
