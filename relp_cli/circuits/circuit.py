@@ -106,9 +106,14 @@ class Circuit:
             raise RelpError(f"circuit file {path}: expected a relp node circuit (schema {SCHEMA})")
         masks = {}
         for kind, columns in content["nodes"].items():
-            mask = torch.zeros(columns["shape"], dtype=torch.bool)
-            index = [torch.tensor(columns[axis], dtype=torch.long) for axis in NODE_KINDS[kind].axes]
-            mask[tuple(index)] = True
+            axes = NODE_KINDS[kind].axes
+            try:
+                mask = torch.zeros(columns["shape"], dtype=torch.bool)
+                mask[tuple(torch.tensor(columns[axis], dtype=torch.long) for axis in axes)] = True
+            except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+                raise RelpError(
+                    f"circuit file {path}: {kind} needs a shape and columns {', '.join(axes)} of equal length within it"
+                ) from error
             masks[kind] = mask
         return cls(masks, tuple(content["labels"]), content["meta"])
 

@@ -14,7 +14,19 @@ from relp_cli.methods.scores import NodeScores
 
 SIGNS = ("absolute", "positive", "negative")
 AGGREGATIONS = ("none", "sum")
-KEPT_META = ("method", "params", "metric", "direction", "baseline", "model", "revision", "family", "task", "task_hash", "rules")
+KEPT_META = (
+    "method",
+    "params",
+    "metric",
+    "direction",
+    "baseline",
+    "model",
+    "revision",
+    "family",
+    "task",
+    "task_hash",
+    "rules",
+)
 
 
 def select(
@@ -58,11 +70,18 @@ def select(
     strengths = {kind: _strength(s, sign, aggregate, union) for kind, s in kinds.items()}
     for s in strengths.values():
         s[:from_layer] = -torch.inf
-    cut = _cut(strengths, how, first.meta)
-    masks = _masks(strengths, cut, top_k, top_p)
+    cut, keep = _cut(strengths, how, first.meta)
+    masks = _masks(strengths, cut, keep)
     meta = {k: first.meta[k] for k in KEPT_META if k in first.meta}
     meta["scores"] = tensor_hash(*(s.mean for s in kinds.values()))
-    meta["selection"] = {**how, "tau": cut, "sign": sign, "aggregate": aggregate, "union": union, "from_layer": from_layer}
+    meta["selection"] = {
+        **how,
+        "tau": cut,
+        "sign": sign,
+        "aggregate": aggregate,
+        "union": union,
+        "from_layer": from_layer,
+    }
     return Circuit(masks, ANY_POSITION if aggregate == "sum" else first.labels, meta)
 
 
@@ -80,16 +99,19 @@ def _strength(scores: NodeScores, sign: str, aggregate: str, union: bool) -> Ten
     return torch.where(signed > 0, signed, -torch.inf).amax(0)
 
 
-def _cut(strengths: Mapping[str, Tensor], how: Mapping[str, Any], meta: Mapping[str, Any]) -> float:
+def _cut(
+    strengths: Mapping[str, Tensor], how: Mapping[str, Any], meta: Mapping[str, Any]
+) -> tuple[float, int | None]:
+    """τ, and for top-k and top-p how many nodes to keep."""
     (name, value), total = next(iter(how.items())), sum(s.numel() for s in strengths.values())
     if value != value:
         raise RelpError(f"{name} is not a number")
     if name == "threshold":
-        return float(value)
+        return float(value), None
     if name == "fraction":
         if "mean_abs_metric" not in meta:
             raise RelpError("these scores do not say the metric's mean size; use an absolute threshold")
-        return float(value) * float(meta["mean_abs_metric"])
+        return float(value) * float(meta["mean_abs_metric"]), None
     flat = torch.cat([s.flatten() for s in strengths.values()])
     ranked = flat[flat > -torch.inf].sort(descending=True).values
     if name == "top_k":
@@ -101,20 +123,17 @@ def _cut(strengths: Mapping[str, Tensor], how: Mapping[str, Any], meta: Mapping[
             raise RelpError(f"top_p must be in (0, 1], got {value}")
         mass = ranked.cumsum(0)
         # Rounding must not ask for more than there is: p = 1 keeps all that have any mass.
-        keep = int((mass < float(value) * mass[-1] * (1 - 1e-12)).sum()) + 1 if len(ranked) else 0
-    return ranked[keep - 1].item() if keep else float("inf")
+        enough = float(value) * mass[-1] * (1 - 1e-12) if len(ranked) else 0.0
+        keep = int((mass < enough).sum()) + 1 if enough > 0 else 0
+    return (ranked[keep - 1].item() if keep else float("inf")), keep
 
 
-def _masks(
-    strengths: Mapping[str, Tensor], cut: float, top_k: float | None, top_p: float | None
-) -> dict[str, Tensor]:
-    if top_k is None and top_p is None:
+def _masks(strengths: Mapping[str, Tensor], cut: float, keep: int | None) -> dict[str, Tensor]:
+    """Above τ, or exactly `keep` nodes: of those that tie at τ, the first in the order of kinds and indices."""
+    if keep is None:
         return {kind: s > cut for kind, s in strengths.items()}
-    masks = {kind: s >= cut for kind, s in strengths.items()}
-    if top_k is None or cut == float("inf"):
-        return masks if cut != float("inf") else {k: torch.zeros_like(m) for k, m in masks.items()}
-    # Ties at the cut: keep exactly k, in the order of kinds and indices.
-    surplus = sum(int(m.sum()) for m in masks.values()) - int(top_k)
+    masks = {kind: s >= cut if keep else torch.zeros_like(s, dtype=torch.bool) for kind, s in strengths.items()}
+    surplus = sum(int(m.sum()) for m in masks.values()) - keep
     for kind in reversed(list(masks)):
         tied = (strengths[kind] == cut).nonzero()
         for index in reversed(tied.tolist()[-surplus:] if surplus > 0 else []):

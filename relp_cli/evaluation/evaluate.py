@@ -200,6 +200,10 @@ def at_batch(mask: Tensor, labels: tuple[str, ...], batch: PairBatch) -> Tensor:
         index = [0] * batch.n_pos
     elif labels == tuple(str(i) for i in range(batch.n_pos)):
         index = list(range(batch.n_pos))
+    elif batch.roles is None:
+        raise RelpError(
+            f"the circuit's positions are {', '.join(labels)}, the pairs to evaluate have {batch.n_pos} without roles"
+        )
     else:
         missing = [label for label in batch.labels if label not in labels]
         if missing:
