@@ -28,4 +28,6 @@ def command(
     if json:
         print_json(rows)
         return
-    out.print(frame(pd.DataFrame(rows), f"medians of {rounds} rounds, batch 8 × 16 tokens, {layers} layers, one thread"))
+    out.print(
+        frame(pd.DataFrame(rows), f"medians of {rounds} rounds, batch 8 × 16 tokens, {layers} layers, one thread")
+    )

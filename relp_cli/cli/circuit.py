@@ -17,12 +17,16 @@ def command(
     fraction: Annotated[float | None, typer.Option(help="τ as a fraction of mean |L(x_o)| (0.005: Transluce).")] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep the k largest |score|.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the fewest nodes that hold this share of Σ|score|.")] = None,
-    nodes: Annotated[str | None, typer.Option(help="Only these kinds (default: all that were scored, together).")] = None,
+    nodes: Annotated[
+        str | None, typer.Option(help="Only these kinds (default: all that were scored, together).")
+    ] = None,
     sign: Annotated[str, typer.Option(help="absolute, positive or negative.")] = "absolute",
     aggregate: Annotated[str, typer.Option(help="none (per position) or sum (over positions).")] = "none",
     union: Annotated[bool, typer.Option(help="Keep what passes for any example, not on average.")] = False,
     verify: Annotated[bool, typer.Option(help="Patch the selected nodes exactly and keep those it confirms.")] = False,
-    confirm: Annotated[float | None, typer.Option(help="--verify keeps |exact effect| > this (default: the selection's τ).")] = None,
+    confirm: Annotated[
+        float | None, typer.Option(help="--verify keeps |exact effect| > this (default: the selection's τ).")
+    ] = None,
     device: DeviceOption = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: circuit.json in the run.")] = None,
     json: JsonFlag = False,
@@ -60,7 +64,7 @@ def command(
     log.print(str(path), highlight=False)
 
 
-def layers_table(circuit):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201 - rich and torch stay unimported
+def layers_table(circuit):  # type: ignore[no-untyped-def]
     """Nodes kept per kind and layer."""
     from rich.table import Table
 

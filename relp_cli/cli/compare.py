@@ -24,7 +24,9 @@ def command(
     only_correct: Annotated[bool, typer.Option(help="Keep the pairs that the model gets right.")] = False,
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for tables, figures and scores.")] = Path("runs/compare"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for tables, figures and scores.")] = Path(
+        "runs/compare"
+    ),
     json: JsonFlag = False,
 ) -> None:
     """Agreement of methods with exact patching: the paper's Table 5 and the heatmaps of its Figure 2.

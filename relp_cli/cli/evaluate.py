@@ -12,17 +12,26 @@ from relp_cli.cli.common import DeviceOption, DryRunFlag, JsonFlag, log, note, o
 
 def command(
     target: Annotated[str, typer.Argument(help="A run directory, or a batch job (JOB.yaml, or a shipped job's name).")],
-    sweep: Annotated[str | None, typer.Option(help="log:1e-4:1:15 (thresholds), or counts:1,10,100. Default: circuit.json, else log:1e-4:1:15.")] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(help="log:1e-4:1:15 (thresholds), or counts:1,10,100. Default: circuit.json, else log:1e-4:1:15."),
+    ] = None,
     circuit: Annotated[Path | None, typer.Option(help="Evaluate this circuit file instead.")] = None,
     ablation: Annotated[str, typer.Option(help="mean, mean_task, zero, counterfactual or resample.")] = "mean",
-    exclude_layers: Annotated[int | None, typer.Option(help="First layers left unablated (default: a third; 0: none).")] = None,
-    metric: Annotated[str | None, typer.Option(help="logit_diff, prob_diff, kl or accuracy (default: the run's).")] = None,
+    exclude_layers: Annotated[
+        int | None, typer.Option(help="First layers left unablated (default: a third; 0: none).")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="logit_diff, prob_diff, kl or accuracy (default: the run's).")
+    ] = None,
     pairs: Annotated[int, typer.Option(help="Held-out pairs (as many as exist, at most).")] = 100,
     seed: Annotated[int, typer.Option(help="Draws held-out pairs, random circuits and bootstrap samples.")] = 0,
     random: Annotated[int, typer.Option(help="Random circuits of the same size per point.")] = 3,
     device: DeviceOption = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Job folder (jobs only).")] = None,
-    override: Annotated[list[str], typer.Option("--override", help="Override a key of the job: models=[tiny-gpt2]")] = [],  # noqa: B006
+    override: Annotated[
+        list[str], typer.Option("--override", help="Override a key of the job: models=[tiny-gpt2]")
+    ] = [],  # noqa: B006
     engine: Annotated[str, typer.Option(help="local or ray (jobs only).")] = "local",
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,

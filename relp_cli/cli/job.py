@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from relp_cli.cli.common import DeviceOption, DryRunFlag, JsonFlag, log, note, out, print_json, progress
+from relp_cli.cli.common import DeviceOption, JsonFlag, log, note, out, print_json, progress
 from relp_cli.errors import RelpError, unknown
 
 
@@ -40,7 +40,13 @@ def run_job(
     folder = output or Path("runs") / job.name
     if dry_run:
         grid = cells(job)
-        summary = {"job": job.name, "folder": str(folder), "cells": len(grid), "first": grid[0].label, "last": grid[-1].label}
+        summary = {
+            "job": job.name,
+            "folder": str(folder),
+            "cells": len(grid),
+            "first": grid[0].label,
+            "last": grid[-1].label,
+        }
         print_json(summary) if json else out.print("\n".join(f"{k}: {v}" for k, v in summary.items()), highlight=False)
         return
     from relp_cli.runs.engines import ENGINES

@@ -67,7 +67,10 @@ def _models() -> list[dict[str, Any]]:
 def _nodes() -> list[dict[str, Any]]:
     from relp_cli.nodes.kinds import NODE_KINDS
 
-    return [{"kind": k.name, "axes": ", ".join(k.axes), "hook": k.hook, "what": k.description} for _, k in NODE_KINDS.items()]
+    return [
+        {"kind": k.name, "axes": ", ".join(k.axes), "hook": k.hook, "what": k.description}
+        for _, k in NODE_KINDS.items()
+    ]
 
 
 def _rules() -> list[dict[str, Any]]:

@@ -8,26 +8,46 @@ from typing import Annotated, Any
 import typer
 
 from relp_cli.cli.common import (
-    DeviceOption, DryRunFlag, DtypeOption, JsonFlag, assignments, comma, log, note, out, print_json, progress,
+    DeviceOption,
+    DryRunFlag,
+    DtypeOption,
+    JsonFlag,
+    assignments,
+    comma,
+    log,
+    note,
+    out,
+    print_json,
+    progress,
 )  # fmt: skip
 
 
 def command(
     task: Annotated[str, typer.Argument(help="A shipped task (relp ls tasks), a task YAML, or a file of pairs.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="Embedded name, local folder, or hub name.")] = "tiny-gpt2",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Embedded name, local folder, or hub name.")
+    ] = "tiny-gpt2",
     method: Annotated[str, typer.Option(help="relp ls methods; `relp+ah` adds a rule.")] = "relp",
-    nodes: Annotated[str, typer.Option(help="Node kinds, comma-separated (relp ls nodes).")] = "resid_pre,attn_out,mlp_out",
+    nodes: Annotated[
+        str, typer.Option(help="Node kinds, comma-separated (relp ls nodes).")
+    ] = "resid_pre,attn_out,mlp_out",
     pairs: Annotated[int, typer.Option(help="How many prompt pairs.")] = 100,
     seed: Annotated[int, typer.Option(help="Draws the pairs.")] = 0,
     split: Annotated[str, typer.Option(help="discovery, heldout or all.")] = "discovery",
     metric: Annotated[str | None, typer.Option(help="logit_diff, prob_diff, kl (default: the task's).")] = None,
     direction: Annotated[str, typer.Option(help="noising (run the original) or denoising.")] = "noising",
     baseline: Annotated[str, typer.Option(help="patch, zero or mean: what n(x_p) is.")] = "patch",
-    rules: Annotated[str | None, typer.Option(help="LRP rules, comma-separated (default: the family's preset).")] = None,
+    rules: Annotated[
+        str | None, typer.Option(help="LRP rules, comma-separated (default: the family's preset).")
+    ] = None,
     settings: Annotated[list[str], typer.Option("--set", help="A parameter of the method: --set steps=20")] = [],  # noqa: B006
-    bos: Annotated[bool | None, typer.Option("--bos/--no-bos", help="Prepend BOS (default: as the model does).")] = None,
+    bos: Annotated[
+        bool | None, typer.Option("--bos/--no-bos", help="Prepend BOS (default: as the model does).")
+    ] = None,
     only_correct: Annotated[bool, typer.Option(help="Keep the pairs that the model gets right.")] = False,
-    per_example: Annotated[bool | None, typer.Option(help="Store scores per example (default: where they fit).")] = None,
+    per_example: Annotated[
+        bool | None, typer.Option(help="Store scores per example (default: where they fit).")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Pairs per pass.")] = 32,
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
@@ -59,7 +79,7 @@ def command(
         print_json(cost) if json else out.print("\n".join(f"{k}: {v}" for k, v in cost.items()), highlight=False)
         return
 
-    def ready(prepared: Prepared, folder: Path) -> None:
+    def ready(prepared: Prepared) -> None:
         for line in prepared.notes:
             note(line)
         if not json:

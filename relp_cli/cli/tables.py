@@ -15,7 +15,8 @@ def top_nodes(scores: Scores, k: int = 10) -> Table:
     """The k nodes of each kind with the largest |mean score|, with standard errors."""
     meta = scores.meta
     rules = ", ".join(f"{name}×{n}" for name, n in meta["rules"].items())
-    title = f"{meta['method']} on {meta.get('task', '?')}, {meta['model']} ({meta['family']}), {meta['direction']}, {meta['metric']}"
+    where = f"{meta.get('task', '?')}, {meta['model']} ({meta['family']})"
+    title = f"{meta['method']} on {where}, {meta['direction']}, {meta['metric']}"
     table = Table(title=title, caption=f"rules applied (layers): {rules}" if rules else None, title_justify="left")
     for name, justify in (("kind", "left"), ("layer", "right"), ("position", "left"), ("unit", "right"),
                           ("score", "right"), ("± s.e.", "right"), ("n", "right")):  # fmt: skip
@@ -55,7 +56,11 @@ def _cell(value: Any, digits: int) -> str:
     if value is None or value != value:
         return "—"
     if isinstance(value, float):
-        return f"{value:.{digits}g}" if value and (abs(value) < 10**-digits or abs(value) >= 1e5) else f"{value:.{digits}f}"
+        return (
+            f"{value:.{digits}g}"
+            if value and (abs(value) < 10**-digits or abs(value) >= 1e5)
+            else f"{value:.{digits}f}"
+        )
     return str(value)
 
 
@@ -72,7 +77,10 @@ def evaluation_table(df: Any, title: str) -> Table:
         table.add_row(
             "—" if row["tau"] is None else f"{row['tau']:.3g}",
             f"{row['n_nodes']}/{row['n_possible']}",
-            *(f"{_cell(row[n], 2)} \\[{row[n + '_lo']:.2f}, {row[n + '_hi']:.2f}]" for n in ("faithfulness", "completeness")),
+            *(
+                f"{_cell(row[n], 2)} \\[{row[n + '_lo']:.2f}, {row[n + '_hi']:.2f}]"
+                for n in ("faithfulness", "completeness")
+            ),
             _cell(row.get("random_faithfulness"), 2),
             f"{row['F_C']:.3f}",
             *([row["note"]] if noted else []),
@@ -130,10 +138,16 @@ def _other_measures(rows: Any, methods: list[str], kinds: list[str]) -> Table:
         for method in methods:
             cells = rows[(rows.model == model) & (rows.method == method)].set_index("kind")
             measures = [
-                " / ".join(_cell(float(cells.loc[k][m]), 2) for m in ("pcc_per_pair", "spearman", "topk")) for k in kinds
+                " / ".join(_cell(float(cells.loc[k][m]), 2) for m in ("pcc_per_pair", "spearman", "topk"))
+                for k in kinds
             ]
             one = cells.iloc[0]
             table.add_row(
-                model, method, *measures, f"{one.forwards_per_pair:g}", f"{one.backwards_per_pair:g}", f"{one.seconds:.2f}"
+                model,
+                method,
+                *measures,
+                f"{one.forwards_per_pair:g}",
+                f"{one.backwards_per_pair:g}",
+                f"{one.seconds:.2f}",
             )
     return table

@@ -10,7 +10,9 @@ from relp_cli.cli.common import JsonFlag, note, out, print_json
 
 
 def validate(
-    task: Annotated[str, typer.Argument(help="A task YAML, a shipped task's name, or a batch job YAML (with `tasks:`).")],
+    task: Annotated[
+        str, typer.Argument(help="A task YAML, a shipped task's name, or a batch job YAML (with `tasks:`).")
+    ],
     json: JsonFlag = False,
 ) -> None:
     """Check a task YAML (templates, word lists, pairing rule) without loading any model.
@@ -42,11 +44,15 @@ def validate(
 def show(
     task: Annotated[str, typer.Argument(help="A shipped task, a task YAML, or a file of pairs.")],
     model: Annotated[str, typer.Option("--model", "-m", help="Whose tokenizer and behaviour to show.")] = "tiny-gpt2",
-    pairs: Annotated[int, typer.Option(help="Pairs to measure the model's behaviour on (as many as exist, at most).")] = 100,
+    pairs: Annotated[
+        int, typer.Option(help="Pairs to measure the model's behaviour on (as many as exist, at most).")
+    ] = 100,
     examples: Annotated[int, typer.Option(help="Pairs to print per token length.")] = 1,
     seed: Annotated[int, typer.Option(help="Draws the pairs.")] = 0,
     split: Annotated[str, typer.Option(help="discovery, heldout or all.")] = "discovery",
-    bos: Annotated[bool | None, typer.Option("--bos/--no-bos", help="Prepend BOS (default: as the model does).")] = None,
+    bos: Annotated[
+        bool | None, typer.Option("--bos/--no-bos", help="Prepend BOS (default: as the model does).")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Print aligned tokenised pairs with position roles, and the model's own accuracy on them.
@@ -78,7 +84,9 @@ def show(
         note(line)
     for batch in prepared.pairs:
         for original, patch, answer, foil in list(_rows(batch))[:examples]:
-            title = f"{len(batch)} pairs of {batch.n_pos} tokens; answer {_some(words(answer))}, foil {_some(words(foil))}"
+            title = (
+                f"{len(batch)} pairs of {batch.n_pos} tokens; answer {_some(words(answer))}, foil {_some(words(foil))}"
+            )
             table = Table(title=title, title_justify="left")
             for name in ("pos", "role", "original", "patch"):
                 table.add_column(name)
@@ -96,7 +104,7 @@ def show(
     )
 
 
-def _rows(batch):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202 - torch stays unimported here
+def _rows(batch):  # type: ignore[no-untyped-def]
     patch = batch.patch.tolist() if batch.patch is not None else [None] * len(batch)
     return zip(batch.original.tolist(), patch, batch.answer.tolist(), batch.foil.tolist(), strict=True)
 

@@ -106,7 +106,8 @@ def read_corpus(model: Model, path: Path) -> list[PairBatch]:
 def _others(donors: PairBatch, batch: PairBatch, seed: int) -> Tensor:
     """For each pair of the batch, the row of a donor whose patch prompt is another one's, where there is one."""
     generator = torch.Generator().manual_seed(seed)
-    assert donors.patch is not None and batch.patch is not None
+    assert donors.patch is not None
+    assert batch.patch is not None
     different = (donors.patch.cpu()[None] != batch.patch.cpu()[:, None]).any(-1)  # [batch, donor]
     if not different.any(-1).all():
         raise RelpError("ablation 'resample' needs at least two different patch prompts of every token length")

@@ -87,7 +87,9 @@ def _over_pairs(
     estimate: NodeScores, exact: NodeScores, bootstrap: int, seed: int, unsigned: bool
 ) -> tuple[float, float, float]:
     """(lo, hi, mean per-pair PCC): pairs are resampled, averaged, and correlated again."""
-    assert estimate.examples is not None and exact.examples is not None and exact.present is not None
+    assert estimate.examples is not None
+    assert exact.examples is not None
+    assert exact.present is not None
     if estimate.examples.shape != exact.examples.shape:
         raise RelpError("cannot compare scores over different numbers of pairs")
     n = len(exact.examples)

@@ -23,7 +23,9 @@ class Comparison:
     scores: dict[str, Scores]
 
 
-def compare(model: Model, pairs: Sequence[PairBatch], methods: Sequence[str] = ("atp", "relp"), **options: Any) -> pd.DataFrame:
+def compare(
+    model: Model, pairs: Sequence[PairBatch], methods: Sequence[str] = ("atp", "relp"), **options: Any
+) -> pd.DataFrame:
     """`run_comparison(...)`'s table."""
     return run_comparison(model, pairs, methods, **options).table
 
@@ -49,9 +51,7 @@ def run_comparison(
     done = dict(scores or {})
     for method in dict.fromkeys([reference, *methods]):
         if method not in done:
-            done[method] = score(
-                model, pairs, method, nodes, metric, direction, keep_examples=True, progress=progress
-            )
+            done[method] = score(model, pairs, method, nodes, metric, direction, keep_examples=True, progress=progress)
     rows = []
     for method in methods:
         unsigned = not done[method].meta["signed"]

@@ -44,7 +44,9 @@ def minimality(
         if index[0] >= exclude
     ]
     if not 0 < len(nodes) <= MOST_NODES:
-        raise RelpError(f"minimality drops nodes one by one: expected 1 to {MOST_NODES} counted nodes, got {len(nodes)}")
+        raise RelpError(
+            f"minimality drops nodes one by one: expected 1 to {MOST_NODES} counted nodes, got {len(nodes)}"
+        )
     without = []
     for kind, index in nodes:
         mask = circuit.masks[kind].clone()
@@ -85,7 +87,9 @@ def applied(
     check_circuit(model, circuit, kinds)
     batch = batch.to(model.device)
     donors = list(pairs) if pairs is not None else [batch]
-    runs = Runs(model, METRICS["logit_diff"], kinds, exclude_layers, [batch], Ablation.prepare(model, donors, ablation, kinds))
+    runs = Runs(
+        model, METRICS["logit_diff"], kinds, exclude_layers, [batch], Ablation.prepare(model, donors, ablation, kinds)
+    )
     values = runs.ablation.values(model, batch, batch, 0)
     masks = {kind: at_batch(mask, circuit.labels, batch) for kind, mask in circuit.masks.items()}
     with torch.no_grad(), model.hooks(runs.hooks(masks, values)):

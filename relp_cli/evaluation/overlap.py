@@ -77,7 +77,8 @@ def stability(
 
 
 def _resampled(scores: NodeScores, weights: Tensor) -> NodeScores:
-    assert scores.examples is not None and scores.present is not None
+    assert scores.examples is not None
+    assert scores.present is not None
     count = (weights[:, None] * scores.present).sum(0).clamp(min=1)
     total = torch.einsum("n,nlp...->lp...", weights, scores.examples)
     return replace(scores, mean=(total / count.view(1, -1, *([1] * (total.ndim - 2)))).double())

@@ -11,13 +11,15 @@ from torch import Tensor
 from relp_cli.errors import RelpError
 from relp_cli.lrp.rules import ActiveRule, parse_rules
 from relp_cli.lrp.sites import RuleSite, build_sites, replace
-from relp_cli.models.model import Model
+from relp_cli.models.model import Hook, Model
 
 Recorded = dict[str, dict[str, Tensor]]  # site name → the patch run's values
 
 
 @contextmanager
-def lrp(model: Model, rules: Sequence[str], other: Mapping[str, Mapping[str, Tensor]] | None = None) -> Iterator[dict[str, int]]:
+def lrp(
+    model: Model, rules: Sequence[str], other: Mapping[str, Mapping[str, Tensor]] | None = None
+) -> Iterator[dict[str, int]]:
     """Apply LRP rules as forward hooks; yields rule → number of layers it acts on. Hooks are gone on exit, always.
 
     other: what `recording` collected in the patch run; two-point rules need it.
@@ -33,7 +35,7 @@ def lrp(model: Model, rules: Sequence[str], other: Mapping[str, Mapping[str, Ten
     fired: set[str] = set()
     inputs: dict[str, dict[str, Tensor]] = {site.name: {} for site in sites}
 
-    def write(site: RuleSite):  # noqa: ANN202 - a hook
+    def write(site: RuleSite) -> Hook:
         def hook(value: Tensor) -> Tensor:
             fired.add(site.name)
             if not torch.is_grad_enabled():
@@ -54,7 +56,7 @@ def lrp(model: Model, rules: Sequence[str], other: Mapping[str, Mapping[str, Ten
 @contextmanager
 def recording(model: Model, rules: Sequence[str]) -> Iterator[Recorded]:
     """Collect, during the patch run's forward pass, what the two-point rules among `rules` need of it."""
-    active = [a for a in parse_rules(list(rules))]
+    active = list(parse_rules(list(rules)))
     if not any(a.rule.two_point for a in active):
         yield {}
         return
@@ -68,8 +70,8 @@ def recording(model: Model, rules: Sequence[str]) -> Iterator[Recorded]:
         recorded[site.name] = {k: v.detach() for k, v in site.record(inputs[site.name]).items()}
 
 
-def _reads(sites: list[RuleSite], inputs: dict[str, dict[str, Tensor]]):  # noqa: ANN202 - hooks
-    def read(site: RuleSite, key: str):  # noqa: ANN202 - a hook
+def _reads(sites: list[RuleSite], inputs: dict[str, dict[str, Tensor]]) -> list[tuple[str, Hook]]:
+    def read(site: RuleSite, key: str) -> Hook:
         return lambda value: inputs[site.name].__setitem__(key, value)
 
     return [(point, read(site, key)) for site in sites for key, point in site.reads.items()]

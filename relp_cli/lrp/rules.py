@@ -100,9 +100,7 @@ def _gamma(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, gamma: flo
     for_positive = positive @ up.T + negative @ down.T
     for_negative = positive @ down.T + negative @ up.T
     surrogate = torch.where(z > 0, for_positive, for_negative)
-    total = surrogate.detach() + torch.where(
-        z > 0, bias + gamma * bias.clamp(min=0), bias + gamma * bias.clamp(max=0)
-    )
+    total = surrogate.detach() + torch.where(z > 0, bias + gamma * bias.clamp(min=0), bias + gamma * bias.clamp(max=0))
     tiny = 1e-6
     stabilised = total + tiny * torch.where(total < 0, -torch.ones_like(z), torch.ones_like(z))
     return surrogate * (z / stabilised).detach()
@@ -115,7 +113,9 @@ for _row in (
     Rule("half", "gate", _half, "Half-rule: half of a gate's product is constant", "Arras et al. 2019; RelP Table 1"),
     Rule("ah", "attention", _ah, "AH-rule: the attention pattern is constant", "Ali et al. 2022; RelP Table 1"),
     Rule("softcap", "softcap", _softcap, "cap·tanh(x/cap) = x·ratio, ratio constant", "relp (METHODS.md)"),
-    Rule("epsilon", "linear", _epsilon, "ε-rule: z/(z + ε·sign z) on linear layers", "Montavon et al. 2019", default=1e-2),
+    Rule(
+        "epsilon", "linear", _epsilon, "ε-rule: z/(z + ε·sign z) on linear layers", "Montavon et al. 2019", default=1e-2
+    ),
     Rule("gamma", "linear", _gamma, "γ-rule: weights w + γ·w⁺ on linear layers", "Montavon et al. 2019", default=0.25),
     Rule("ln2", "norm", _ln2, "1/σ is the mean of the two runs'", "relp (METHODS.md)", two_point=True),
     Rule("act2", "act", _act2, "secant of the activation between the two runs", "relp (METHODS.md)", two_point=True),

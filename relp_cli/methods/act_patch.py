@@ -48,9 +48,7 @@ def patch_effects(
 ) -> Float[Tensor, "batch nodes"]:
     """L(run | n ← n(source)) − L(run) for some (slot, unit) nodes of one layer."""
     rows = max(1, chunk_tokens // setup.run.numel())
-    effects = [
-        _patched_values(setup, kind, layer, nodes[i : i + rows], source) for i in range(0, len(nodes), rows)
-    ]
+    effects = [_patched_values(setup, kind, layer, nodes[i : i + rows], source) for i in range(0, len(nodes), rows)]
     return torch.cat(effects, 1) - setup.prompt_value("run")[:, None]
 
 

@@ -86,9 +86,7 @@ def products(setup: Setup, deltas: Activations, grads: Activations) -> PerExampl
     """Σ over each node's dimensions of δ·g, stacked over layers, on the slot axis."""
     out: PerExample = {}
     for kind in setup.kinds:
-        layers = [
-            per_node(setup.model, kind, d * g) for d, g in zip(deltas[kind.name], grads[kind.name], strict=True)
-        ]
+        layers = [per_node(setup.model, kind, d * g) for d, g in zip(deltas[kind.name], grads[kind.name], strict=True)]
         out[kind.name] = setup.to_slots(torch.stack(layers, 1))
     return out
 

@@ -54,9 +54,7 @@ class Setup:
 
     def __post_init__(self) -> None:
         if self.batch.patch is None and (self.baseline == "patch" or self.direction == "denoising"):
-            raise RelpError(
-                "these prompts have no patch prompt: use --baseline zero or mean (noising), or give pairs"
-            )
+            raise RelpError("these prompts have no patch prompt: use --baseline zero or mean (noising), or give pairs")
         if self.baseline != "patch" and self.direction == "denoising":
             raise RelpError(f"baseline '{self.baseline}' replaces the patch prompt; it has no denoising direction")
         if self.baseline == "mean" and self.means is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError
 from relp_cli.models.families import ACTIVATIONS
-from relp_cli.models.model import Model
+from relp_cli.models.model import Hook, Model
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -26,7 +26,7 @@ def check_model(model: Model) -> None:
         names.append("mlp.gate.hook_out")
     seen: dict[str, Tensor] = {}
 
-    def keep(name: str):  # noqa: ANN202 - a hook
+    def keep(name: str) -> Hook:
         return lambda value: seen.__setitem__(name, value)
 
     hooks = {f"blocks.{layer}.{n}": keep(f"{layer}.{n}") for layer in layers for n in names}
@@ -35,10 +35,10 @@ def check_model(model: Model) -> None:
         model.logits(tokens)
     tolerance = TOLERANCE[model.dtype]
     for layer in layers:
-        at = {n: seen.get(f"{layer}.{n}") for n in names}
-        silent = [n for n in names if at[n] is None]
+        silent = [n for n in names if f"{layer}.{n}" not in seen]
         if silent:
             raise RelpError(f"model {model.name}: layer {layer} never calls {', '.join(silent)}; not supported")
+        at = {n: seen[f"{layer}.{n}"] for n in names}
         total = at["hook_in"] + at["hook_attn_out"] + at["hook_mlp_out"]
         _must_equal(model, layer, "resid_post = resid_pre + attn_out + mlp_out", at["hook_out"], total, tolerance)
         if model.shape.activation in ACTIVATIONS:

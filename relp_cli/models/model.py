@@ -97,4 +97,4 @@ class Model:
 
 
 def _as_forward_hook(fn: Hook) -> Callable[..., Tensor | None]:
-    return lambda module, args, output: fn(output)
+    return lambda _module, _args, output: fn(output)

@@ -26,7 +26,9 @@ class NodeKind:
     @property
     def axes(self) -> tuple[str, ...]:
         """Axes of this kind's scores."""
-        return ("layer", "pos") if self.split == "vector" else ("layer", "pos", "unit" if self.split == "unit" else "head")
+        return (
+            ("layer", "pos") if self.split == "vector" else ("layer", "pos", "unit" if self.split == "unit" else "head")
+        )
 
     def point(self, layer: int) -> str:
         return self.hook.format(l=layer)
@@ -35,7 +37,9 @@ class NodeKind:
 NODE_KINDS: Registry[NodeKind] = Registry("node kind")
 for _row in (
     NodeKind("resid_pre", "blocks.{l}.hook_in", "vector", "residual stream entering the block"),
-    NodeKind("attn_out", "blocks.{l}.hook_attn_out", "vector", "what attention adds to the residual (after any post-norm)"),
+    NodeKind(
+        "attn_out", "blocks.{l}.hook_attn_out", "vector", "what attention adds to the residual (after any post-norm)"
+    ),
     NodeKind("mlp_out", "blocks.{l}.hook_mlp_out", "vector", "what the MLP adds to the residual (after any post-norm)"),
     NodeKind("head", "blocks.{l}.attn.o.hook_in", "head", "a head's output z = pattern·V, before W_O"),
     NodeKind("query", "blocks.{l}.attn.q.hook_out", "head", "a head's query, before rotary"),
@@ -44,6 +48,8 @@ for _row in (
     NodeKind("mlp_neuron", "blocks.{l}.mlp.out.hook_in", "unit", "MLP hidden unit: act(pre), or act(gate)·up"),
     NodeKind("attn_dim", "blocks.{l}.hook_attn_out", "unit", "one output dimension of attention (Marks et al.)"),
     NodeKind("mlp_dim", "blocks.{l}.hook_mlp_out", "unit", "one output dimension of the MLP (Marks et al.)"),
-    NodeKind("resid_dim", "blocks.{l}.hook_out", "unit", "one dimension of the residual leaving the block (Marks et al.)"),
+    NodeKind(
+        "resid_dim", "blocks.{l}.hook_out", "unit", "one dimension of the residual leaving the block (Marks et al.)"
+    ),
 ):
     NODE_KINDS.add(_row.name, _row)

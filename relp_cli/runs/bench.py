@@ -18,7 +18,7 @@ import torch
 from relp_cli.circuits.circuit import Circuit
 from relp_cli.evaluation.ablation import Ablation
 from relp_cli.evaluation.evaluate import Runs
-from relp_cli.methods.score import score
+from relp_cli.methods.score import COMPONENTS, score
 from relp_cli.models.load import wrap
 from relp_cli.models.model import Model
 from relp_cli.nodes.kinds import NODE_KINDS
@@ -50,7 +50,8 @@ def fixture(layers: int = 12) -> Fixture:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=layers, attn_implementation="eager", resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    config = GPT2Config(n_layer=layers, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    config._attn_implementation = "eager"
     plain = GPT2LMHeadModel(config).eval().requires_grad_(False)
     ids = torch.randint(0, config.vocab_size, (2, 8, 16))
     answer, foil = torch.randint(0, config.vocab_size, (2, 8))
@@ -76,7 +77,7 @@ def plain_two_forward_one_backward(f: Fixture) -> None:
     plain_pass(f)
 
 
-def _score(method: str, nodes: Sequence[str] = ("resid_pre", "attn_out", "mlp_out"), **params: Any) -> Callable[[Fixture], Any]:
+def _score(method: str, nodes: Sequence[str] = COMPONENTS, **params: Any) -> Callable[[Fixture], Any]:
     return lambda f: score(f.model, [f.batch], method, nodes, **params)
 
 
@@ -118,7 +119,8 @@ def _prepared(f: Fixture) -> Any:
         circuit = Circuit.from_mask("mlp_neuron", mask)
         ablation = Ablation.prepare(f.model, [f.batch], "mean", [kind])
         runs = Runs(f.model, METRICS["logit_diff"], (kind,), 0, [f.batch], ablation)
-        _cache[id(f)] = (runs, dict(circuit.masks), ablation.values(f.model, f.batch, f.batch, 0), f.model.logits(f.batch.original))
+        values, full = ablation.values(f.model, f.batch, f.batch, 0), f.model.logits(f.batch.original)
+        _cache[id(f)] = (runs, dict(circuit.masks), values, full)
     return _cache[id(f)]
 
 

@@ -49,7 +49,7 @@ class Compared:
 def compare_tasks(
     tasks: Sequence[str], options: CompareOptions, folder: Path, device: str | None, progress: Progress | None
 ) -> Compared:
-    """Score every task × model with every method and the reference; write compare.csv and one heatmap figure per cell."""
+    """Score every task × model with every method and the reference; write compare.csv and heatmaps per task × model."""
     session = Session(device)
     specs = [_spec(task, model, options) for task in tasks for model in options.models]
     check_writable(folder)

@@ -52,7 +52,9 @@ def sweep_points(text: str) -> list[dict[str, float]]:
             return [{"top_k": c} for c in counts]
     except ValueError:
         pass
-    raise RelpError(f"sweep '{text}': expected log:1e-4:1:15, lin:0:1:11, counts:1,10,100, counts:log:15 or fractions:mib")
+    raise RelpError(
+        f"sweep '{text}': expected log:1e-4:1:15, lin:0:1:11, counts:1,10,100, counts:log:15 or fractions:mib"
+    )
 
 
 def circuits_of(scores: Mapping[str, NodeScores], sweep: str, from_layer: int = 0) -> list[Circuit]:
@@ -113,7 +115,8 @@ def evaluate_run(
     table = evaluate(
         prepared.model, prepared.pairs, circuits, metric=prepared.metric, seed=seed, progress=progress, **options
     )
-    about = {k: scores.meta[k] for k in ("task", "model", "method", "direction")} | {"kind": "+".join(circuits[0].masks)}
+    about = {k: scores.meta[k] for k in ("task", "model", "method", "direction")}
+    about["kind"] = "+".join(circuits[0].masks)
     for position, (name, value) in enumerate(about.items()):
         table.insert(position, name, value)
     out = run.path / "evaluation.csv"

@@ -82,7 +82,7 @@ class Group:
 
     task: str
     model: str
-    direction: str
+    direction: Literal["noising", "denoising"]
     seed: int
 
 
@@ -97,7 +97,8 @@ class Cell:
     @property
     def label(self) -> str:
         g = self.group
-        return f"{g.task} / {g.model} / {self.method} / {self.kind}" + (f" / {g.direction}" if g.direction != "noising" else "")
+        names = [g.task, g.model, self.method, self.kind, *([g.direction] if g.direction != "noising" else [])]
+        return " / ".join(names) + (f" / seed {g.seed}" if g.seed else "")
 
 
 def load_job(name_or_path: str, overrides: list[str]) -> JobSpec:

@@ -75,7 +75,7 @@ class GroupRun:
     def _candidates(self, kind: str) -> Scores:
         key = f"candidates/{kind}"
         if key not in self._scores:
-            cheap = [m for m in self.job.methods if m not in ("act_patch",) and METHODS[m.partition("+")[0]].signed]
+            cheap = [m for m in self.job.methods if m != "act_patch" and METHODS[m.partition("+")[0]].signed]
             if not cheap:
                 raise RelpError("exact_candidates needs at least one signed method besides act_patch to choose them")
             assert self.job.exact_candidates is not None
@@ -104,7 +104,7 @@ class GroupRun:
             p.model, p.pairs, [cell.method], [cell.kind], p.metric, cell.group.direction, options.reference,
             options.top_k, seed=cell.group.seed, scores={options.reference: exact, cell.method: mine},
         ).table  # fmt: skip
-        return table.drop(columns=["model", "method", "kind", "direction"]).to_dict("records")
+        return table.drop(columns=["model", "method", "kind", "direction"]).to_dict("records")  # type: ignore[return-value]
 
     def _curve(self, cell: Cell, mine: Scores) -> list[dict[str, Any]]:
         assert self.job.evaluate is not None
@@ -116,7 +116,7 @@ class GroupRun:
             held.model, held.pairs, circuits, options.ablation, exclude, held.metric, cell.group.seed,
             options.random_circuits,
         )  # fmt: skip
-        return table.to_dict("records")
+        return table.to_dict("records")  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

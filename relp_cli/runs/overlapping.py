@@ -36,4 +36,5 @@ def _circuit(where: str) -> Circuit:
         return Circuit.load(path)
     if where in reference_names() or "/" not in where:
         return reference_circuit(where)
-    raise RelpError(f"'{where}' is neither a run, a circuit file nor a published circuit ({', '.join(reference_names())})")
+    known = ", ".join(reference_names())
+    raise RelpError(f"'{where}' is neither a run, a circuit file nor a published circuit ({known})")

@@ -103,7 +103,7 @@ def score_run(
     session: Session,
     folder: Path | None = None,
     progress: Progress | None = None,
-    on_ready: Callable[[Prepared, Path], None] | None = None,
+    on_ready: Callable[[Prepared], None] | None = None,
 ) -> tuple[RunDir, Scores, bool]:
     """Score and write a run directory; returns it, its scores, and whether they were there already.
 
@@ -113,7 +113,7 @@ def score_run(
     digest = digest_of(spec, prepared)
     run = RunDir(folder or default_folder(spec, digest))
     if on_ready:
-        on_ready(prepared, run.path)
+        on_ready(prepared)
     if run.is_done(digest):
         return run, Scores.load(run.scores), True
     check_writable(run.path)

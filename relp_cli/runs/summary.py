@@ -71,8 +71,7 @@ def _evaluation(job: JobSpec, rows: pd.DataFrame, folder: Path) -> tuple[list[Pa
 
 
 def areas_of(rows: pd.DataFrame) -> pd.DataFrame:
-    """CPR (∫ faithfulness), CMD (∫ |1 − faithfulness|) per cell over the fraction of nodes kept, and the number of nodes
-    at which faithfulness first reaches one half."""
+    """Per cell: CPR and CMD over the fraction of nodes kept, and the number of nodes at which faithfulness reaches 1/2."""
     from relp_cli.evaluation.areas import areas
 
     keys = ["task", "model", "kind", "method", "direction", "seed"]

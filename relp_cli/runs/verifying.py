@@ -1,4 +1,4 @@
-"""`relp circuit --verify`: keep the selected nodes that exact patching confirms, and say what was wrong with the rest."""
+"""`relp circuit --verify`: keep the selected nodes that exact patching confirms, and count the false positives."""
 
 from __future__ import annotations
 

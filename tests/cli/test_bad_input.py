@@ -29,7 +29,10 @@ CASES = {
     "not a run": (["circuit", "nowhere", "-t", "0.1"], "does not exist"),
     "unknown list": (["ls", "method"], "did you mean 'methods'?"),
     "unknown job": (["evaluate", "figure3_tinny"], "did you mean 'figure3_tiny'?"),
-    "unknown reference method": (["compare", "ioi", "--reference", "act_pach", "--pairs", "2"], "did you mean 'act_patch'?"),
+    "unknown reference method": (
+        ["compare", "ioi", "--reference", "act_pach", "--pairs", "2"],
+        "did you mean 'act_patch'?",
+    ),
 }
 
 

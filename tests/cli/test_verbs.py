@@ -16,7 +16,10 @@ import relp_cli
 
 def test_help_and_import_load_no_torch():
     code = "import sys, relp_cli, relp_cli.cli.main; print('torch' in sys.modules, 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False", "False"]
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == [
+        "False",
+        "False",
+    ]
 
 
 @pytest.mark.parametrize("what", ["tasks", "methods", "models", "nodes", "jobs", "runs"])
@@ -37,7 +40,19 @@ except SystemExit as stop:
 
 
 def test_every_verb_has_help_with_an_example(relp):
-    for verb in ("score", "circuit", "evaluate", "compare", "overlap", "report", "ls", "bench", "validate", "show", "reproduce"):
+    for verb in (
+        "score",
+        "circuit",
+        "evaluate",
+        "compare",
+        "overlap",
+        "report",
+        "ls",
+        "bench",
+        "validate",
+        "show",
+        "reproduce",
+    ):
         done = relp(verb, "--help")
         assert done.code == 0
         assert f"relp {verb} " in done.out.replace("\n", " "), verb
@@ -84,7 +99,10 @@ def test_compare_matches_numpy_and_reuses_scores(relp, tmp_path):
     done = relp(*arguments)
     assert done.code == 0, done.err
     table = pd.read_csv(tmp_path / "out/compare.csv").set_index(["method", "kind"])
-    saved = {p.name.split("-")[3]: relp_cli.Scores.load(p / "scores.safetensors") for p in (tmp_path / "out/scores").iterdir()}
+    saved = {
+        p.name.split("-")[3]: relp_cli.Scores.load(p / "scores.safetensors")
+        for p in (tmp_path / "out/scores").iterdir()
+    }
     for method in ("atp", "relp"):
         for kind in ("resid_pre", "attn_out", "mlp_out"):
             a, b = saved[method][kind].mean.flatten(), saved["act_patch"][kind].mean.flatten()
