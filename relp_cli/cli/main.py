@@ -43,12 +43,11 @@ def run() -> None:
         fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         fail("interrupted; the same command again resumes what was finished", 130)
-    except (OSError, MemoryError) as error:
-        fail(f"{type(error).__name__}: {error}", 1)
-    except RuntimeError as error:
+    except Exception as error:
         if os.environ.get("RELP_DEBUG"):
             raise
-        fail(f"{type(error).__name__}: {str(error).splitlines()[0]} (RELP_DEBUG=1 shows where)", 1)
+        first = (str(error).strip().splitlines() or [""])[0]
+        fail(f"{type(error).__name__}: {first} (RELP_DEBUG=1 shows where)", 1)
 
 
 def fail(message: str, code: int) -> None:

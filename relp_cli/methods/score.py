@@ -87,10 +87,10 @@ def score(
             chunk,
             METRICS[metric],
             kinds,
-            direction,
-            baseline,
-            means and means.at(chunk),
-            passes,  # type: ignore[arg-type]
+            direction,  # type: ignore[arg-type] # checked above
+            baseline,  # type: ignore[arg-type]
+            None if means is None else means.at(chunk),
+            passes,
         )
         result: Result = function(setup, parsed)
         applied, about = result.applied, result.meta

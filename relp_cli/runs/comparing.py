@@ -124,11 +124,11 @@ def _figure(prepared: Prepared, scores: dict[str, Scores], options: CompareOptio
         return []
     path = folder / f"heatmaps-{prepared.task.name}-{prepared.model.name}-{options.direction}.png"
     title = f"{prepared.task.name}, {prepared.model.name}, {options.direction}"
-    heatmaps(scores, kinds, path, title, _tokens(prepared, scores[options.reference]))
+    heatmaps(scores, kinds, path, title, example_tokens(prepared, scores[options.reference]))
     return [path]
 
 
-def _tokens(prepared: Prepared, scores: Scores) -> list[str] | None:
+def example_tokens(prepared: Prepared, scores: Scores) -> list[str] | None:
     """An example token under each position label, from the first pair that has it."""
     tokenizer = prepared.model.tokenizer
     if tokenizer is None:
