@@ -55,18 +55,15 @@ DARK = Theme("dark", "#171a20", "#e4e7ec", "#9aa2b1", "#3a404c",
 @contextmanager
 def themed(theme: Theme) -> Iterator[None]:
     """Draw inside this: the theme's colours and one text size, whatever the user's matplotlibrc says."""
-    ink: dict[str, Any] = dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), theme.ink)
-    edges = dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), theme.soft)
+    colors: Any = dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), theme.ink)
+    colors |= dict.fromkeys(("xtick.labelcolor", "ytick.labelcolor"), theme.ink)
+    colors |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), theme.soft)
+    colors |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), theme.face)
+    sizes = {"font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8}
+    other = {"grid.color": theme.line, "axes.linewidth": 0.7, "legend.frameon": False, "text.parse_math": False}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(
-            ink
-            | edges
-            | {"figure.facecolor": theme.face, "axes.facecolor": theme.face, "savefig.facecolor": theme.face}
-            | {"xtick.labelcolor": theme.ink, "ytick.labelcolor": theme.ink, "grid.color": theme.line}
-            | {"font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8}
-            | {"axes.linewidth": 0.7, "legend.frameon": False, "text.parse_math": False}
-        )
+        matplotlib.rcParams.update(colors | sizes | other)
         yield
 
 

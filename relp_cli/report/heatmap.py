@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,6 +19,7 @@ from relp_cli.report.names import kind_title
 
 REFERENCE = "act_patch"
 MAX_LABELS = 64
+Over = Literal["units", "positions"]
 
 
 def heatmaps(
@@ -37,21 +39,24 @@ def heatmap_figure(
     title: str,
     tokens: Sequence[str] | None = None,
     theme: Theme = LIGHT,
+    over: Over = "units",
 ) -> Figure:
     """Layer × position maps of pair-averaged scores: rows = node kinds, columns = methods, act_patch first.
 
     Within a row all panels share one colour scale, taken from act_patch (beyond it colours saturate, and the colour bar
     ends in arrows); without act_patch, from the largest |score| of the row. A panel's title has its PCC with act_patch
-    over what the panel shows. Heads, neurons and other kinds with units are *summed over units*; the row's label says so.
+    over what the panel shows.
 
+    over: what kinds with units are summed over. "units": heads, neurons or dimensions of a position are added up (the row's
+          label says so). "positions": layer × head (or neuron) maps instead, added up over positions; kinds with units only.
     tokens: an example token under each position label.
     Raises: RelpError for an unknown kind, or scores of different positions or shapes.
     """
     if not scores or not kinds:
         raise RelpError("heatmaps: no scores or no node kinds to draw")
     methods = sorted(scores, key=lambda m: m != REFERENCE)
-    panels = {(k, m): summed_over_units(scores[m][k]) for k in kinds for m in methods}
-    labels = _same_positions(panels, kinds, methods, tokens)
+    panels = {(k, m): summed(scores[m][k], over) for k in kinds for m in methods}
+    labels = _same_axes(panels, kinds, methods, tokens)
     layers, positions = panels[kinds[0], methods[0]].mean.shape
     width, height = float(np.clip(0.2 * positions, 1.9, 7)), float(np.clip(0.2 * layers, 1.1, 4.5))
     with themed(theme):
@@ -66,13 +71,14 @@ def heatmap_figure(
                 image = axes.imshow(
                     values, cmap=theme.cmap(), vmin=-limit, vmax=limit, aspect="auto", interpolation="none"
                 )
-                beyond |= bool(np.nanmax(np.abs(values)) > limit * (1 + 1e-6))
-                axes.set_title(panel_title(method, panels[kind, method], exact), loc="left")
+                beyond |= _limit([panels[kind, method]]) > limit * (1 + 1e-6)
+                if len(methods) > 1:
+                    axes.set_title(panel_title(method, panels[kind, method], exact), loc="left")
                 axes.tick_params(length=2)
             bar = figure.colorbar(image, ax=list(row), pad=0.01, aspect=15, extend="both" if beyond else "neither")
             bar.outline.set_visible(False)
-            units = "\n(Σ over units)" if scores[methods[0]][kind].mean.ndim == 3 else ""
-            row[0].set_ylabel(f"{kind_title(kind)}{units}\nlayer")
+            note = f"\n(Σ over {over})" if scores[methods[0]][kind].mean.ndim == 3 else ""
+            row[0].set_ylabel(f"{kind_title(kind)}{note}\nlayer")
             row[0].set_yticks(range(0, layers, 1 + layers // 16))
         for axes in grid[-1]:
             _label_positions(axes, labels, tokens, theme)
@@ -81,11 +87,20 @@ def heatmap_figure(
     return figure
 
 
-def summed_over_units(scores: NodeScores) -> NodeScores:
-    """Scores[layer, pos]: as they are for vector nodes, else the signed sum over heads, neurons or dimensions."""
+def summed(scores: NodeScores, over: Over = "units") -> NodeScores:
+    """Scores[layer, pos] (vector nodes as they are, others added up over units), or [layer, unit], added up over positions.
+
+    Sums keep their sign; they have no variance of their own (NaN) and no examples.
+    """
     if scores.mean.ndim == 2:
+        if over == "positions":
+            raise RelpError(
+                f"heatmaps: {scores.kind} nodes have no units to show; only heads, neurons and the like have"
+            )
         return replace(scores, examples=None)
-    return replace(scores, mean=scores.mean.sum(-1), variance=scores.variance.sum(-1), examples=None)
+    mean = scores.mean.sum(-1 if over == "units" else 1)
+    labels = scores.labels if over == "units" else tuple(map(str, range(mean.shape[1])))
+    return replace(scores, mean=mean, variance=mean * float("nan"), labels=labels, examples=None)
 
 
 def panel_title(method: str, scores: NodeScores, exact: NodeScores | None) -> str:
@@ -105,7 +120,7 @@ def _caption(scores: Scores, methods: Sequence[str]) -> str:
     return f"{colors} PCC: correlation with {REFERENCE} over the panel; each row has {REFERENCE}'s colour scale."
 
 
-def _same_positions(
+def _same_axes(
     panels: Mapping[tuple[str, str], NodeScores],
     kinds: Sequence[str],
     methods: Sequence[str],
@@ -115,8 +130,8 @@ def _same_positions(
     for (kind, method), panel in panels.items():
         if panel.labels != first.labels or panel.mean.shape != first.mean.shape:
             raise RelpError(
-                f"heatmaps: {method}'s {kind} scores are [layer, position] {list(panel.mean.shape)}, {methods[0]}'s "
-                f"{kinds[0]} scores {list(first.mean.shape)}: all panels must have the same layers and positions"
+                f"heatmaps: {method}'s {kind} scores are [layer, column] {list(panel.mean.shape)}, {methods[0]}'s "
+                f"{kinds[0]} scores {list(first.mean.shape)}: all panels must have the same layers and columns"
             )
     if tokens is not None and len(tokens) != len(first.labels):
         raise RelpError(f"heatmaps: {len(tokens)} tokens for {len(first.labels)} positions")

@@ -19,8 +19,9 @@ MORE_KEYS = ("direction", "metric", "ablation", "seed")
 
 
 def kind_title(kind: str) -> str:
-    """ "attn_out" → "attention"; a mixed "head+mlp_out" → "heads + MLP"."""
-    return " + ".join(KIND_TITLES.get(part, part) for part in str(kind).split("+"))
+    """attn_out → attention; a mixed head+mlp_out → heads + MLP; of more than two kinds only their number."""
+    parts = str(kind).split("+")
+    return " + ".join(KIND_TITLES.get(part, part) for part in parts) if len(parts) < 3 else f"{len(parts)} node kinds"
 
 
 def model_title(model: str) -> str:

@@ -1,0 +1,39 @@
+"""A run's scores and circuit as small tables: the strongest nodes, and where a circuit's nodes are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from relp_cli.circuits.circuit import Circuit
+from relp_cli.methods.scores import NodeScores, Scores
+
+
+def top_nodes(scores: Scores, k: int = 10) -> pd.DataFrame:
+    """The k nodes of each kind with the largest |mean score|: kind, layer, position, unit (missing for vector nodes), score,
+    se (standard error over the pairs that have the position), n."""
+    rows = [row for kind in scores.values() for row in _top(kind, k)]
+    table = pd.DataFrame(rows, columns=["kind", "layer", "position", "unit", "score", "se", "n"])
+    return table.astype({"unit": "Int64"})
+
+
+def _top(scores: NodeScores, k: int) -> list[tuple[object, ...]]:
+    mean, variance = scores.mean.double().numpy(), scores.variance.double().numpy()
+    order = np.argsort(-np.abs(np.nan_to_num(mean.ravel())), kind="stable")[:k]
+    rows: list[tuple[object, ...]] = []
+    for at in zip(*np.unravel_index(order, mean.shape), strict=True):
+        n = int(scores.n[int(at[1])])
+        error = float(np.sqrt(variance[at] / n)) if n > 1 else float("nan")
+        unit = int(at[2]) if len(at) == 3 else None
+        rows.append((scores.kind, int(at[0]), scores.labels[int(at[1])], unit, float(mean[at]), error, n))
+    return rows
+
+
+def circuit_counts(circuit: Circuit) -> dict[str, pd.DataFrame]:
+    """Node kind → how many nodes the circuit keeps, Int[layer, position], with position labels as columns. Of a circuit
+    that holds at any position there is one column, "any"."""
+    labels = ["any" if label == "*" else label for label in circuit.labels]
+    return {
+        kind: pd.DataFrame(mask.reshape(*mask.shape[:2], -1).sum(-1).numpy(), columns=labels)
+        for kind, mask in circuit.masks.items()
+    }

@@ -1,0 +1,219 @@
+"""One self-contained HTML page of a run: no script, no external file, light and dark."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from matplotlib.figure import Figure
+
+from relp_cli.circuits.circuit import Circuit
+from relp_cli.errors import RelpError
+from relp_cli.files import write_atomically
+from relp_cli.methods.scores import SIGN, Scores
+from relp_cli.report.canvas import DARK, LIGHT, Theme, rendered, save_figure
+from relp_cli.report.curve_plot import curves_figure
+from relp_cli.report.digest import circuit_counts, top_nodes
+from relp_cli.report.heatmap import Over, heatmap_figure
+from relp_cli.report.names import kind_title
+from relp_cli.report.tables import cell, is_numeric
+
+MAX_HEADS = 128
+CSS_DPI = 96
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure of the page, drawn for both colour schemes."""
+
+    name: str
+    caption: str
+    light: Figure
+    dark: Figure
+
+    @property
+    def width(self) -> int:
+        """In CSS pixels: text in figures is as large as on the page."""
+        return round(self.light.get_figwidth() * CSS_DPI)
+
+    def sources(self) -> dict[str, str]:
+        """Both as data URIs."""
+        return {k: "data:image/png;base64," + base64.b64encode(rendered(f, dpi=2 * CSS_DPI)).decode()
+                for k, f in (("light", self.light), ("dark", self.dark))}  # fmt: skip
+
+
+def write_html(
+    run_folder: Path,
+    record: Mapping[str, Any],
+    scores: Mapping[str, Scores],
+    circuit: Circuit | None = None,
+    evaluation: pd.DataFrame | None = None,
+    tokens: Sequence[str] | None = None,
+    output: Path | None = None,
+    top: int = 10,
+) -> list[Path]:
+    """Write the run's figures (PNG) into its folder and one page, `report.html` or `output`; returns what was written.
+
+    record:     run.json's content: spec, scores, behaviour, notes, provenance (missing parts are left out of the page).
+    scores:     method → Scores; the first is the run's own, others (such as act_patch) stand beside it in the heatmaps.
+    circuit, evaluation: circuit.json and evaluation.csv, where there are.
+    tokens:     an example token per position label.
+    Raises: RelpError for no scores, or an output that cannot be written.
+    """
+    if not scores:
+        raise RelpError(f"report of {run_folder}: no scores")
+    pictures = _pictures(scores, evaluation, tokens)
+    written = []
+    for picture in pictures:
+        written.append(run_folder / f"{picture.name}.png")
+        save_figure(picture.light, written[-1])
+    page = render_page(record, next(iter(scores.values())), pictures, circuit, evaluation, tokens, top)
+    path = output or run_folder / "report.html"
+    write_atomically(path, page)
+    return [path, *written]
+
+
+def render_page(
+    record: Mapping[str, Any],
+    scores: Scores,
+    pictures: Sequence[Picture],
+    circuit: Circuit | None = None,
+    evaluation: pd.DataFrame | None = None,
+    tokens: Sequence[str] | None = None,
+    top: int = 10,
+) -> str:
+    """The page as text."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"cell": cell, "kind": kind_title, "json": lambda v: json.dumps(v, indent=1, default=str)}
+    about = {**scores.meta, **dict(record.get("scores") or {})}
+    labels = next(iter(scores.values())).labels
+    return environment.get_template("page.html.j2").render(
+        about=about,
+        title=" · ".join(str(about.get(k, "?")) for k in ("task", "model", "method")),
+        sign=SIGN,
+        record=record,
+        behaviour=record.get("behaviour") or {},
+        provenance=record.get("provenance") or {},
+        notes=record.get("notes") or [],
+        kinds=[(kind, s.n_nodes) for kind, s in scores.items()],
+        tops=_top_tables(scores, top),
+        tokens=dict(zip(labels, tokens, strict=True)) if tokens else {},
+        pictures=[(p, p.sources()) for p in pictures],
+        circuit=_circuit(circuit) if circuit else None,
+        evaluation=_evaluation(evaluation) if evaluation is not None and len(evaluation) else None,
+    )
+
+
+def _pictures(
+    scores: Mapping[str, Scores],
+    evaluation: pd.DataFrame | None,
+    tokens: Sequence[str] | None,
+) -> list[Picture]:
+    own = next(iter(scores.values()))
+    title = " · ".join(
+        str(own.meta.get(k, "?")) for k in ("task", "model", *(["method"] if len(scores) == 1 else []), "direction")
+    )
+    kinds = [kind for kind in own if all(kind in other for other in scores.values())]
+    heads = [k for k in kinds if own[k].mean.ndim == 3 and own[k].mean.shape[2] <= MAX_HEADS]
+
+    def maps(name: str, caption: str, chosen: Sequence[str], over: Over, words: Sequence[str] | None) -> Picture:
+        light, dark = (heatmap_figure(scores, chosen, title, words, theme, over) for theme in (LIGHT, DARK))
+        return Picture(name, caption, light, dark)
+
+    pictures = [maps("heatmaps", "Mean score per layer and position.", kinds, "units", tokens)] if kinds else []
+    for kind in heads:
+        caption = f"Mean score per layer and {'head' if kind == 'head' else 'unit'}, added up over positions."
+        pictures.append(maps(f"heatmap-{kind}", caption, [kind], "positions", None))
+    if evaluation is not None and evaluation.get("n_nodes", pd.Series(dtype=int)).nunique() > 1:
+        table = evaluation.assign(**{k: str(own.meta.get(k, "?")) for k in ("task", "method") if k not in evaluation})
+        if table[["faithfulness", "completeness"]].notna().any(axis=None):
+            caption = "Faithfulness and completeness on held-out pairs, with 95 % bootstrap bands."
+
+            def draw(theme: Theme) -> Figure:
+                return curves_figure(table, theme=theme)
+
+            pictures.append(Picture("curves", caption, draw(LIGHT), draw(DARK)))
+    return pictures
+
+
+def _top_tables(scores: Scores, top: int) -> list[dict[str, Any]]:
+    """Per kind its strongest nodes; `share` scales the bars."""
+    found = top_nodes(scores, top)
+    tables = []
+    for kind, rows in found.groupby("kind", sort=False):
+        largest = float(rows.score.abs().max()) or 1.0
+        tables.append(
+            {
+                "kind": kind,
+                "units": bool(rows.unit.notna().any()),
+                "rows": [r | {"share": abs(r["score"]) / largest} for r in rows.to_dict("records")],
+            }
+        )
+    return tables
+
+
+def _circuit(circuit: Circuit) -> dict[str, Any]:
+    counts = circuit_counts(circuit)
+    selection = {k: v for k, v in (circuit.meta.get("selection") or {}).items() if v not in (None, False, "none", 0)}
+    if selection.get("tau") == selection.get("threshold"):
+        selection.pop("tau", None)
+    return {
+        "n_nodes": circuit.n_nodes,
+        "n_possible": circuit.n_possible,
+        "selection": ", ".join(f"{k} = {v:g}" if isinstance(v, float) else f"{k} = {v}" for k, v in selection.items()),
+        "kinds": [
+            {
+                "kind": kind,
+                "total": int(table.to_numpy().sum()),
+                "possible": circuit.masks[kind].numel(),
+                "largest": max(int(table.to_numpy().max()), 1),
+                "labels": list(table.columns),
+                "layers": table.to_numpy().tolist(),
+            }
+            for kind, table in counts.items()
+        ],
+    }
+
+
+def _evaluation(table: pd.DataFrame) -> dict[str, Any]:
+    """The columns that differ between rows, as text; what is the same for all rows is said once."""
+    hidden = {"task", "model", "method", "kind", "direction"}
+    table = table.drop(columns=[c for c in table.columns if c in hidden])
+    if "note" in table.columns and not table["note"].fillna("").astype(str).str.strip().any():
+        table = table.drop(columns="note")
+    out = {}
+    for name in table.columns:
+        if name.endswith(("_lo", "_hi")):
+            continue
+        column = [cell(value) for value in table[name]]
+        if f"{name}_lo" in table.columns:
+            ends = zip(column, table[f"{name}_lo"], table[f"{name}_hi"], strict=True)
+            column = [f"{v} [{cell(low, 2)}, {cell(high, 2)}]" for v, low, high in ends]
+        out[name] = (column, is_numeric(table[name]))
+    same = {k: v[0][0] for k, v in out.items() if len(table) > 1 and len(set(v[0])) == 1 and k != "n_nodes"}
+    shown = {k: v for k, v in out.items() if k not in same}
+    names = {"tau": "τ", "n_nodes": "nodes", "n_possible": "of", "F_complement": "F(M∖C)", "F_C": "F(C)"}
+    names |= {
+        "F_M": "F(M)",
+        "F_empty": "F(∅)",
+        "n_pairs": "held-out pairs",
+        "exclude_layers": "first layers not evaluated",
+    }
+    return {
+        "same": [(names.get(k, k.replace("_", " ")), v) for k, v in same.items()],
+        "head": [(names.get(k, k.replace("_", " ")), numeric) for k, (_, numeric) in shown.items()],
+        "rows": [list(row) for row in zip(*(column for column, _ in shown.values()), strict=True)],
+        "has_curve": table["n_nodes"].nunique() > 1 if "n_nodes" in table.columns else False,
+    }
