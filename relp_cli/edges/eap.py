@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from relp_cli.edges.gradients import edge_products, reader_gradients
+from relp_cli.edges.gradients import Products, reader_gradients
 from relp_cli.edges.setup import EdgeResult, EdgeSetup, Progress
 from relp_cli.errors import RelpError
 from relp_cli.methods.relp import RelpParams
@@ -27,7 +27,7 @@ def _at_run(setup: EdgeSetup, rules: Sequence[str]) -> EdgeResult:
     source, other = setup.source(rules)
     at = reader_gradients(setup.base, rules, other)
     setup.base.seen["run"] = at.metric
-    scores = edge_products(setup.model, setup.graph, source - at.written, at, setup.positions)
+    scores = Products(setup.model, setup.graph, source - at.written, setup.positions).scores(at)
     return EdgeResult(setup.to_slots(scores), at.applied)
 
 
@@ -43,5 +43,6 @@ def clean_corrupted(setups: Sequence[EdgeSetup], params: Params, progress: Progr
         ends = [reader_gradients(base, tokens=tokens) for tokens in (base.run, base.source)]
         base.seen["run"], base.seen["source"] = (end.metric for end in ends)
         delta = ends[1].written - ends[0].written
-        scores = [edge_products(setup.model, setup.graph, delta, end, setup.positions) for end in ends]
+        products = Products(setup.model, setup.graph, delta, setup.positions)
+        scores = [products.scores(end) for end in ends]
         yield EdgeResult(setup.to_slots((scores[0] + scores[1]) / 2))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pydantic import Field
 from torch import Tensor
 
-from relp_cli.edges.gradients import edge_products, reader_gradients
+from relp_cli.edges.gradients import Products, reader_gradients
 from relp_cli.edges.setup import EdgeResult, EdgeSetup, Progress
 from relp_cli.edges.stream import Written
 from relp_cli.methods.path import QuadratureRule, quadrature
@@ -50,11 +50,12 @@ def along_embeddings(setup: EdgeSetup, params: EapIgParams, rules: Sequence[str]
     source, other = setup.source(rules)
     run = setup.run()
     delta = source - run
+    products = Products(setup.model, setup.graph, delta, setup.positions)
     scores, applied = None, {}
     for alpha, weight in zip(*quadrature(params.rule, params.steps), strict=True):
         at = reader_gradients(setup.base, rules, other, clamp=[shifted("blocks.0.hook_in", float(alpha) * delta.input)])
         applied = at.applied
-        one = float(weight) * edge_products(setup.model, setup.graph, delta, at, setup.positions)
+        one = float(weight) * products.scores(at)
         scores = one if scores is None else scores + one
     assert scores is not None  # steps ≥ 1
     return EdgeResult(setup.to_slots(scores), applied)
@@ -73,12 +74,13 @@ def eap_ig_activations(
         source, _ = setup.source()
         run = setup.run()
         delta, alphas = source - run, quadrature(params.rule, params.steps)
+        products = Products(setup.model, setup.graph, delta, setup.positions)
         total = None
         sites = list(_sites(setup, delta))
         for i, (point, change, writers) in enumerate(sites):
             for alpha, weight in zip(*alphas, strict=True):
                 at = reader_gradients(setup.base, clamp=[shifted(point, float(alpha) * change)])
-                one = float(weight) * edge_products(setup.model, setup.graph, delta, at, setup.positions, writers)
+                one = float(weight) * products.scores(at, writers)
                 total = one if total is None else total + one
             if progress:
                 progress(done * len(sites) + i + 1, len(setups) * len(sites), "writing sites")

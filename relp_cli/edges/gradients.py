@@ -166,43 +166,51 @@ def pull_back(model: Model, at: Readers, layer: int, rows: slice, out: Float[Ten
         out.addcmul_(along[..., None], unit, value=-1 / x.shape[-1])
 
 
-def edge_products(
-    model: Model, graph: Graph, delta: Written, at: Readers, positions: bool = False, writers: slice = slice(None)
-) -> Tensor:
-    """Σ_pos δu·∂L/∂(input of v): Float[batch, writer, reader], or per position Float[batch, pos, writer, reader].
+class Products:
+    """Σ_pos δu·∂L/∂(input of v) for one batch's δu and as many gradients as one has (the points of a path).
 
-    writers: only these rows are computed, the others are 0.
+    The writers' differences are formed per part of the batch (at most `CHUNK` numbers); a batch of one part keeps them.
     """
-    batch, pos, d = delta.input.shape
-    out = delta.input.new_zeros(batch, *([pos] if positions else []), *graph.mask.shape)
-    for rows in _parts(batch, max(1, CHUNK // (len(graph.writers) * pos * d))):
-        deltas = Deltas(model, graph, delta, rows)
-        grads = delta.input.new_empty(3 * graph.n_heads + 1, rows.stop - rows.start, pos, d)
+
+    def __init__(self, model: Model, graph: Graph, delta: Written, positions: bool = False) -> None:
+        self.model, self.graph, self.delta, self.positions = model, graph, delta, positions
+        batch, pos, d = delta.input.shape
+        size = max(1, CHUNK // (len(graph.writers) * pos * d))
+        self.parts = [slice(i, min(i + size, batch)) for i in range(0, batch, size)]
+        self._kept: Tensor | None = None
+
+    def deltas(self, rows: slice) -> Float[Tensor, "writer batch pos d_model"]:
+        """u(source) − u(run) of every writer."""
+        if self._kept is not None:
+            return self._kept
+        graph, first = self.graph, self.delta.input[rows]
+        values = first.new_empty(len(graph.writers), *first.shape)
+        values[0] = first
         for layer in range(graph.n_layers):
-            deltas.form(layer)
-            last = min(graph.written_before(layer, "mlp"), len(graph.writers[writers]) + (writers.start or 0))
-            if last <= (writers.start or 0):
-                continue
-            pull_back(model, at, layer, rows, grads[:-1])
-            grads[-1] = at.mlps[layer][rows]
-            _dot(out, deltas.values, grads, rows, slice(writers.start or 0, last), graph.readers_of(layer))
-        _dot(out, deltas.values, at.logits[rows][None], rows, writers, slice(len(graph.readers) - 1, len(graph.readers)))
-    return out * graph.mask.to(out.device)
+            heads = graph.heads_of(layer)
+            self.delta.heads_out(self.model, layer, rows, out=values[heads])
+            values[heads.stop] = self.delta.mlps[layer][rows]
+        if len(self.parts) == 1:
+            self._kept = values
+        return values
 
-
-class Deltas:
-    """The writers' differences of some rows of the batch, Float[writer, batch, pos, d_model], formed layer by layer."""
-
-    def __init__(self, model: Model, graph: Graph, delta: Written, rows: slice) -> None:
-        self.model, self.graph, self.delta, self.rows = model, graph, delta, rows
-        first = delta.input[rows]
-        self.values = first.new_empty(len(graph.writers), *first.shape)
-        self.values[0] = first
-
-    def form(self, layer: int) -> None:
-        heads = self.graph.heads_of(layer)
-        self.values[heads] = self.delta.heads_out(self.model, layer, self.rows)
-        self.values[heads.stop] = self.delta.mlps[layer][self.rows]
+    def scores(self, at: Readers, writers: slice = slice(None)) -> Tensor:
+        """Float[batch, writer, reader], or per position Float[batch, pos, writer, reader]; only rows `writers`, others 0."""
+        graph, (batch, pos, d) = self.graph, self.delta.input.shape
+        first, stop, _ = writers.indices(len(graph.writers))
+        out = self.delta.input.new_zeros(batch, *([pos] if self.positions else []), *graph.mask.shape)
+        for rows in self.parts:
+            deltas = self.deltas(rows)
+            grads = deltas.new_empty(3 * graph.n_heads + 1, *deltas.shape[1:])
+            for layer in range(graph.n_layers):
+                last = min(graph.written_before(layer, "mlp"), stop)
+                if last > first:
+                    pull_back(self.model, at, layer, rows, grads[:-1])
+                    grads[-1] = at.mlps[layer][rows]
+                    _dot(out, deltas, grads, rows, slice(first, last), graph.readers_of(layer))
+            last_reader = slice(len(graph.readers) - 1, len(graph.readers))
+            _dot(out, deltas, at.logits[rows][None], rows, slice(first, stop), last_reader)
+        return out.mul_(graph.mask.to(out.device))
 
 
 def _dot(out: Tensor, deltas: Tensor, grads: Tensor, rows: slice, writers: slice, readers: slice) -> None:
@@ -212,10 +220,6 @@ def _dot(out: Tensor, deltas: Tensor, grads: Tensor, rows: slice, writers: slice
             out[row, :, writers, readers] = torch.bmm(d.transpose(0, 1), g.permute(1, 2, 0))
         else:
             out[row, writers, readers] = d.flatten(1) @ g.flatten(1).T
-
-
-def _parts(n: int, size: int) -> list[slice]:
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
 def check(model: Model, at: Readers) -> None:

@@ -48,18 +48,20 @@ class Written:
     def __sub__(self, other: Written) -> Written:
         return self.zip(torch.sub, other)
 
-    def heads_out(self, model: Model, layer: int, rows: slice = slice(None)) -> Float[Tensor, "head batch pos d_model"]:
-        """A layer's heads as they are added to the residual stream."""
-        return heads_out(model, layer, self.heads[layer][rows])
+    def heads_out(
+        self, model: Model, layer: int, rows: slice = slice(None), out: Tensor | None = None
+    ) -> Float[Tensor, "head batch pos d_model"]:
+        """A layer's heads as they are added to the residual stream: z·W_O per head, through the post-norm's weight.
 
-
-def heads_out(model: Model, layer: int, z: Float[Tensor, "batch pos width"]) -> Float[Tensor, "head batch pos d_model"]:
-    """z·W_O per head, through the post-norm's weight."""
-    heads, d_model = model.shape.n_heads, model.shape.d_model
-    weight, _ = linear_parameters(model, f"blocks.{layer}.attn.o", z.shape[-1], d_model)
-    by_head = z.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3).flatten(1, 2)
-    out = torch.bmm(by_head, weight.T.unflatten(0, (heads, -1))).unflatten(1, z.shape[:2])
-    return centred(model.component(f"blocks.{layer}.ln1_post"), out) if model.shape.post_norm else out
+        out: a contiguous tensor to write into.
+        """
+        z, heads = self.heads[layer][rows], model.shape.n_heads
+        weight, _ = linear_parameters(model, f"blocks.{layer}.attn.o", z.shape[-1], model.shape.d_model)
+        if out is None:
+            out = z.new_empty(heads, *z.shape[:2], model.shape.d_model)
+        by_head = z.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3).flatten(1, 2)
+        torch.bmm(by_head, weight.T.unflatten(0, (heads, -1)), out=out.flatten(1, 2))
+        return out.copy_(centred(model.component(f"blocks.{layer}.ln1_post"), out)) if model.shape.post_norm else out
 
 
 class Recorder:

@@ -92,7 +92,7 @@ class Model:
         """
         if all_positions:
             return self.point("logits")(self.hf(input_ids=tokens, use_cache=False).logits)
-        with self.hooks({"unembed.hook_in": lambda h: h[:, -1:]}):
+        with self.hooks({"unembed.hook_in": lambda h: h[:, -1:].contiguous()}):
             return self.point("logits")(self.hf(input_ids=tokens, use_cache=False).logits)[:, 0]
 
 
