@@ -1,0 +1,157 @@
+"""Agreement with exact scores: numbers by hand, flags, and intervals."""
+
+import numpy as np
+import pytest
+import torch
+from oracles.wrapped import case
+from scipy import stats
+
+from relp_cli.errors import RelpError
+from relp_cli.evaluation.agreement import agreement, pearson, top
+from relp_cli.evaluation.compare import compare, run_comparison
+from relp_cli.methods.score import score
+from relp_cli.methods.scores import NodeScores
+
+
+def scores(examples, kind="mlp_out", present=None, mean=None):
+    """Examples Float[example, layer, pos, *unit]."""
+    x = torch.as_tensor(examples, dtype=torch.float32)
+    here = torch.ones(len(x), x.shape[2], dtype=torch.bool) if present is None else torch.as_tensor(present)
+    n = here.sum(0)
+    mean = x.double().sum(0) / n.view(1, -1, *([1] * (x.ndim - 3))) if mean is None else mean
+    return NodeScores(kind, mean, mean * 0, n, tuple("abcdef"[: x.shape[2]]), "position", x, here)
+
+
+def flat(*rows):
+    """One layer, one position per number, one example per row."""
+    return scores(torch.tensor(rows, dtype=torch.float32)[:, None])
+
+
+def test_by_hand():
+    got = agreement(flat([1.0, 2, 3, 4]), flat([1.0, 3, 2, 4]), k=2)
+    assert (got.pcc, got.spearman) == pytest.approx((0.8, 0.8))
+    assert (got.topk, got.k) == (0.5, 2)  # {4, 3} and {4, 2}
+    assert (got.n_pairs, got.n_nodes, got.axis, got.note) == (1, 4, "layer × position", "")
+    assert got.pcc_per_pair == pytest.approx(0.8)
+    got = agreement(flat([1.0, 2, 3, 8]), flat([-1.0, -2, -3, -4]), k=10)
+    assert got.pcc == pytest.approx(np.corrcoef([1, 2, 3, 8], [-1, -2, -3, -4])[0, 1])
+    assert (got.spearman, got.topk, got.k) == (pytest.approx(-1), 1, 4)
+
+
+def test_top_is_by_size_with_ties_in_order():
+    assert top(np.array([1.0, -3, 3, 2]), 2) == [1, 2]
+    assert top(np.array([1.0, 1, 1]), 2) == [0, 1]
+
+
+def test_pearson_weights_choose_entries():
+    rng = np.random.default_rng(0)
+    a, b, w = rng.normal(size=(3, 20)), rng.normal(size=(3, 20)), rng.integers(0, 2, size=(3, 20)).astype(float)
+    for i, got in enumerate(pearson(a, b, w)):
+        on = w[i] > 0
+        assert got == pytest.approx(stats.pearsonr(a[i][on], b[i][on]).statistic)
+
+
+def test_per_pair_is_the_mean_of_each_pairs_own():
+    a, b = [[1.0, 2, 3, 4], [1.0, 2, 3, 4]], [[1.0, 3, 2, 4], [4.0, 3, 2, 1]]
+    got = agreement(flat(*a), flat(*b))
+    assert got.pcc_per_pair == pytest.approx((0.8 - 1) / 2)
+    assert got.pcc == pytest.approx(np.corrcoef(np.mean(a, 0), np.mean(b, 0))[0, 1])
+
+
+def test_pairs_without_a_position_leave_it_out():
+    """The first pair lacks position b: its zeros there are not scores."""
+    present = [[True, False, True, True], [True, True, True, True]]
+    a = torch.tensor([[1.0, 0, 2, 3], [1.0, 5, 2, 3]])[:, None]
+    b = torch.tensor([[2.0, 0, 4, 7], [1.0, 9, 5, 3]])[:, None]
+    got = agreement(scores(a, present=present), scores(b, present=present))
+    own = [np.corrcoef([1, 2, 3], [2, 4, 7])[0, 1], np.corrcoef([1, 5, 2, 3], [1, 9, 5, 3])[0, 1]]
+    assert got.pcc_per_pair == pytest.approx(np.mean(own), abs=1e-6)
+    assert got.pcc == pytest.approx(np.corrcoef([1, 5, 2, 3], [1.5, 9, 4.5, 5])[0, 1])
+
+
+def test_constant_arrays_are_flagged_not_correlated():
+    varied, flat_one = flat([1.0, 2, 3]), flat([0.0, 0, 0])
+    for a, b, note in (
+        (flat_one, varied, "estimate is constant"),
+        (varied, flat_one, "reference is constant"),
+        (flat_one, flat_one, "estimate is constant; reference is constant"),
+        (flat([5.0, 5, 5]), varied, "estimate is constant"),
+    ):
+        got = agreement(a, b)
+        assert got.note == note
+        assert np.isnan([got.pcc, got.spearman, got.topk, got.pcc_lo, got.pcc_hi, got.pcc_per_pair]).all()
+    assert agreement(flat([1e-20, 2e-20, 4e-20]), varied).note == ""
+
+
+def test_unsigned_estimates_are_compared_with_sizes():
+    size, exact = flat([1.0, 2, 3], [2.0, 2, 5]), flat([-1.0, 2, -3], [-2.0, 2, -5])
+    got = agreement(size, exact, unsigned=True)
+    assert (got.pcc, got.spearman, got.pcc_per_pair) == pytest.approx((1, 1, 1), abs=1e-6)
+    assert agreement(size, exact).pcc < 0
+
+
+def test_intervals():
+    """Pairs differ from one another, and both methods see the same pairs, as in practice."""
+    rng = np.random.default_rng(0)
+    truth, shared = rng.normal(size=(3, 6)), rng.normal(0, 1, size=(200, 3, 6))
+
+    def noisy(size):
+        error = rng.normal(0, 0.3, size=(3, 6)) + rng.normal(0, size, size=(200, 3, 6))
+        return scores(truth + shared + error)
+
+    exact = scores(truth + shared)
+    wide, narrow = agreement(noisy(8.0), exact), agreement(noisy(0.3), exact)
+    assert wide.pcc_hi - wide.pcc_lo > 2 * (narrow.pcc_hi - narrow.pcc_lo) > 0
+    assert narrow.pcc_lo < narrow.pcc < narrow.pcc_hi
+    again = agreement(exact, exact)
+    assert (again.pcc, again.pcc_lo, again.pcc_hi, again.pcc_per_pair) == pytest.approx((1, 1, 1, 1), abs=1e-5)
+    estimate = noisy(1.0)
+    one, two, other = (agreement(estimate, exact, seed=seed) for seed in (3, 3, 4))
+    assert (one.pcc_lo, one.pcc_hi) == (two.pcc_lo, two.pcc_hi) != (other.pcc_lo, other.pcc_hi)
+
+
+def test_intervals_are_of_resampled_pairs():
+    """Against a slow bootstrap written out pair by pair."""
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(8, 2, 3)), rng.normal(size=(8, 2, 3))
+    b += a
+    got = agreement(scores(a), scores(b), bootstrap=200, seed=5)
+    draws = np.random.default_rng(5).multinomial(8, np.full(8, 1 / 8), size=200)
+    values = [np.corrcoef(*(np.repeat(x, d, axis=0).mean(0).ravel() for x in (a, b)))[0, 1] for d in draws]
+    assert (got.pcc_lo, got.pcc_hi) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])), abs=1e-5)
+
+
+def test_mismatches_are_refused():
+    with pytest.raises(RelpError, match="must be of the same kind and positions"):
+        agreement(flat([1.0, 2]), flat([1.0, 2, 3]))
+    with pytest.raises(RelpError, match="must be of the same kind and positions"):
+        agreement(scores(torch.ones(1, 1, 2)), scores(torch.ones(1, 1, 2), kind="attn_out"))
+    with pytest.raises(RelpError, match="different numbers of pairs"):
+        agreement(flat([1.0, 2]), flat([1.0, 3], [2.0, 5]))
+
+
+def test_without_examples_there_is_no_interval():
+    mean = torch.tensor([[1.0, 2, 4]], dtype=torch.float64)
+    bare = NodeScores("mlp_out", mean, mean, torch.ones(3), ("a", "b", "c"), "position")
+    got = agreement(bare, flat([1.0, 3, 4]))
+    assert np.isfinite(got.pcc)
+    assert np.isnan([got.pcc_lo, got.pcc_hi, got.pcc_per_pair]).all()
+
+
+def test_compare_tabulates_every_method_and_kind():
+    c = case("gpt2", dtype=torch.float32)
+    kinds = ("resid_pre", "mlp_out")
+    done = run_comparison(c.model, [c.batch], ["atp", "relp", "act_patch", "delta"], kinds, bootstrap=50)
+    assert done.table[["method", "kind"]].values.tolist() == [
+        [m, k] for m in ("atp", "relp", "act_patch", "delta") for k in kinds
+    ]
+    exact = done.table[done.table.method == "act_patch"]
+    assert exact.pcc.tolist() == pytest.approx([1, 1])
+    at = done.table[(done.table.method == "atp") & (done.table.kind == "mlp_out")].iloc[0]
+    want = agreement(*(score(c.model, [c.batch], m, kinds)["mlp_out"] for m in ("atp", "act_patch")))
+    assert at.pcc == pytest.approx(want.pcc, abs=1e-4)
+    unsigned = done.table[(done.table.method == "delta") & (done.table.kind == "mlp_out")].iloc[0]
+    a, b = done.scores["delta"]["mlp_out"].mean.numpy().ravel(), done.scores["act_patch"]["mlp_out"].mean.abs().numpy()
+    assert unsigned.pcc == pytest.approx(np.corrcoef(a, b.ravel())[0, 1])
+    reused = compare(c.model, [c.batch], ["atp"], nodes=kinds, scores=done.scores, bootstrap=50)
+    assert reused.pcc.tolist() == done.table[done.table.method == "atp"].pcc.tolist()
