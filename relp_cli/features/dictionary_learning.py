@@ -1,0 +1,159 @@
+"""Folders of the `dictionary_learning` package: `ae.pt` (a state dict) and `config.json`.
+
+The class is the config's `trainer.dict_class`; where there is none (Marks et al.'s), it follows from the tensors' names.
+Formulas: https://github.com/saprmarks/dictionary_learning, `dictionary.py` and `trainers/`.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relp_cli.errors import RelpError, unknown
+from relp_cli.features.dictionary import Dictionary
+
+State = Mapping[str, Tensor]
+WEIGHTS = "ae.pt"
+
+
+@dataclass(frozen=True)
+class DictClass:
+    """One class: the tensors of its state dict (`optional` ones may be missing), and how they make a Dictionary."""
+
+    name: str
+    tensors: frozenset[str]
+    build: Callable[[State], Dictionary]
+    optional: frozenset[str] = frozenset()
+
+
+def _linear(s: State) -> dict[str, Any]:
+    return {"w_enc": s["encoder.weight"].T, "w_dec": s["decoder.weight"].T}
+
+
+def _auto_encoder(s: State) -> Dictionary:
+    return Dictionary("relu", "AutoEncoder", **_linear(s), b_enc=s["encoder.bias"], b_dec=s["bias"], b_in=s["bias"])
+
+
+def _auto_encoder_new(s: State) -> Dictionary:
+    bias = s["decoder.bias"]
+    return Dictionary(
+        "relu", "AutoEncoderNew", **_linear(s), b_enc=s["encoder.bias"], b_dec=bias, b_in=torch.zeros_like(bias)
+    )
+
+
+def _gated(s: State) -> Dictionary:
+    """Features are multiplied with the norms of their decoder rows, by which decoding divides."""
+    norms, b = s["decoder.weight"].norm(dim=0), s["decoder_bias"]
+    return Dictionary(
+        "gated", "GatedAutoEncoder", w_enc=s["encoder.weight"].T, w_dec=unit_rows(s["decoder.weight"].T),
+        b_enc=torch.zeros_like(norms), b_dec=b, b_in=b, f_scale=norms,
+        gate_bias=s["gate_bias"], mag_scale=s["r_mag"].exp(), mag_bias=s["mag_bias"],
+    )  # fmt: skip
+
+
+def _top_k(s: State) -> Dictionary:
+    common = {**_linear(s), "b_enc": s["encoder.bias"], "b_dec": s["b_dec"], "b_in": s["b_dec"]}
+    return Dictionary("topk", "AutoEncoderTopK", **common, k=int(s["k"]))
+
+
+def _batch_top_k(s: State) -> Dictionary:
+    """In use, BatchTopK keeps what is above one threshold."""
+    common = {**_linear(s), "b_enc": s["encoder.bias"], "b_dec": s["b_dec"], "b_in": s["b_dec"]}
+    return Dictionary("jumprelu", "BatchTopKSAE", **common, threshold=s["threshold"].expand_as(s["encoder.bias"]))
+
+
+def _matryoshka(s: State) -> Dictionary:
+    return Dictionary(
+        "jumprelu", "MatryoshkaBatchTopKSAE", w_enc=s["W_enc"], b_enc=s["b_enc"], w_dec=s["W_dec"], b_dec=s["b_dec"],
+        b_in=s["b_dec"], threshold=s["threshold"].expand_as(s["b_enc"]),
+    )  # fmt: skip
+
+
+def _jump_relu(s: State) -> Dictionary:
+    """b_dec is not taken from the input; features carry the norms of their decoder rows."""
+    return Dictionary(
+        "jumprelu", "JumpReluAutoEncoder", w_enc=s["W_enc"], b_enc=s["b_enc"], w_dec=unit_rows(s["W_dec"]),
+        b_dec=s["b_dec"], b_in=torch.zeros_like(s["b_dec"]), threshold=s["threshold"], f_scale=s["W_dec"].norm(dim=1),
+    )  # fmt: skip
+
+
+def unit_rows(w_dec: Tensor) -> Tensor:
+    """Rows divided by their norms; rows of zeros stay."""
+    norms = w_dec.norm(dim=1, keepdim=True)
+    return torch.where(norms > 0, w_dec / norms, w_dec)
+
+
+_LINEAR = {"encoder.weight", "encoder.bias", "decoder.weight"}
+_WEIGHTS = {"W_enc", "b_enc", "W_dec", "b_dec"}
+_GATES = {"decoder_bias", "encoder.weight", "r_mag", "gate_bias", "mag_bias", "decoder.weight"}
+CLASSES = {
+    row.name: row
+    for row in (
+        DictClass("AutoEncoder", frozenset(_LINEAR | {"bias"}), _auto_encoder),
+        DictClass("AutoEncoderNew", frozenset(_LINEAR | {"decoder.bias"}), _auto_encoder_new),
+        DictClass("GatedAutoEncoder", frozenset(_GATES), _gated),
+        DictClass("AutoEncoderTopK", frozenset(_LINEAR | {"b_dec", "k"}), _top_k, frozenset({"threshold"})),
+        DictClass("BatchTopKSAE", frozenset(_LINEAR | {"b_dec", "threshold"}), _batch_top_k, frozenset({"k"})),
+        DictClass("JumpReluAutoEncoder", frozenset(_WEIGHTS | {"threshold"}), _jump_relu),
+        DictClass(
+            "MatryoshkaBatchTopKSAE", frozenset(_WEIGHTS | {"threshold", "group_sizes"}), _matryoshka, frozenset({"k"})
+        ),
+    )
+}
+
+
+def load_dictionary_learning(folder: Path) -> Dictionary:
+    """The dictionary of one folder.
+
+    Raises: RelpError for an unreadable file, an unknown class, and tensors that are not those of the class.
+    """
+    path = folder / WEIGHTS
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise RelpError(
+            f"dictionary {path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise RelpError(f"dictionary {path}: expected a state dict of tensors")
+    return _class_of(folder, frozenset(state)).build(state)
+
+
+def _class_of(folder: Path, names: frozenset[str]) -> DictClass:
+    asked = _declared(folder)
+    if asked is not None:
+        if asked not in CLASSES:
+            raise unknown("dictionary class", asked, CLASSES, f"{folder}/config.json: ")
+        row = CLASSES[asked]
+        missing, extra = sorted(row.tensors - names), sorted(names - row.tensors - row.optional)
+        if missing or extra:
+            wrong = f"misses '{missing[0]}'" if missing else f"has unexpected '{extra[0]}'"
+            raise RelpError(f"dictionary {folder}: config.json says {asked}, but {WEIGHTS} {wrong}")
+        return row
+    fitting = [row for row in CLASSES.values() if row.tensors <= names <= row.tensors | row.optional]
+    if len(fitting) != 1:
+        found = " or ".join(row.name for row in fitting) or "none of " + ", ".join(CLASSES)
+        raise RelpError(f"dictionary {folder}: its tensors ({', '.join(sorted(names))}) fit {found}; "
+                        "config.json must name trainer.dict_class")  # fmt: skip
+    return fitting[0]
+
+
+def _declared(folder: Path) -> str | None:
+    """The class that config.json names, if it does."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config: Any = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RelpError(f"{path} cannot be read: {error}") from error
+    trainer = config.get("trainer", config) if isinstance(config, dict) else {}
+    found = trainer.get("dict_class") if isinstance(trainer, dict) else None
+    return None if found is None else str(found).rpartition(".")[2].rstrip("'>")

@@ -1,0 +1,143 @@
+"""`--dictionary PATH`: which dictionary stands at which site of a model.
+
+PATH is the name of shipped dictionaries ("tiny-pythia"), a folder with one sub-folder per site, or one dictionary's folder.
+A sub-folder is named by its site (`embed`, `attn_out_layer0`, `mlp_out_layer0`, `resid_out_layer0`; also `resid_0`, or a
+TransformerLens hook name) and holds `ae.pt` (dictionary_learning) or `cfg.json` (SAELens), itself or in one folder below
+(Marks et al.: `attn_out_layer0/10_32768/ae.pt`). SAELens folders may have any name: their hook setting says where they stand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from relp_cli.errors import RelpError, nearest
+from relp_cli.features import dictionary_learning, saelens
+from relp_cli.features.dictionary import Dictionary
+from relp_cli.features.sites import Site, parse_site
+from relp_cli.models.model import Model
+
+SHIPPED = Path(__file__).parent / "dictionaries"
+
+
+@dataclass(frozen=True, eq=False)
+class Dictionaries(Mapping[Site, Dictionary]):
+    """Site → dictionary, in the order of a forward pass. source: the path that was asked for; digest: of their files."""
+
+    by_site: Mapping[Site, Dictionary]
+    source: str
+    digest: str
+
+    def __getitem__(self, site: Site) -> Dictionary:
+        return self.by_site[site]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(sorted(self.by_site))
+
+    def __len__(self) -> int:
+        return len(self.by_site)
+
+
+def shipped_dictionaries() -> list[str]:
+    """Names of the dictionaries that come with the package."""
+    return sorted(p.name for p in SHIPPED.iterdir() if p.is_dir()) if SHIPPED.is_dir() else []
+
+
+def load_dictionaries(path: str | Path, model: Model) -> Dictionaries:
+    """All dictionaries below a path, in the model's dtype and on its device.
+
+    Raises: RelpError for a path without dictionaries, two for one site, a site or a width that the model has not, and
+    whatever a folder asks for that is not supported.
+    """
+    root = _root(path)
+    digest = hashlib.sha256()
+    found: dict[Site, tuple[Dictionary, Path]] = {}
+    for folder in dictionary_folders(root):
+        site, loaded = load_one(folder, root, model)
+        if site in found:
+            raise RelpError(f"dictionary {root}: {found[site][1]} and {folder} are both for site {site.name}")
+        found[site] = (loaded.to(model.device, model.dtype), folder)
+        for file in sorted(p for p in folder.iterdir() if p.is_file()):
+            digest.update(f"{site.name}/{file.name}".encode() + file.read_bytes())
+    return Dictionaries({site: d for site, (d, _) in found.items()}, str(path), digest.hexdigest()[:16])
+
+
+def _root(path: str | Path) -> Path:
+    if str(path) in shipped_dictionaries():
+        return SHIPPED / str(path)
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise RelpError(
+            f"dictionary '{path}' is neither a folder nor shipped{nearest(str(path), shipped_dictionaries())}"
+        )
+    return root
+
+
+def dictionary_folders(root: Path) -> list[Path]:
+    """Folders at or below `root` that hold one dictionary. Raises RelpError where there are none."""
+    files = [*root.rglob(dictionary_learning.WEIGHTS), *root.rglob(saelens.CONFIG)]
+    folders = sorted({file.parent for file in files})
+    if not folders:
+        raise RelpError(
+            f"dictionary {root}: no folder in it has {dictionary_learning.WEIGHTS} (dictionary_learning) or "
+            f"{saelens.CONFIG} with {saelens.WEIGHTS} (SAELens)"
+        )
+    return folders
+
+
+def load_one(folder: Path, root: Path, model: Model) -> tuple[Site, Dictionary]:
+    """One folder's dictionary and its site, checked against the model.
+
+    Raises: RelpError where neither its folder's name nor its hook setting names a site, or where they name two.
+    """
+    named = [parse_site(part) for part in (*folder.relative_to(root.parent).parts,)]
+    site = next((s for s in reversed(named) if s), None)
+    hook: str | None = None
+    try:
+        if (folder / dictionary_learning.WEIGHTS).is_file():
+            loaded = dictionary_learning.load_dictionary_learning(folder)
+        else:
+            loaded, hook = saelens.load_saelens(folder)
+    except (RuntimeError, IndexError) as error:
+        raise RelpError(
+            f"dictionary {folder}: its tensors do not fit together ({str(error).splitlines()[0]})"
+        ) from error
+    by_hook = parse_site(hook) if hook else None
+    if site and by_hook and site != by_hook:
+        raise RelpError(
+            f"dictionary {folder}: the folder's name says site {site.name}, {saelens.CONFIG} says {by_hook.name}"
+        )
+    site = site or by_hook
+    if site is None:
+        raise RelpError(f"dictionary {folder}: for which site is it? Name its folder 'embed', 'attn_out_layer0', …")
+    if site.kind == "embed" and "pos_embed.hook_out" in model.points and hook != "blocks.0.hook_resid_pre":
+        raise RelpError(f"dictionary {folder}: model {model.name} adds position embeddings, so 'embed' is not what its "
+                        "first block reads; only a dictionary of blocks.0.hook_resid_pre is")  # fmt: skip
+    _check(folder, site, loaded, model)
+    return site, loaded
+
+
+def _check(folder: Path, site: Site, d: Dictionary, model: Model) -> None:
+    if site.layer >= model.shape.n_layers:
+        raise RelpError(
+            f"dictionary {folder} is for {site.name}, but model {model.name} has {model.shape.n_layers} layers"
+        )
+    want, width = model.shape.d_model, d.n_features
+    shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "W_enc": (d.w_enc, (want, width)), "W_dec": (d.w_dec, (width, want)), "b_dec": (d.b_dec, (want,)),
+        "b_in": (d.b_in, (want,)),
+    }  # fmt: skip
+    vectors = ("b_enc", "threshold", "f_scale", "gate_bias", "mag_scale", "mag_bias")
+    shapes |= {name: (getattr(d, name), (width,)) for name in vectors}
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise RelpError(
+                f"dictionary {folder}: {name} has shape {list(tensor.shape)}, site {site.name} of model {model.name} "
+                f"needs {list(shape)} (d_model {want})"
+            )
+    if d.k is not None and d.k > width:
+        raise RelpError(f"dictionary {folder}: k = {d.k} is more than its {width} features")
