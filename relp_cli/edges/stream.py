@@ -51,17 +51,21 @@ class Written:
     def heads_out(
         self, model: Model, layer: int, rows: slice = slice(None), out: Tensor | None = None
     ) -> Float[Tensor, "head batch pos d_model"]:
-        """A layer's heads as they are added to the residual stream: z·W_O per head, through the post-norm's weight.
+        """A layer's heads as they are added to the residual stream; out: a contiguous tensor to write into."""
+        return heads_out(model, layer, self.heads[layer][rows], out)
 
-        out: a contiguous tensor to write into.
-        """
-        z, heads = self.heads[layer][rows], model.shape.n_heads
-        weight, _ = linear_parameters(model, f"blocks.{layer}.attn.o", z.shape[-1], model.shape.d_model)
-        if out is None:
-            out = z.new_empty(heads, *z.shape[:2], model.shape.d_model)
-        by_head = z.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3).flatten(1, 2)
-        torch.bmm(by_head, weight.T.unflatten(0, (heads, -1)), out=out.flatten(1, 2))
-        return out.copy_(centred(model.component(f"blocks.{layer}.ln1_post"), out)) if model.shape.post_norm else out
+
+def heads_out(
+    model: Model, layer: int, z: Float[Tensor, "batch pos width"], out: Tensor | None = None
+) -> Float[Tensor, "head batch pos d_model"]:
+    """z·W_O per head, through the post-norm's weight."""
+    heads = model.shape.n_heads
+    weight, _ = linear_parameters(model, f"blocks.{layer}.attn.o", z.shape[-1], model.shape.d_model)
+    if out is None:
+        out = z.new_empty(heads, *z.shape[:2], model.shape.d_model)
+    by_head = z.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3).flatten(1, 2)
+    torch.bmm(by_head, weight.T.unflatten(0, (heads, -1)), out=out.flatten(1, 2))
+    return out.copy_(centred(model.component(f"blocks.{layer}.ln1_post"), out)) if model.shape.post_norm else out
 
 
 class Recorder:
@@ -173,6 +177,24 @@ def centred_rows(norm: Any, weight: Float[Tensor, "out d_model"]) -> Float[Tenso
 def centre(norm: Any, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
     """x − mean(x) under LayerNorm, x under RMSNorm."""
     return x if norm.uses_rms_norm else x - x.mean(-1, keepdim=True)
+
+
+def epsilon(model: Model, norm: Any) -> float:
+    """What a norm adds to the variance. Raises RelpError for a norm that does not say."""
+    original = norm.original_component
+    value = next((getattr(original, n) for n in ("eps", "variance_epsilon") if getattr(original, n, None) is not None), None)
+    if value is None:
+        raise RelpError(f"model {model.name} ({model.family.name}): norm {type(original).__name__} has no eps that edges know")
+    return float(value)
+
+
+def project(
+    norm_eps: float, x: Float[Tensor, "reader batch pos d_model"], projection: Tensor, bias: Tensor | None
+) -> Float[Tensor, "reader batch pos d_head"]:
+    """norm and projection of one reader input per head: x must be centred already under LayerNorm (`projections`)."""
+    sigma = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + norm_eps).sqrt()
+    out = torch.bmm(x.flatten(1, 2), projection.transpose(1, 2)).unflatten(1, x.shape[1:3]) / sigma
+    return (out if bias is None else out + bias[:, None, None]).to(x.dtype)
 
 
 def mean_written(parts: Sequence[tuple[Written, Tensor]], n_labels: int) -> Written:

@@ -1,0 +1,123 @@
+"""Running an edge circuit: every reader's input is the run's own stream plus, over its excluded edges, what the writer
+would have written minus what it writes in this very run: x_v = x + Σ_{u excluded} (u(ablated) − u(running)).
+
+1. As the forward pass goes, each layer's writers are recorded and their differences formed, Float[writer, batch, pos, d].
+2. At a layer's attention norm, one product [readers × writers]·[writers × batch·pos·d] gives every head reader's input;
+   queries, keys and values of heads with excluded edges are computed anew from these, norm included.
+3. At the MLP's norm and the final norm, the same sum is added to the norm's input.
+Under LayerNorm, which ignores a stream's mean, differences are centred; nothing is subtracted that nearly cancels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from relp_cli.edges.graph import QKV, Graph
+from relp_cli.edges.stream import Recorder, Written, centre, epsilon, heads_out, project, projections, ungrouped
+from relp_cli.models.model import Hook, Model
+
+
+@contextmanager
+def edges_ablated(
+    model: Model, graph: Graph, excluded: Bool[Tensor, "#pos writer reader"], ablated: Written
+) -> Iterator[None]:
+    """Forward passes inside run with these edges carrying `ablated` instead of what their writer writes.
+
+    excluded: True for the edges that are cut, per position, or with one position for all of them.
+    """
+    hooks = _Hooks(model, graph, excluded & graph.mask.to(excluded.device), ablated)
+    with torch.no_grad(), ungrouped(model), model.hooks([*hooks.recorder.hooks(), *hooks.hooks()]):
+        yield
+
+
+def edge_logits(
+    model: Model, graph: Graph, tokens: Tensor, excluded: Bool[Tensor, "#pos writer reader"], ablated: Written
+) -> Float[Tensor, "batch vocab"]:
+    """The logits at the last position of one such pass."""
+    with edges_ablated(model, graph, excluded, ablated):
+        return model.logits(tokens)
+
+
+class _Hooks:
+    def __init__(self, model: Model, graph: Graph, excluded: Tensor, ablated: Written) -> None:
+        self.model, self.graph, self.excluded, self.ablated = model, graph, excluded, ablated
+        self.cut = excluded.any(0).any(0).tolist()  # per reader
+        self.recorder = Recorder(model)
+        self.deltas = torch.empty(0)
+        self.formed = 0
+        self.new: dict[str, Tensor] = {}
+
+    def hooks(self) -> list[tuple[str, Hook]]:
+        hooks: list[tuple[str, Hook]] = [("blocks.0.hook_in", self._begin)]
+        for layer in range(self.graph.n_layers):
+            block, readers = f"blocks.{layer}", self.graph.readers_of(layer)
+            if any(self.cut[readers.start : readers.stop - 1]):
+                hooks.append((f"{block}.ln1.hook_in", self._heads(layer)))
+                hooks += [(f"{block}.attn.{part}.hook_out", self._new(part)) for part in QKV]
+            if self.cut[readers.stop - 1]:
+                hooks.append((f"{block}.ln2.hook_in", self._stream(readers.stop - 1, layer, "mlp")))
+        if self.cut[-1]:
+            final = self._stream(len(self.graph.readers) - 1, self.graph.n_layers, "logits")
+            hooks.append(("ln_final.hook_in", final))
+        return hooks
+
+    def _begin(self, value: Tensor) -> None:
+        self.deltas = value.new_empty(len(self.graph.writers), *value.shape)
+        self.formed = 0
+
+    def _form(self, upto: int) -> Tensor:
+        """Differences of the first `upto` writers, which have all written by now."""
+        norm = self.model.component("blocks.0.ln1")
+        while self.formed < upto:
+            layer, within = divmod(self.formed - 1, self.graph.n_heads + 1)
+            if self.formed == 0:
+                rows = slice(0, 1)
+                self.deltas[0] = centre(norm, self.ablated.input - self.recorder.input)
+            elif within == 0:
+                rows = self.graph.heads_of(layer)
+                change = self.ablated.heads[layer] - self.recorder.heads(layer)
+                out = heads_out(self.model, layer, change, self.deltas[rows])
+                if not norm.uses_rms_norm:
+                    out -= out.mean(-1, keepdim=True)
+            else:
+                rows = slice(self.formed, self.formed + 1)
+                self.deltas[rows] = centre(norm, self.ablated.mlps[layer] - self.recorder.mlp(layer))
+            self.formed = rows.stop
+        return self.deltas[:upto]
+
+    def _changes(self, readers: slice, upto: int, x: Tensor) -> Float[Tensor, "reader batch pos d_model"]:
+        """x plus the changes at some readers' inputs."""
+        deltas = self._form(upto)
+        weights = self.excluded[:, :upto, readers].to(deltas.dtype)
+        if len(weights) == 1:
+            flat = torch.addmm(x.reshape(1, -1), weights[0].T, deltas.flatten(1))
+            return flat.unflatten(1, x.shape)
+        return x + torch.einsum("pur,ubpd->rbpd", weights, deltas)
+
+    def _heads(self, layer: int) -> Hook:
+        readers, heads = self.graph.readers_of(layer), self.graph.n_heads
+        norm = self.model.component(f"blocks.{layer}.ln1")
+
+        def hook(value: Tensor) -> None:
+            self.new = {}
+            upto = self.graph.written_before(layer, "attention")
+            for i, (part, (projection, bias)) in enumerate(zip(QKV, projections(self.model, layer), strict=True)):
+                columns = slice(readers.start + i * heads, readers.start + (i + 1) * heads)
+                if any(self.cut[columns]):
+                    x = self._changes(columns, upto, centre(norm, value))
+                    out = project(epsilon(self.model, norm), x, projection, bias)
+                    self.new[part] = out.permute(1, 2, 0, 3).flatten(2)
+
+        return hook
+
+    def _new(self, part: str) -> Hook:
+        return lambda value: self.new.get(part)
+
+    def _stream(self, reader: int, layer: int, what: str) -> Hook:
+        upto = self.graph.written_before(layer, what)
+        return lambda value: self._changes(slice(reader, reader + 1), upto, value)[0]
