@@ -157,19 +157,36 @@ def query_effects(before: Tensor, after: Tensor, grad: Tensor) -> Float[Tensor, 
 
 
 def key_effects(before: Tensor, after: Tensor, grad: Tensor) -> Float[Tensor, "batch head pos"]:
-    """The same for each key t on its own: Σ_{q ≥ t} u/(1+u)·(g_qt − G_q), u = P_qt·expm1(δ_qt), G_q = Σ_j P_qj·g_qj.
+    """The same for each key t on its own: Σ_{q ≥ t} (P'_qt − P_qt)·(g_qt − ḡ_qt), with ḡ_qt the other keys' mean of g.
 
-    1 + u is formed from the other keys' probabilities and exp(−|δ|), so neither overflows nor cancels.
+    Only t's score moves, so the others keep their proportions: P_qt = sigmoid(s_qt − o_qt), o_qt = logsumexp of the other
+    scores, and ḡ does not change. (METHODS.md writes u/(1+u)·(g_qt − G_q); where P_qt → 1, the saturated case, that is
+    0/0 in floating point: G_q rounds to g_qt.)
     """
-    p = _softmax(before)
-    masked = before <= torch.finfo(before.dtype).min / 2
-    change = torch.where(masked, torch.zeros_like(before), after - before).to(p.dtype)
-    shrink = torch.exp(-change.abs())
-    others = _sum_of_others(p)
-    denominator = torch.where(change > 0, others * shrink + p, others + p * shrink)
-    numerator = -p * torch.expm1(-change.abs()) * change.sign()
-    ratio = numerator / denominator.clamp_min(torch.finfo(p.dtype).tiny)
-    return (ratio * (grad - (p * grad).sum(-1, keepdim=True))).sum(-2)
+    wide = torch.promote_types(before.dtype, torch.float32)
+    lowest = torch.finfo(wide).min / 4  # of masked keys; differences stay finite
+    before, after = (s.to(wide).clamp_min(lowest) for s in (before, after))
+    others, mean = _without_each(before, grad)
+    return ((torch.sigmoid(after - others) - torch.sigmoid(before - others)) * (grad - mean)).sum(-2)
+
+
+def _without_each(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """For each t: logsumexp of the other scores, and the mean of the other values under their softmax. O(T), stable.
+
+    Sums that leave out the largest score are formed relative to the second largest; all others relative to the largest,
+    which is in them. What is left out is never subtracted.
+    """
+    best = scores.argmax(-1, keepdim=True)
+    is_best = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
+    largest = scores.gather(-1, best)
+    runners = scores.masked_fill(is_best, torch.finfo(scores.dtype).min / 4)
+    second = runners.amax(-1, keepdim=True)
+    weight = torch.exp(scores - largest)
+    runner_weight = torch.exp(runners - second).masked_fill(is_best, 0)
+    total = torch.where(is_best, runner_weight.sum(-1, keepdim=True), _sum_of_others(weight))
+    mass = torch.where(is_best, (runner_weight * values).sum(-1, keepdim=True), _sum_of_others(weight * values))
+    total = total.clamp_min(torch.finfo(scores.dtype).tiny)  # 0 where there is no other key at all
+    return torch.where(is_best, second, largest) + total.log(), mass / total
 
 
 def _softmax(scores: Tensor) -> Tensor:
@@ -178,7 +195,7 @@ def _softmax(scores: Tensor) -> Tensor:
 
 
 def _sum_of_others(p: Tensor) -> Tensor:
-    """Σ_{j ≠ t} p_j without cancellation: what stands left of t plus what stands right of it."""
+    """Σ_{j ≠ t} p_j: what stands left of t plus what stands right of it."""
     zero = torch.zeros_like(p[..., :1])
     left = torch.cat([zero, p[..., :-1].cumsum(-1)], -1)
     right = torch.cat([p[..., 1:].flip(-1).cumsum(-1).flip(-1), zero], -1)
