@@ -98,9 +98,11 @@ def agreement_tables(df: Any) -> list[Table]:
     for task, rows in df.groupby("task", sort=False):
         methods, kinds = list(dict.fromkeys(rows.method)), list(dict.fromkeys(rows.kind))
         first = rows.iloc[0]
+        intervals = len(methods) <= 4  # more do not fit beside each other
         table = Table(
             title=f"{task}: PCC with exact patching of pair-averaged scores over {first.axis} "
-            f"({first.n_pairs} pairs, {first.direction}, {first.metric}) [95 % bootstrap over pairs]",
+            f"({first.n_pairs} pairs, {first.direction}, {first.metric})"
+            + (" \\[95 % bootstrap over pairs]" if intervals else "; intervals are in compare.csv"),
             title_justify="left",
         )
         table.add_column("model")
@@ -111,18 +113,18 @@ def agreement_tables(df: Any) -> list[Table]:
             for kind in kinds:
                 cells = rows[(rows.model == model) & (rows.kind == kind)].set_index("method")
                 best = cells.pcc.max()
-                table.add_row(model, KIND_TITLES.get(kind, kind), *(_pcc(cells.loc[m], best) for m in methods))
+                table.add_row(model, KIND_TITLES.get(kind, kind), *(_pcc(cells.loc[m], best, intervals) for m in methods))
             table.add_section()
         tables.append(table)
         tables.append(_other_measures(rows, methods, kinds))
     return tables
 
 
-def _pcc(row: Any, best: float) -> str:
+def _pcc(row: Any, best: float, with_interval: bool) -> str:
     if row.pcc != row.pcc:
         return f"— ({row.note})"
     text = f"{row.pcc:.3f}"
-    interval = f" [{row.pcc_lo:.2f}, {row.pcc_hi:.2f}]".replace("[", "\\[") if row.pcc_lo == row.pcc_lo else ""
+    interval = f" [{row.pcc_lo:.2f}, {row.pcc_hi:.2f}]".replace("[", "\\[") if with_interval and row.pcc_lo == row.pcc_lo else ""
     return (f"[bold]{text}[/]" if row.pcc == best else text) + interval
 
 
