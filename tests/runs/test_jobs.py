@@ -1,0 +1,150 @@
+"""Batch jobs: the grid, resuming (also after SIGKILL), failures that stay alone, and numbers equal to the Python API's."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import relp_cli
+from relp_cli.evaluation.areas import areas
+from relp_cli.runs.job import Cell, cell_hash, cells, load_job
+
+JOB = """
+name: small
+tasks: [sva_simple]
+models: [tiny-gpt2]
+methods: [relp, random, act_patch]
+kinds: [head, mlp_neuron]
+pairs: 6
+exact_candidates: 20
+agreement: {}
+evaluate: {sweep: "counts:1,5,20,1000000", heldout: 6, random_circuits: 1}
+"""
+TIMES = ["seconds"]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    (tmp_path / "job.yaml").write_text(JOB)
+    return tmp_path / "job.yaml"
+
+
+def results(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "results.csv").drop(columns=TIMES)
+
+
+def test_cells_equal_the_python_api(relp, job, tmp_path):
+    done = relp("evaluate", job, "-o", "out")
+    assert done.code == 0, done.err
+    assert "6 cells computed, 0 found finished, 0 failed" in done.err
+    table = results(tmp_path / "out")
+    model, task = relp_cli.load_model("tiny-gpt2"), relp_cli.load_task("sva_simple")
+    scores = relp_cli.score(model, task.pairs(model, 6), "relp", ["head"])["head"]
+    held = task.pairs(model, 6, split="heldout")
+    rows = table[(table.what == "evaluation") & (table.method == "relp") & (table.kind == "head")]
+    assert rows.n_nodes.tolist() == [1, 5, 20, scores.mean[1:].numel()]
+    for k, row in zip((1, 5, 20), rows.itertuples(), strict=False):
+        want = relp_cli.evaluate(model, held, relp_cli.select(scores, top_k=k, from_layer=1)).iloc[0]
+        assert row.faithfulness == pytest.approx(want.faithfulness, rel=1e-4)
+    assert rows.iloc[-1][["faithfulness", "completeness"]].tolist() == [1, 0]
+    exact = table[(table.what == "agreement") & (table.method == "act_patch") & (table.kind == "head")].iloc[0]
+    assert exact.pcc == pytest.approx(1)
+    neurons = table[(table.what == "evaluation") & (table.method == "act_patch") & (table.kind == "mlp_neuron")]
+    assert neurons.n_nodes.max() <= 20  # only the candidates have exact scores
+    for file in ("summary.md", "summary.tex", "agreement.csv", "curves-tiny-gpt2-head.png", "results.parquet"):
+        assert (tmp_path / "out" / file).stat().st_size > 0
+
+
+def test_same_command_again_computes_nothing(relp, job, tmp_path):
+    relp("evaluate", job, "-o", "out")
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.suffix in (".json", ".safetensors")}
+    done = relp("evaluate", job, "-o", "out")
+    assert "0 cells computed, 6 found finished" in done.err
+    assert stamps == {p: p.stat().st_mtime_ns for p in stamps}
+
+
+def test_killed_half_way_it_finishes_with_identical_results(relp, job, tmp_path):
+    code = "import sys; from relp_cli.cli.main import run; sys.argv = ['relp', *sys.argv[1:]]; run()"
+    running = subprocess.Popen([sys.executable, "-c", code, "evaluate", str(job), "-o", "killed"], cwd=tmp_path)
+    cell_folder = tmp_path / "killed/cells"
+    deadline = time.monotonic() + 120
+    while len(list(cell_folder.glob("*.json"))) < 2:
+        assert running.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    finished = {p: p.stat().st_mtime_ns for p in cell_folder.glob("*.json")}
+    assert 2 <= len(finished) < 6
+    assert relp("evaluate", job, "-o", "killed").code == 0
+    assert finished == {p: p.stat().st_mtime_ns for p in finished}
+    assert relp("evaluate", job, "-o", "whole").code == 0
+    pd.testing.assert_frame_equal(results(tmp_path / "killed"), results(tmp_path / "whole"))
+
+
+def test_one_failing_cell_fails_alone_and_is_tried_again(relp, job, tmp_path):
+    overrides = ("--override", "models=[tiny-gpt2, ./copy]", "--override", "methods=[random]", "--override", "agreement=null")
+    done = relp("evaluate", job, *overrides, "-o", "out")
+    assert done.code == 1
+    assert "2 cells computed, 0 found finished, 2 failed" in done.err
+    assert "model folder './copy' does not exist" in done.err
+    errors = [json.loads(p.read_text()).get("error") for p in (tmp_path / "out/cells").glob("*.json")]
+    assert sorted(e is not None for e in errors) == [False, False, True, True]
+    source = Path(relp_cli.__file__).parent / "models/embedded/tiny-gpt2"
+    (tmp_path / "copy").symlink_to(source)
+    again = relp("evaluate", job, *overrides, "-o", "out")
+    assert again.code == 0
+    assert "2 cells computed, 2 found finished, 0 failed" in again.err
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("methodz: [relp]", "did you mean 'methods'?"),
+        ("tasks: []", "`tasks` is empty: the grid has no cells"),
+        ("methods: [relpp]", "did you mean 'relp'?"),
+        ("evaluate: {swep: x}", "did you mean 'sweep'?"),
+        ("pairs: many", "bad.yaml:13: pairs"),
+        ("params: {atp: {steps: 3}}", "is not among the job's methods"),
+    ],
+)
+def test_bad_jobs_are_refused_in_one_line(relp, tmp_path, change, expected):
+    kept = [line for line in JOB.splitlines() if line.split(":")[0] != change.split(":")[0]]
+    (tmp_path / "bad.yaml").write_text("\n".join([*kept, *[""] * (12 - len(kept)), change, ""]))
+    done = relp("evaluate", "bad.yaml")
+    assert done.code == 2
+    assert expected in done.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_hash_changes_with_everything_that_changes_numbers(job):
+    base = load_job(str(job), [])
+    cell = cells(base)[0]
+    seen = {cell_hash(base, cell, revision="a")}
+    for override in ("pairs=7", "evaluate.heldout=7", "evaluate.ablation=zero", "exact_candidates=3", "params={relp: {rules: [ln]}}"):
+        other = load_job(str(job), [override])
+        seen.add(cell_hash(other, cells(other)[0], revision="a"))
+    seen.add(cell_hash(base, cell, revision="b"))
+    seen.add(cell_hash(base, Cell(cell.group, cell.method, "mlp_neuron"), revision="a"))
+    assert len(seen) == 8
+
+
+def test_shipped_jobs_are_valid_and_as_the_paper_says():
+    for name in ("table5", "table5_tiny", "figure3", "figure3_tiny"):
+        assert cells(load_job(name, []))
+    figure3 = load_job("figure3", [])
+    assert (figure3.pairs, figure3.evaluate.heldout, figure3.evaluate.exclude_layers) == (300, 100, None)
+    assert len(load_job("table5", []).models) == 8
+
+
+def test_areas_by_hand():
+    assert areas([0, 0.5, 1], [0, 1, 1]) == (0.75, 0.25)
+    assert areas([1, 0.5, 0], [1, 1, 0]) == (0.75, 0.25)
+    assert all(v != v for v in areas([0, 0.5], [0, 1]))
