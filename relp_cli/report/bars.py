@@ -33,7 +33,8 @@ def agreement_figure(table: pd.DataFrame, theme: Theme = LIGHT) -> Figure:
     parts = list(table.groupby(by, sort=False)) if by else [((), table)]
     kinds, models = list(dict.fromkeys(table.kind)), list(dict.fromkeys(table.model))
     colors = method_colors(table.method)
-    low = min(0.0, float(np.nanmin(table.pcc)) - 0.05 if table.pcc.notna().any() else 0.0)
+    lows = table[[c for c in ("pcc", "pcc_lo") if c in table.columns]].to_numpy(dtype=float)
+    low = min(0.0, float(np.nan_to_num(lows).min()) - 0.05) if (lows < 0).any() else 0.0
     width = max(2.2, len(models) * (0.16 * len(colors) + 0.2))
     with themed(theme):
         figure = new_figure(0.8 + width * len(kinds), 0.9 + 2.2 * len(parts))

@@ -93,10 +93,11 @@ def _curves_panel(
         base = mean_curve([curve(one, x, f"random_{y}") for one in _structures(rows, faint)])
         axes.plot(*base, color=theme.soft, lw=1.4, ls=(0, (4, 2)))
         bold.append(base[1])
-    for level, label in ((1, "full model"), (0, "empty model")):  # completeness is the complement's faithfulness
+    for level, label in ((1, "full\nmodel"), (0, "empty\nmodel")):  # completeness is the complement's faithfulness
         axes.axhline(level, color=theme.soft, lw=0.8, ls=":", zorder=0)
-        axes.annotate(label, (1, level), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-                      ha="right", va="bottom", fontsize=7, color=theme.soft)  # fmt: skip
+        axes.annotate(
+            label, (1.01, level), xycoords=("axes fraction", "data"), va="center", fontsize=7, color=theme.soft
+        )
     _scale_x(axes, rows[x], x, zero, theme)
     _scale_y(axes, rows[y].astype(float).to_numpy(), np.concatenate(bold), theme)
     axes.set_ylabel(y)

@@ -60,7 +60,8 @@ def heatmap_figure(
     layers, positions = panels[kinds[0], methods[0]].mean.shape
     width, height = float(np.clip(0.2 * positions, 1.9, 7)), float(np.clip(0.2 * layers, 1.1, 4.5))
     with themed(theme):
-        figure = new_figure(1.6 + (width + 0.15) * len(methods), 1.7 + (height + 0.35) * len(kinds))
+        below = 0.065 * min(18, max(map(len, labels))) + (0.9 if tokens else 0)  # inches: rotated labels
+        figure = new_figure(1.6 + (width + 0.15) * len(methods), 0.75 + below + (height + 0.35) * len(kinds))
         grid = figure.subplots(len(kinds), len(methods), squeeze=False, sharex=True, sharey="row")
         for row, kind in zip(grid, kinds, strict=True):
             exact = panels.get((kind, REFERENCE))
@@ -149,7 +150,8 @@ def _label_positions(axes: Axes, labels: Sequence[str], tokens: Sequence[str] | 
     step = 1 + (len(labels) - 1) // MAX_LABELS
     shown = range(0, len(labels), step)
     names = [one_line(labels[i]) for i in shown]
-    axes.set_xticks(list(shown), names, rotation=90, family="DejaVu Sans Mono", fontsize=7.5)
+    turn = 90 if max(map(len, names)) > 2 else 0
+    axes.set_xticks(list(shown), names, rotation=turn, family="DejaVu Sans Mono", fontsize=7.5)
     if tokens is None:
         return
     below = 11 + 4.6 * max(map(len, names))  # points: the height of the longest rotated label
