@@ -30,7 +30,7 @@ KEPT_META = (
 
 
 def select(
-    scores: NodeScores | Mapping[str, NodeScores],
+    scores: Any,
     threshold: float | None = None,
     *,
     fraction: float | None = None,
@@ -40,7 +40,8 @@ def select(
     aggregate: str = "none",
     union: bool = False,
     from_layer: int = 0,
-) -> Circuit:
+    **more: Any,
+) -> Any:
     """The nodes whose score passes.
 
     threshold: keep |score| > τ (paper's T_N): −1 keeps all, inf none.
@@ -51,38 +52,58 @@ def select(
     union:     a node is in if it passes for *any* example instead of on average (threshold and fraction only).
     from_layer: nodes of lower layers are never kept (an evaluation that excludes them counts none of them).
 
-    One NodeScores gives a circuit of that kind, a mapping a mixed one (ranked together).
+    more:      for edge scores: greedy, prune (`edges.select.select_edges`).
+
+    One NodeScores gives a Circuit of that kind, a mapping a mixed one (ranked together), EdgeScores an EdgeCircuit.
     Raises: RelpError unless exactly one way of selecting is given and its value makes sense.
     """
-    given = {"threshold": threshold, "fraction": fraction, "top_k": top_k, "top_p": top_p}
-    how = {k: v for k, v in given.items() if v is not None}
+    if not isinstance(scores, (NodeScores, Mapping)):
+        scores = {scores.kind: scores}
+    kinds = {scores.kind: scores} if isinstance(scores, NodeScores) else dict(scores)
+    how = {"threshold": threshold, "fraction": fraction, "top_k": top_k, "top_p": top_p}
+    given = {k: v for k, v in how.items() if v is not None}
+    shared: dict[str, Any] = {"sign": sign, "aggregate": aggregate, "union": union, "from_layer": from_layer}
+    if list(kinds) == ["edges"]:  # edges stand above this package; they know how to select themselves
+        return kinds["edges"].select(**given, **shared, **more)
+    if more:
+        raise RelpError(f"only edge circuits can be selected with {', '.join(more)}")
+    if len({s.labels for s in kinds.values()}) != 1:
+        raise RelpError("scores of different position axes cannot form one circuit")
+    first = next(iter(kinds.values()))
+    masks, cut, _ = choose(kinds, given, sign, aggregate, union, from_layer)
+    meta = {k: first.meta[k] for k in KEPT_META if k in first.meta}
+    meta["scores"] = tensor_hash(*(s.mean for s in kinds.values()))
+    meta["selection"] = {**given, "tau": cut, **shared}
+    return Circuit(masks, ANY_POSITION if aggregate == "sum" else first.labels, meta)
+
+
+def choose(
+    kinds: Mapping[str, NodeScores],
+    how: Mapping[str, Any],
+    sign: str,
+    aggregate: str,
+    union: bool,
+    from_layer: int = 0,
+    allowed: Tensor | None = None,
+) -> tuple[dict[str, Tensor], float, dict[str, Tensor]]:
+    """(kind → Bool mask, the τ that it amounts to, kind → what was compared with τ); see `select` for the arguments.
+
+    allowed: Bool[unit], units that may be kept at all.
+    """
     if len(how) != 1:
         raise RelpError(f"select by exactly one of threshold, fraction, top_k, top_p; got {', '.join(how) or 'none'}")
     for what, value, known in (("sign", sign, SIGNS), ("aggregate", aggregate, AGGREGATIONS)):
         if value not in known:
             raise unknown(what, value, known)
-    if union and (top_k is not None or top_p is not None):
+    if union and how.keys() & {"top_k", "top_p"}:
         raise RelpError("union over examples needs a threshold or fraction, not top_k or top_p")
-    kinds = {scores.kind: scores} if isinstance(scores, NodeScores) else dict(scores)
-    if len({s.labels for s in kinds.values()}) != 1:
-        raise RelpError("scores of different position axes cannot form one circuit")
-    first = next(iter(kinds.values()))
     strengths = {kind: _strength(s, sign, aggregate, union) for kind, s in kinds.items()}
     for s in strengths.values():
         s[:from_layer] = -torch.inf
-    cut, keep = _cut(strengths, how, first.meta)
-    masks = _masks(strengths, cut, keep)
-    meta = {k: first.meta[k] for k in KEPT_META if k in first.meta}
-    meta["scores"] = tensor_hash(*(s.mean for s in kinds.values()))
-    meta["selection"] = {
-        **how,
-        "tau": cut,
-        "sign": sign,
-        "aggregate": aggregate,
-        "union": union,
-        "from_layer": from_layer,
-    }
-    return Circuit(masks, ANY_POSITION if aggregate == "sum" else first.labels, meta)
+        if allowed is not None:
+            s[..., ~allowed] = -torch.inf
+    cut = _cut(strengths, how, next(iter(kinds.values())).meta)
+    return _masks(strengths, cut, how.get("top_k"), how.get("top_p")), cut, strengths
 
 
 def _strength(scores: NodeScores, sign: str, aggregate: str, union: bool) -> Tensor:

@@ -72,8 +72,12 @@ def run_job(
     else:
         _print(tables, files)
         note(f"{job.name}: {state}")
+        by_error: dict[str, list[str]] = {}
         for label, error in result.errors:
-            note(f"WARNING: {label}: {error}")
+            by_error.setdefault(error, []).append(label)
+        for error, labels in by_error.items():
+            more = f" and {len(labels) - 1} more cells" if len(labels) > 1 else ""
+            note(f"WARNING: {labels[0]}{more}: {error}")
     if outcome.failed and not (lenient and outcome.computed + outcome.finished):
         raise typer.Exit(1)
 
