@@ -102,8 +102,8 @@ def choose(
         s[:from_layer] = -torch.inf
         if allowed is not None:
             s[..., ~allowed] = -torch.inf
-    cut = _cut(strengths, how, next(iter(kinds.values())).meta)
-    return _masks(strengths, cut, how.get("top_k"), how.get("top_p")), cut, strengths
+    cut, keep = _cut(strengths, how, next(iter(kinds.values())).meta)
+    return _masks(strengths, cut, keep), cut, strengths
 
 
 def _strength(scores: NodeScores, sign: str, aggregate: str, union: bool) -> Tensor:
