@@ -46,7 +46,7 @@ def test_a_missed_node_is_found_and_the_bound_covers_it():
     for kind, e in effects.items():  # and the weakest that are not 0
         weakest = int(e.abs().masked_fill(e.abs() < 1e-6, 1e6).argmin())
         verified[kind][tuple(int(i) for i in np.unravel_index(weakest, e.shape))] = False
-    got = bound(c, verified, subsets=200, share=0.3)
+    got = bound(c, verified, subsets=400, share=0.05)
     assert got.worst == ("mlp_out", index)
     assert got.n_unverified == 3
     assert got.bound >= effects["mlp_out"][index].abs()
