@@ -40,6 +40,7 @@ def lrp(
             fired.add(site.name)
             if not torch.is_grad_enabled():
                 return value
+            _must_have_read(model, site, inputs[site.name])
             return replace(value, site.surrogate(inputs[site.name], value, other[site.name] if other else None))
 
         return hook
@@ -67,7 +68,17 @@ def recording(model: Model, rules: Sequence[str]) -> Iterator[Recorded]:
     with model.hooks(_reads(sites, inputs)):
         yield recorded
     for site in sites:
+        _must_have_read(model, site, inputs[site.name])
         recorded[site.name] = {k: v.detach() for k, v in site.record(inputs[site.name]).items()}
+
+
+def _must_have_read(model: Model, site: RuleSite, values: Mapping[str, Tensor]) -> None:
+    silent = [point for key, point in site.reads.items() if key not in values]
+    if silent:
+        raise RelpError(
+            f"model {model.name} ({model.family.name}) never calls {', '.join(silent)}, "
+            f"which rule {', '.join(site.rules)} reads; leave the rule out"
+        )
 
 
 def _reads(sites: list[RuleSite], inputs: dict[str, dict[str, Tensor]]) -> list[tuple[str, Hook]]:
