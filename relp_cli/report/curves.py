@@ -24,6 +24,19 @@ def at(one: Curve, x: np.ndarray | float) -> np.ndarray:
     return np.interp(np.log(x), np.log(one[0]), one[1], left=np.nan, right=np.nan)
 
 
+def reach(one: Curve, value: float) -> float:
+    """The smallest x at which the curve reaches `value`, linear in log x; NaN where it never does."""
+    x, y = one
+    above = np.flatnonzero(y >= value)
+    if not len(above):
+        return float("nan")
+    i = int(above[0])
+    if i == 0:
+        return float(x[0])
+    share = (value - y[i - 1]) / (y[i] - y[i - 1])
+    return float(x[i - 1] * (x[i] / x[i - 1]) ** share)
+
+
 def mean_curve(curves: Sequence[Curve]) -> Curve:
     """The mean over curves, each linear in log x, where *all* of them have data.
 

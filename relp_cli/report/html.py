@@ -196,14 +196,14 @@ def _evaluation(table: pd.DataFrame) -> dict[str, Any]:
     for name in table.columns:
         if name.endswith(("_lo", "_hi")):
             continue
-        column = [cell(value) for value in table[name]]
+        column = [f"{v:z.3f}" if isinstance(v, float) and v == v and name != "tau" else cell(v) for v in table[name]]
         if f"{name}_lo" in table.columns:
             ends = zip(column, table[f"{name}_lo"], table[f"{name}_hi"], strict=True)
-            column = [f"{v} [{cell(low, 2)}, {cell(high, 2)}]" for v, low, high in ends]
+            column = [f"{v} [{low:z.2f}, {high:z.2f}]" if low == low else v for v, low, high in ends]
         out[name] = (column, is_numeric(table[name]))
     same = {k: v[0][0] for k, v in out.items() if len(table) > 1 and len(set(v[0])) == 1 and k != "n_nodes"}
     shown = {k: v for k, v in out.items() if k not in same}
-    names = {"tau": "τ", "n_nodes": "nodes", "n_possible": "of", "F_complement": "F(M∖C)", "F_C": "F(C)"}
+    names = {"tau": "τ", "n_nodes": "nodes", "n_possible": "possible nodes", "F_complement": "F(M∖C)", "F_C": "F(C)"}
     names |= {
         "F_M": "F(M)",
         "F_empty": "F(∅)",

@@ -109,14 +109,15 @@ def show(table: pd.DataFrame, console: Console, title: str | None = None, digits
     if "note" in table.columns and not table["note"].fillna("").astype(str).str.strip().any():
         table = table.drop(columns="note")
     out = Table(title=escape(title) if title else None, title_justify="left", box=SIMPLE_HEAD)
-    for column in table.columns:
-        out.add_column(escape(str(column)), justify="right" if is_numeric(table[column]) else "left")
-    best = best_cells(table, digits)
-    for row, marks in zip(cells(table, digits), best, strict=True):
+    body, best = cells(table, digits), best_cells(table, digits)
+    for i, column in enumerate(table.columns):
+        numeric, longest = is_numeric(table[column]), max((len(row[i]) for row in body), default=0)
+        out.add_column(escape(str(column)), justify="right" if numeric else "left", min_width=min(longest, 30))
+    for row, marks in zip(body, best, strict=True):
         out.add_row(*(f"[bold]{escape(t)}[/]" if b else escape(t) for t, b in zip(row, marks, strict=True)))
     console.print(out)
     for note in attrs.get("notes", []):
-        console.print(f"{MISSING} {note}", markup=False, highlight=False)
+        console.print(f"  {note}", markup=False, highlight=False)
 
 
 def cells(table: pd.DataFrame, digits: int = 3) -> list[list[str]]:
@@ -130,7 +131,7 @@ def cell(value: Any, digits: int = 3) -> str:
         return MISSING
     if isinstance(value, float):
         plain = value == 0 or 10**-digits <= abs(value) < 1e5 or math.isinf(value)
-        return f"{value:.{digits}f}" if plain else f"{value:.{digits}g}"
+        return f"{value:z.{digits}f}" if plain else f"{value:.{digits}g}"
     return str(value)
 
 

@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 
 from relp_cli.errors import RelpError
 from relp_cli.report.canvas import method_colors, rendered
-from relp_cli.report.curves import curve, mean_curve
+from relp_cli.report.curves import curve, mean_curve, reach
 from relp_cli.report.figures import (
     agreement_bars,
     agreement_figure,
@@ -163,6 +163,12 @@ def test_mean_curve_needs_data_of_all():
     assert len(mean_curve(apart)[0]) == 0
     assert len(mean_curve([])[0]) == 0
     assert len(mean_curve([apart[0], (np.array([]), np.array([]))])[0]) == 0
+
+
+def test_where_a_curve_reaches_a_value():
+    one = (np.array([1.0, 100, 1000]), np.array([0.0, 1, 0.5]))
+    assert [reach(one, v) for v in (-1, 0.5, 1)] == pytest.approx([1, 10, 100])
+    assert np.isnan(reach(one, 1.1))
 
 
 def test_a_curve_is_sorted_without_zero_and_missing_points():

@@ -73,6 +73,7 @@ def test_ours_beside_figure_3():
     neurons = table[table.nodes == "MLP neurons"].set_index("n_nodes")
     assert neurons.loc[1500, "ours"] == pytest.approx(0.3)
     assert neurons.loc[1500, "Pythia-70M, paper"] == 0.5
+    assert neurons.loc[1500, "our nodes for as much"] == np.ceil(1500 * 10 ** (0.2 / 0.7))
     assert neurons.loc[2300, "ours"] == pytest.approx(0.3 + 0.7 * np.log10(2300 / 1500))
     assert table[table.nodes == "features"]["ours"].isna().all()
     assert any("not the paper's model: tiny" in note for note in table.attrs["notes"])

@@ -52,7 +52,7 @@ def test_missing_values_are_dashes_with_a_note():
     text = printed(table, "a title [with brackets]")
     assert "a title [with brackets]" in text
     assert " ".join(text.split()).count("gpt2 ioi — 0.700 0.520 0.720 tiny ioi 0.600 0.800 0.620 —") == 1
-    assert "— gpt2, ioi, resid_pre, atp: estimate is constant" in text
+    assert "  gpt2, ioi, resid_pre, atp: estimate is constant" in text
     assert "- gpt2, ioi" in markdown(table)
 
 
