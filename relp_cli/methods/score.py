@@ -45,7 +45,8 @@ def score(
     """Score nodes of a model on prompt pairs.
 
     method:    a row of `METHODS`, with `+rule` added for relp variants (`relp+ah`).
-    nodes:     rows of `NODE_KINDS`; all come from one pass. Or ["edges"], for methods on edges.
+    nodes:     rows of `NODE_KINDS`; all come from one pass. Or ["edges"], for methods on edges, or ["feature"], for
+               the features and error terms of a `dictionary=`.
     direction: "noising" (the original runs, patch values go in) or "denoising" (the reverse).
     baseline:  what n(x_p) is: "patch", "zero", or "mean" over all given originals per position.
     params:    the method's own parameters (`rules=[...]` for relp); unknown ones are errors.
@@ -58,6 +59,9 @@ def score(
         return score_edges(
             model, pairs, method, metric, direction, baseline, batch_size, keep_examples, progress, **params
         )
+    if tuple(nodes) in (("feature",), ("feature", "feature_error")):  # likewise
+        score_features = importlib.import_module("relp_cli.features.score").score_features
+        return score_features(model, pairs, method, metric, direction, baseline, batch_size, progress, **params)
     row, parsed = resolve_method(model, method, params)
     if row.scope == "edges":
         raise RelpError(f"method '{row.name}' scores edges; ask for nodes=edges")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -100,10 +101,17 @@ class Scores(Mapping[str, NodeScores]):
             raise RunFailed(f"score file {path} was not written by this version of relp (schema {SCHEMA})")
         kinds = {}
         for kind, about in header["kinds"].items():
-            parts: dict[str, Any] = {
-                n: tensors.get(f"{kind}/{n}") for n in ("mean", "variance", "n", "examples", "present")
-            }
-            kinds[kind] = NodeScores(
-                kind=kind, labels=tuple(about["labels"]), axis=about["axis"], meta=header["meta"], **parts
-            )
+            parts = {name.partition("/")[2]: t for name, t in tensors.items() if name.startswith(f"{kind}/")}
+            kinds[kind] = _entry_class(kind).from_parts(kind, parts, about, header["meta"])
         return cls(kinds, header["meta"])
+
+
+# Kinds whose scores have a class of their own, in packages above this one: imported when a file holds them.
+_ENTRIES = {"edges": "relp_cli.edges.scores:EdgeScores", "feature": "relp_cli.features.scores:FeatureScores"}
+
+
+def _entry_class(kind: str) -> Any:
+    if kind not in _ENTRIES:
+        return NodeScores
+    module, name = _ENTRIES[kind].split(":")
+    return getattr(importlib.import_module(module), name)

@@ -99,13 +99,12 @@ class Setup:
         with torch.no_grad():
             return self.model.logits(self.batch.original)
 
-    def value(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
-        """The metric L per row; rows are this batch's pairs, repeated as often as needed."""
-        times = logits.shape[0] // len(self.batch)
-        reference = self._reference
-        if times != 1:
-            reference = None if reference is None else reference.repeat(times, 1)
-        return self.metric.fn(logits, self.batch.answer.repeat(times, 1), self.batch.foil.repeat(times, 1), reference)
+    def value(self, logits: Float[Tensor, "rows vocab"], pairs: Int[Tensor, " rows"] | None = None) -> Float[Tensor, " rows"]:
+        """The metric L per row; rows are this batch's pairs, repeated as often as needed, or those that `pairs` numbers."""
+        if pairs is None:
+            pairs = torch.arange(len(self.batch), device=logits.device).repeat(logits.shape[0] // len(self.batch))
+        reference = None if self._reference is None else self._reference[pairs]
+        return self.metric.fn(logits, self.batch.answer[pairs], self.batch.foil[pairs], reference)
 
     def prompt_value(self, prompt: Literal["run", "source"]) -> Float[Tensor, " batch"]:
         """L of the unpatched run or of the source prompt; a forward pass only where none has been spent on it yet."""

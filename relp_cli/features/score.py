@@ -1,0 +1,126 @@
+"""`score_features`: scores of features and error terms on prompt pairs. Reached through `relp.score(nodes=["feature"])`.
+
+1. A method of `methods/` gives activations of run and source and gradients g at every site (`gradients.py`), or exact
+   patching patches one feature at a time (`patching.py`).
+2. f = enc(x) and ε = x − x̂ in both runs; δf, δε their differences.
+3. Score of a feature: δf·(W_dec·g); of the error term: δε·g. At every site they sum to the site's own node score δx·g.
+4. Per example first; summed over positions that share a label; then mean and variance over examples.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relp_cli.errors import RelpError, unknown
+from relp_cli.features.dictionary import Dictionary
+from relp_cli.features.gradients import GRADIENT_METHODS, SiteRuns
+from relp_cli.features.load import Dictionaries, load_dictionaries
+from relp_cli.features.patching import patch_features
+from relp_cli.features.scores import KIND, Totals
+from relp_cli.features.sites import Site
+from relp_cli.methods.score import Progress, position_axis, resolve_method
+from relp_cli.methods.scores import Scores
+from relp_cli.methods.setup import Passes, Setup
+from relp_cli.models.model import Model
+from relp_cli.tasks.metrics import METRICS
+from relp_cli.tasks.pairs import PairBatch
+
+METHOD_NAMES = (*GRADIENT_METHODS, "act_patch")
+
+
+def score_features(
+    model: Model,
+    pairs: Sequence[PairBatch],
+    method: str = "relp",
+    metric: str = "logit_diff",
+    direction: str = "noising",
+    baseline: str = "patch",
+    batch_size: int = 32,
+    progress: Progress | None = None,
+    **params: Any,
+) -> Scores:
+    """Score every feature and error term of all sites that have a dictionary. Arguments as for `relp.score`; besides the
+    method's own parameters:
+
+    dictionary: a path or shipped name (see `features.load`), or Dictionaries that are loaded already.
+
+    Returns Scores with the one kind "feature", whose FeatureScores hold features and error terms.
+    Raises: RelpError for methods without a meaning for features, and as `relp.score` and `load_dictionaries`.
+    """
+    where = params.pop("dictionary", None)
+    if where is None:
+        raise RelpError("nodes=feature need --dictionary PATH (a folder of sparse autoencoders, or a shipped name)")
+    row, parsed = resolve_method(model, method, params)
+    if row.name not in METHOD_NAMES:
+        raise RelpError(f"method '{row.name}' does not score features; methods for features: {', '.join(METHOD_NAMES)}")
+    choices = {"direction": ("noising", "denoising"), "baseline": ("patch", "zero")}
+    for what, value in (("direction", direction), ("baseline", baseline)):
+        if value not in choices[what]:
+            raise unknown(f"{what} for features", value, choices[what])
+    axis, labels = position_axis(pairs)
+    dictionaries = where if isinstance(where, Dictionaries) else load_dictionaries(where, model)
+    kinds = tuple(dict.fromkeys(site.node_kind for site in dictionaries))
+    passes, started = Passes(), time.perf_counter()
+    chunks = [small.to(model.device) for batch in pairs for small in batch.split(batch_size)]
+    sizes = [d.n_features for d in dictionaries.values()]
+    totals, original, done = Totals(tuple(dictionaries), sizes, labels), [], 0
+    applied: dict[str, int] = {}
+    about: dict[str, Any] = {}
+    for chunk in chunks:
+        setup = Setup(model, chunk, METRICS[metric], kinds, direction, baseline, passes=passes)  # type: ignore[arg-type]
+        features, errors, applied, more = one_batch(setup, dictionaries, row.name, parsed)
+        totals.add(features, errors, setup.labels)
+        about |= {k: about.get(k, 0) + v if isinstance(v, int) else v for k, v in more.items()}
+        original.append(setup.prompt_value("run" if direction == "noising" else "source").cpu())
+        done += len(chunk)
+        if progress:
+            progress(done, sum(map(len, chunks)), method)
+    values, size = torch.cat(original), len(torch.cat(original)) / len(chunks)
+    meta = {
+        "method": method, "params": parsed.model_dump(mode="json"), "signed": row.signed, "rules": applied,
+        "metric": metric, "direction": direction, "baseline": baseline, "model": model.name, "revision": model.revision,
+        "family": model.family.name, "dtype": str(model.dtype).removeprefix("torch."), "n_pairs": len(values), "axis": axis,
+        "forwards_per_pair": round(passes.forward / len(values) * size, 3),
+        "backwards_per_pair": round(passes.backward / len(values) * size, 3),
+        "seconds": round(time.perf_counter() - started, 3),
+        "mean_metric": values.mean().item(), "mean_abs_metric": values.abs().mean().item(),
+        "dictionary": dictionaries.source, "dictionary_hash": dictionaries.digest, **about,
+    }  # fmt: skip
+    return Scores({KIND: totals.finish(axis, meta)}, meta)  # type: ignore[dict-item]
+
+
+def one_batch(
+    setup: Setup, dictionaries: Mapping[Site, Dictionary], method: str, params: Any
+) -> tuple[list[Tensor], list[Tensor], dict[str, int], dict[str, Any]]:
+    """Scores of one batch: per site Float[batch, slot, feature] and Float[batch, slot], rules applied, more metadata."""
+    if method == "act_patch":
+        runs = SiteRuns(setup.run_activations(), setup.source_activations())
+        found = [
+            patch_features(setup, site, d, *differences(setup, site, d, runs), params.chunk_tokens)
+            for site, d in dictionaries.items()
+        ]
+        more = {"patched_runs": sum(count for *_, count in found)}
+        return [f for f, _, _ in found], [e for _, e, _ in found], {}, more
+    at = GRADIENT_METHODS[method](setup, dictionaries, params)
+    features, errors = [], []
+    for site, d in dictionaries.items():
+        delta_f, delta_e = differences(setup, site, d, at.runs)
+        g = at.grads[site]
+        features.append(setup.to_slots((delta_f * (g @ d.w_dec.T))[:, None])[:, 0])
+        errors.append(setup.to_slots((delta_e * g).sum(-1)[:, None])[:, 0])
+    return features, errors, at.applied, at.meta
+
+
+def differences(setup: Setup, site: Site, d: Dictionary, runs: SiteRuns) -> tuple[Tensor, Tensor]:
+    """(δf Float[batch, pos, feature], δε Float[batch, pos, d_model]), source minus run; baseline zero: −f, −ε."""
+    kind = site.node_kind.name
+    f, error = d.split(runs.run[kind][site.at])
+    if setup.baseline == "zero":
+        return -f, -error
+    source_f, source_error = d.split(runs.source[kind][site.at])
+    return source_f - f, source_error - error
