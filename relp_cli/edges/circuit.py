@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,8 @@ class EdgeCircuit:
         from_input: edges out of nodes that `input` does not reach go too. This leaves the circuit's behaviour as it is
         only under counterfactual ablation, where such a node computes its patch value anyway; under zero or mean
         ablation a node that reads nothing but ablated values is not itself ablated, and its edges count.
-        Over several positions a head connects any position to any other, so that fewer edges are pruned, never more.
+        Over several positions a head connects any position to any other, and under post-norms the heads of a layer share
+        a scale, so that what one of them reads matters to all: fewer edges are pruned, never more.
         """
         mask = self.mask & _leads_out(self.graph, self.mask)
         if from_input:
@@ -118,9 +119,8 @@ class EdgeCircuit:
         }
         if self.labels != ANY_POSITION:
             edges["pos"] = [self.labels[p] for p in pos]
-        graph = {"n_layers": self.graph.n_layers, "n_heads": self.graph.n_heads, "parallel": self.graph.parallel}
         content = {
-            "schema": SCHEMA, "type": TYPE, "meta": dict(self.meta), "graph": graph, "labels": list(self.labels),
+            "schema": SCHEMA, "type": TYPE, "meta": dict(self.meta), "graph": asdict(self.graph), "labels": list(self.labels),
             "n_edges": self.n_edges, "edges": edges,
         }  # fmt: skip
         write_atomically(Path(path), json.dumps(content, indent=1) + "\n")
@@ -163,32 +163,23 @@ def counted_edges(graph: Graph, from_layer: int) -> Bool[Tensor, "writer reader"
     return mask
 
 
-def _nodes(graph: Graph, mask: Tensor) -> tuple[list[tuple[int, list[int]]], Tensor]:
-    """Per node that both reads and writes, in order: (its row, its columns); and the mask as edges at any position of
-    the writer and reader (heads move between positions, so that positions are joined).
-    """
-    columns: dict[int, list[int]] = {}
-    for reader, writer in enumerate(graph.writer_of):
-        if writer >= 0:
-            columns.setdefault(writer, []).append(reader)
-    return sorted(columns.items()), mask.any(0)
-
-
 def _leads_out(graph: Graph, mask: Tensor) -> Bool[Tensor, " reader"]:
-    """Readers whose node reaches the logits over edges of the mask."""
-    nodes, edges = _nodes(graph, mask)
+    """Readers whose node reaches the logits over edges of the mask at any position (heads move between positions)."""
+    edges = mask.any(0)
     useful = torch.zeros(len(graph.readers), dtype=torch.bool)
     useful[-1] = True
-    for row, columns in reversed(nodes):  # a node's readers all stand before those of its own output
-        useful[columns] = bool((edges[row] & useful).any())
+    for rows in reversed(graph.together):  # a node's readers all stand before those of its own output
+        if (edges[rows] & useful).any():
+            useful[[reader for row in rows for reader in graph.nodes[row]]] = True
     return useful
 
 
 def _comes_in(graph: Graph, mask: Tensor) -> Bool[Tensor, "writer 1"]:
-    """Writers that the input reaches over edges of the mask."""
-    nodes, edges = _nodes(graph, mask)
+    """Writers that the input reaches over edges of the mask at any position."""
+    edges = mask.any(0)
     reached = torch.zeros(len(graph.writers), dtype=torch.bool)
     reached[0] = True
-    for row, columns in nodes:
-        reached[row] = bool((edges[:, columns] & reached[:, None]).any())
+    for rows in graph.together:
+        columns = [reader for row in rows for reader in graph.nodes[row]]
+        reached[rows] = bool((edges[:, columns] & reached[:, None]).any())
     return reached[:, None]

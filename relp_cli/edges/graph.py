@@ -26,15 +26,18 @@ QKV = ("q", "k", "v")
 class Graph:
     """Every edge of a model with `n_layers` blocks of `n_heads` (query) heads. Under grouped-query attention, the keys and
     values of a group are read once per query head, each with its own share.
+
+    post_norm: a norm after attention scales all heads of a layer together, so that each depends on what the others read.
     """
 
     n_layers: int
     n_heads: int
     parallel: bool = False
+    post_norm: bool = False
 
     @classmethod
     def of(cls, shape: Shape) -> Graph:
-        return cls(shape.n_layers, shape.n_heads, shape.parallel)
+        return cls(shape.n_layers, shape.n_heads, shape.parallel, shape.post_norm)
 
     @cached_property
     def writers(self) -> tuple[str, ...]:
@@ -97,6 +100,19 @@ class Graph:
         return f"{self.writers[writer]}->{self.readers[reader]}"
 
     @cached_property
-    def writer_of(self) -> tuple[int, ...]:
-        """Per reader the writer of the same node (`a1.h0<q>` → `a1.h0`), or −1 for the logits."""
-        return tuple(self._positions[0].get(name.partition("<")[0], -1) for name in self.readers)
+    def nodes(self) -> dict[int, list[int]]:
+        """What both reads and writes, in order: its row among the writers → its columns among the readers. The logits
+        are −1.
+        """
+        columns: dict[int, list[int]] = {}
+        for reader, name in enumerate(self.readers):
+            columns.setdefault(self._positions[0].get(name.partition("<")[0], -1), []).append(reader)
+        return dict(sorted(columns.items()))
+
+    @cached_property
+    def together(self) -> list[list[int]]:
+        """Writers in the order of writing; those that a post-norm joins are one entry."""
+        if not self.post_norm:
+            return [[row] for row in range(1, len(self.writers))]
+        layers = [self.heads_of(layer) for layer in range(self.n_layers)]
+        return [rows for heads in layers for rows in (list(range(heads.start, heads.stop)), [heads.stop])]

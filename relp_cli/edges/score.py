@@ -15,7 +15,7 @@ from relp_cli.edges.gradients import check, reader_gradients
 from relp_cli.edges.graph import Graph
 from relp_cli.edges.scores import EVERYWHERE, KIND, EdgeScores
 from relp_cli.edges.setup import EdgeResult, EdgeSetup, Progress
-from relp_cli.edges.stream import Recorder, Written, mean_written
+from relp_cli.edges.stream import Written, mean_written, written
 from relp_cli.errors import RelpError, unknown
 from relp_cli.methods.score import KEEP_LIMIT, position_axis, resolve_method
 from relp_cli.methods.scores import Scores
@@ -111,13 +111,8 @@ def check_once(model: Model, batch: PairBatch) -> None:
 def _means(model: Model, chunks: Sequence[PairBatch]) -> tuple[Written, tuple[str, ...]]:
     """What every writer writes on average over all originals, per position label."""
     _, labels = position_axis(chunks)
-    parts = []
-    for chunk in chunks:
-        recorder = Recorder(model)
-        with torch.no_grad(), model.hooks(recorder.hooks()):
-            model.logits(chunk.original)
-        parts.append((recorder.written(), torch.tensor([labels.index(x) for x in chunk.labels], device=model.device)))
-    return mean_written(parts, len(labels)), labels
+    index = ((c, torch.tensor([labels.index(x) for x in c.labels], device=model.device)) for c in chunks)
+    return mean_written(((written(model, c.original)[0], i) for c, i in index), len(labels)), labels
 
 
 def _at(means: tuple[Written, tuple[str, ...]], batch: PairBatch) -> Written:
@@ -166,8 +161,6 @@ class Totals:
             out[..., self.graph.mask] = values
             return out[0] if axis == "all" else out
 
-        graph = self.graph
         return EdgeScores(
-            dense(mean), dense(variance), self.n, graph.writers, graph.readers, graph.mask, self.labels, axis,
-            self.examples, self.present, meta,
-        )  # fmt: skip
+            self.graph, dense(mean), dense(variance), self.n, self.labels, axis, self.examples, self.present, meta
+        )

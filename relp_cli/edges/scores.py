@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from relp_cli.edges.graph import Graph
 from relp_cli.methods.scores import NodeScores
 
 KIND = "edges"
@@ -19,21 +20,18 @@ EVERYWHERE = ("*",)
 class EdgeScores:
     """Scores of every edge.
 
+    graph:          the writers and readers, and where there are edges.
     mean, variance: Float[writer, reader] over examples, summed over positions; Float[pos, writer, reader] where positions
-                    were kept (variance unbiased; NaN where n = 1). 0 where `mask` has no edge.
+                    were kept (variance unbiased; NaN where n = 1). 0 where there is no edge.
     n:              Int[1] or Int[pos], how many examples.
-    writers, readers: names, `input`, `a0.h3`, `m2` and `a1.h0<q>`, `m2`, `logits`.
-    mask:           Bool[writer, reader], True where an edge exists.
     labels:         ("*",) or one label per position; axis: "all", "position" or "role" (see NodeScores).
     examples:       Float[example, pos | 1, edge] with edges in row-major order of the mask, or None; present: Bool[example, pos | 1].
     """
 
+    graph: Graph
     mean: Float[Tensor, "*pos writer reader"]
     variance: Float[Tensor, "*pos writer reader"]
     n: Int[Tensor, " pos"]
-    writers: tuple[str, ...]
-    readers: tuple[str, ...]
-    mask: Bool[Tensor, "writer reader"]
     labels: tuple[str, ...] = EVERYWHERE
     axis: str = "all"
     examples: Float[Tensor, "example pos edge"] | None = None
@@ -43,6 +41,21 @@ class EdgeScores:
     @property
     def kind(self) -> str:
         return KIND
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """`input`, `a0.h3`, `m2`, …"""
+        return self.graph.writers
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """`a1.h0<q>`, `m2`, `logits`, …"""
+        return self.graph.readers
+
+    @property
+    def mask(self) -> Bool[Tensor, "writer reader"]:
+        """True where an edge exists."""
+        return self.graph.mask
 
     @property
     def n_edges(self) -> int:
@@ -81,8 +94,8 @@ class EdgeScores:
 
     def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and header of one entry of a score file."""
-        tensors = {n: getattr(self, n) for n in ("mean", "variance", "n", "mask", "examples", "present")}
-        header = {"labels": list(self.labels), "axis": self.axis, "writers": list(self.writers), "readers": list(self.readers)}
+        tensors = {n: getattr(self, n) for n in ("mean", "variance", "n", "examples", "present")}
+        header = {"labels": list(self.labels), "axis": self.axis, "graph": asdict(self.graph)}
         return {n: t for n, t in tensors.items() if t is not None}, header
 
     @classmethod
@@ -91,8 +104,4 @@ class EdgeScores:
     ) -> EdgeScores:
         """What `parts` gave; `kind` is "edges"."""
         assert kind == KIND
-        return cls(
-            mean=tensors["mean"], variance=tensors["variance"], n=tensors["n"], mask=tensors["mask"],
-            writers=tuple(header["writers"]), readers=tuple(header["readers"]), labels=tuple(header["labels"]),
-            axis=header["axis"], examples=tensors.get("examples"), present=tensors.get("present"), meta=meta,
-        )  # fmt: skip
+        return cls(Graph(**header["graph"]), labels=tuple(header["labels"]), axis=header["axis"], meta=meta, **tensors)

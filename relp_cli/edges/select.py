@@ -43,7 +43,7 @@ def select_edges(
     if prune not in PRUNING:
         raise unknown("pruning", prune, PRUNING)
     given = {k: v for k, v in {"threshold": threshold, **how}.items() if v is not None}
-    flat, graph = scores.flat(), graph_of(scores)
+    flat, graph = scores.flat(), scores.graph
     counted = counted_edges(graph, from_layer)[graph.mask]
     allowed = None if from_layer == 0 else counted
     masks, cut, strengths = choose({KIND: flat}, given, sign, aggregate, union, allowed=allowed)
@@ -61,17 +61,6 @@ def select_edges(
     return circuit if prune == "none" else circuit.prune(prune == "from_input")
 
 
-def graph_of(scores: EdgeScores) -> Graph:
-    """The graph whose writers and readers these are. Raises RelpError where there is none."""
-    n_layers = sum(name.startswith("m") for name in scores.writers)
-    n_heads = sum(name.startswith("a0.") for name in scores.writers)
-    for parallel in (False, True):
-        graph = Graph(n_layers, n_heads, parallel)
-        if (graph.writers, graph.readers) == (scores.writers, scores.readers) and torch.equal(graph.mask, scores.mask):
-            return graph
-    raise RelpError("these edge scores belong to no graph that relp knows")
-
-
 def _greedy(graph: Graph, strengths: Tensor, given: dict[str, Any], cut: float) -> Tensor:
     """Bool[1, edge]: grown from the logits."""
     if len(strengths) > 1:
@@ -81,15 +70,12 @@ def _greedy(graph: Graph, strengths: Tensor, given: dict[str, Any], cut: float) 
     n, tau = (given["top_k"], -float("inf")) if "top_k" in given else (graph.n_edges, cut)
     values = torch.full(graph.mask.shape, -torch.inf, dtype=torch.float64)
     values[graph.mask] = strengths[0].double()
-    columns: dict[int, list[int]] = {}
-    for reader, writer in enumerate(graph.writer_of):
-        columns.setdefault(writer, []).append(reader)
     heap: list[tuple[float, int, int]] = []
     kept, entered = torch.zeros_like(graph.mask), set()
 
     def enter(node: int) -> None:
         entered.add(node)
-        for reader in columns.get(node, []):
+        for reader in graph.nodes.get(node, []):
             for writer in (values[:, reader] > tau).nonzero()[:, 0].tolist():
                 heapq.heappush(heap, (-values[writer, reader].item(), writer, reader))
 

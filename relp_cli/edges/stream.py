@@ -10,13 +10,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from relp_cli.errors import RelpError
@@ -197,13 +197,20 @@ def project(
     return (out if bias is None else out + bias[:, None, None]).to(x.dtype)
 
 
-def mean_written(parts: Sequence[tuple[Written, Tensor]], n_labels: int) -> Written:
-    """Mean per position label over prompts, accumulated in float64: fields Float[label, width]. parts: (run, label of
-    each position)."""
-    first, index = parts[0]
-    counts = torch.zeros(n_labels, dtype=torch.float64, device=first.input.device)
-    total = first.map(lambda t: t.new_zeros(n_labels, t.shape[-1], dtype=torch.float64))
-    for run, index in parts:
+def mean_written(runs: Iterable[tuple[Written, Int[Tensor, " pos"]]], n_labels: int) -> Written:
+    """Mean per position label over prompts, accumulated in float64: fields Float[label, width]. runs: what a batch of
+    prompts writes, and the label of each of its positions.
+    """
+    counts: Tensor | None = None
+    total: Written | None = None
+    dtype = torch.float32
+    for run, index in runs:
+        if total is None or counts is None:
+            dtype = run.input.dtype
+            counts = torch.zeros(n_labels, dtype=torch.float64, device=run.input.device)
+            total = run.map(lambda t: t.new_zeros(n_labels, t.shape[-1], dtype=torch.float64))
         counts.index_add_(0, index, counts.new_full((len(index),), len(run.input)))
         total.zip(lambda t, value, i=index: t.index_add_(0, i, value.double().sum(0)), run)  # type: ignore[misc]
-    return total.map(lambda t: (t / counts[:, None]).to(first.input.dtype))
+    assert total is not None and counts is not None  # callers refuse an empty list of prompts
+    seen = counts[:, None]
+    return total.map(lambda t: (t / seen).to(dtype))

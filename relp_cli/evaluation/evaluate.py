@@ -9,31 +9,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from relp_cli.circuits.circuit import ANY_POSITION, Circuit
+from relp_cli.edges.circuit import EdgeCircuit
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.ablation import Ablation
+from relp_cli.evaluation.edges import evaluate_edges
+from relp_cli.evaluation.ratios import Progress, Values, ratio_table, tau_of
 from relp_cli.models.model import Hook, Model
 from relp_cli.nodes.access import Activations, split, units
 from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
 from relp_cli.tasks.metrics import METRICS, Metric
 from relp_cli.tasks.pairs import PairBatch
 
-Progress = Callable[[int, int, str], None]
-
-
 def evaluate(
     model: Model,
     pairs: Sequence[PairBatch],
-    circuit: Circuit | Sequence[Circuit],
+    circuit: Circuit | EdgeCircuit | Sequence[Circuit] | Sequence[EdgeCircuit],
     ablation: str = "mean",
     exclude_layers: int | None = None,
     metric: str | None = None,
@@ -45,7 +44,8 @@ def evaluate(
 ) -> pd.DataFrame:
     """Evaluate one circuit, or a sweep of them that share ablation values and the F(M), F(∅) runs.
 
-    exclude_layers:  how many of the first layers run unablated and are not counted (None: ⌊L/3⌋, paper A.2).
+    exclude_layers:  how many of the first layers run unablated and are not counted (None: ⌊L/3⌋, paper A.2; for edge
+                     circuits, whose ablations are `edges.ablation.EDGE_ABLATIONS`, none).
     metric:          None: the one the circuit was found with, else logit_diff.
     corpus:          a text file, for the ablation of that name.
     random_circuits: also evaluate that many random circuits of the same size per circuit; adds `random_*` columns.
@@ -54,9 +54,11 @@ def evaluate(
     F_M, F_C, F_complement, F_empty, n_pairs, note. An ill-posed ratio (F(M) ≈ F(∅)) is NaN and says so in `note`.
     Raises: RelpError for circuits of another model, of another shape, or with positions that the pairs do not have.
     """
-    circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)
+    circuits = [circuit] if isinstance(circuit, Circuit | EdgeCircuit) else list(circuit)
     if not circuits or not pairs:
         raise RelpError("nothing to evaluate: no circuit or no pairs")
+    if isinstance(circuits[0], EdgeCircuit):
+        return evaluate_edges(model, pairs, circuits, ablation, exclude_layers or 0, metric, seed, random_circuits, bootstrap, progress)
     kinds = tuple(NODE_KINDS[kind] for kind in circuits[0].masks)
     exclude = model.shape.n_layers // 3 if exclude_layers is None else exclude_layers
     if not 0 <= exclude < model.shape.n_layers:
@@ -67,26 +69,12 @@ def evaluate(
     everything = [c.random_like(seed + i, exclude) for c in circuits for i in range(random_circuits)]
     runs = Runs(model, row, kinds, exclude, pairs, Ablation.prepare(model, pairs, ablation, kinds, seed, corpus))
     values = runs.all([*circuits, *everything], progress)
-    draws = np.random.default_rng(seed).multinomial(values.n, np.full(values.n, 1 / values.n), size=bootstrap)
-    rows = []
-    for i, c in enumerate(circuits):
-        out = _row(values, i, draws) | {"n_nodes": counted(c, exclude), "n_possible": counted_possible(c, exclude)}
-        if random_circuits:
-            first = len(circuits) + i * random_circuits
-            baseline = [_row(values, first + j, draws[:1]) for j in range(random_circuits)]
-            for name in ("faithfulness", "completeness"):
-                out[f"random_{name}"] = float(np.mean([b[name] for b in baseline]))
-        selection = c.meta.get("selection", {})
-        out |= {"tau": selection.get("tau"), "ablation": ablation, "metric": row.name, "exclude_layers": exclude}
-        rows.append(out)
-    return pd.DataFrame(rows)[[c for c in COLUMNS if c in rows[0]]]
-
-
-COLUMNS = (
-    "tau", "n_nodes", "n_possible", "faithfulness", "faithfulness_lo", "faithfulness_hi",
-    "completeness", "completeness_lo", "completeness_hi", "random_faithfulness", "random_completeness",
-    "F_M", "F_C", "F_complement", "F_empty", "n_pairs", "metric", "ablation", "exclude_layers", "note",
-)  # fmt: skip
+    about = [
+        {"n_nodes": counted(c, exclude), "n_possible": counted_possible(c, exclude), "tau": tau_of(c.meta)}
+        | {"ablation": ablation, "metric": row.name, "exclude_layers": exclude}
+        for c in circuits
+    ]
+    return ratio_table(values, about, random_circuits, seed, bootstrap)
 
 
 def counted(circuit: Circuit, exclude: int) -> int:
@@ -113,24 +101,6 @@ def check_circuit(model: Model, circuit: Circuit, kinds: Sequence[NodeKind]) -> 
             raise RelpError(f"circuit: {kind.name} mask has shape {list(mask.shape)}, model {model.name} needs {want}")
 
 
-class _Values:
-    """Per-prompt metric values: F(M), F(∅) and, per circuit, F(C) and F(M∖C); each Float[n]."""
-
-    def __init__(self, n_circuits: int) -> None:
-        self._parts: dict[str, list[list[Tensor]]] = {"full": [[]], "empty": [[]]}
-        self._parts |= {name: [[] for _ in range(n_circuits)] for name in ("circuit", "complement")}
-
-    def add(self, name: str, i: int, value: Tensor) -> None:
-        self._parts[name][i].append(value.double().cpu())
-
-    def get(self, name: str, i: int = 0) -> np.ndarray:
-        return torch.cat(self._parts[name][i]).numpy()
-
-    @property
-    def n(self) -> int:
-        return len(self.get("full"))
-
-
 class Runs:
     """The forward passes of an evaluation."""
 
@@ -149,8 +119,8 @@ class Runs:
         self.ablation = ablation
 
     @torch.no_grad()
-    def all(self, circuits: Sequence[Circuit], progress: Progress | None) -> _Values:
-        values = _Values(len(circuits))
+    def all(self, circuits: Sequence[Circuit], progress: Progress | None) -> Values:
+        values = Values(len(circuits))
         for done, (chunk, donors) in enumerate(self.chunks):
             ablated = self.ablation.values(self.model, chunk, donors, done)
             logits = self.model.logits(chunk.original)
@@ -212,29 +182,3 @@ def at_batch(mask: Tensor, labels: tuple[str, ...], batch: PairBatch) -> Tensor:
             )
         index = [labels.index(label) for label in batch.labels]
     return mask[:, index].to(batch.original.device)
-
-
-def _row(values: _Values, i: int, draws: np.ndarray) -> dict[str, Any]:
-    full, empty = values.get("full"), values.get("empty")
-    parts = {"faithfulness": values.get("circuit", i), "completeness": values.get("complement", i)}
-    out: dict[str, Any] = {
-        "F_M": full.mean(),
-        "F_empty": empty.mean(),
-        "F_C": parts["faithfulness"].mean(),
-        "F_complement": parts["completeness"].mean(),
-        "n_pairs": len(full),
-        "note": "",
-    }
-    gap = full.mean() - empty.mean()
-    gaps = draws @ (full - empty) / len(full)
-    if abs(gap) <= 1e-6 * max(abs(full.mean()), abs(empty.mean()), 1e-12):
-        out["note"] = "ill-posed: F(M) = F(∅)"
-        return out | {f"{n}{end}": float("nan") for n in parts for end in ("", "_lo", "_hi")}
-    if np.quantile(gaps, 0.025) <= 0 <= np.quantile(gaps, 0.975):
-        out["note"] = "F(M) − F(∅) is not distinguishable from 0"
-    for name, part in parts.items():
-        out[name] = (part.mean() - empty.mean()) / gap
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = (draws @ (part - empty) / len(full)) / gaps
-        out[f"{name}_lo"], out[f"{name}_hi"] = (float(np.nanquantile(ratios, q)) for q in (0.025, 0.975))
-    return out

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from relp_cli.circuits.circuit import ANY_POSITION, Circuit
 from relp_cli.circuits.select import select
 from relp_cli.errors import RelpError
-from relp_cli.evaluation import evaluate as module
+from relp_cli.evaluation.ratios import ratio_row
 from relp_cli.evaluation.ablation import ABLATIONS, Ablation
 from relp_cli.evaluation.evaluate import evaluate
 from relp_cli.models.load import wrap
@@ -371,7 +371,7 @@ def test_bootstrap_intervals_cover_the_truth():
     rng, hits = np.random.default_rng(0), {"faithfulness": 0, "completeness": 0}
     for _ in range(400):
         draws = rng.multinomial(60, np.full(60, 1 / 60), size=300)
-        row = module._row(Simulated(rng, 60), 0, draws)
+        row = ratio_row(Simulated(rng, 60), 0, draws)
         for name, truth in (("faithfulness", 0.7), ("completeness", 0.1)):
             assert row[f"{name}_lo"] < row[name] < row[f"{name}_hi"]
             hits[name] += row[f"{name}_lo"] <= truth <= row[f"{name}_hi"]
@@ -383,7 +383,7 @@ def test_intervals_are_seeded_and_shrink():
     for n in (20, 2000):
         values = Simulated(np.random.default_rng(1), n)
         draws = np.random.default_rng(2).multinomial(n, np.full(n, 1 / n), size=300)
-        row = module._row(values, 0, draws)
+        row = ratio_row(values, 0, draws)
         widths.append(row["faithfulness_hi"] - row["faithfulness_lo"])
     assert widths[1] < widths[0] / 5
     c = case("gpt2")

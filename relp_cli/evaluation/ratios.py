@@ -1,0 +1,90 @@
+"""Faithfulness and completeness as ratios of means over prompts, with bootstrap intervals, for circuits of any sort."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+Progress = Callable[[int, int, str], None]
+
+COLUMNS = (
+    "tau", "n_nodes", "n_possible", "faithfulness", "faithfulness_lo", "faithfulness_hi",
+    "completeness", "completeness_lo", "completeness_hi", "random_faithfulness", "random_completeness",
+    "F_M", "F_C", "F_complement", "F_empty", "n_pairs", "metric", "ablation", "exclude_layers", "note",
+)  # fmt: skip
+
+
+def ratio_table(
+    values: Values, about: Sequence[Mapping[str, Any]], random_circuits: int, seed: int, bootstrap: int
+) -> pd.DataFrame:
+    """One row per circuit: its ratios, `about` it, and the mean ratios of its random circuits, which stand in `values`
+    after all circuits, `random_circuits` each.
+    """
+    draws = np.random.default_rng(seed).multinomial(values.n, np.full(values.n, 1 / values.n), size=bootstrap)
+    rows = []
+    for i, more in enumerate(about):
+        out = ratio_row(values, i, draws)
+        note = "; ".join(n for n in (out["note"], more.get("note", "")) if n)
+        if random_circuits:
+            first = len(about) + i * random_circuits
+            baseline = [ratio_row(values, first + j, draws[:1]) for j in range(random_circuits)]
+            for name in ("faithfulness", "completeness"):
+                out[f"random_{name}"] = float(np.mean([b[name] for b in baseline]))
+        rows.append({**out, **more, "note": note})
+    return pd.DataFrame(rows)[[c for c in COLUMNS if c in rows[0]]]
+
+
+def tau_of(meta: Mapping[str, Any]) -> float | None:
+    """The threshold that a circuit's selection amounted to."""
+    tau: float | None = meta.get("selection", {}).get("tau")
+    return tau
+
+
+class Values:
+    """Per-prompt metric values: F(M), F(∅) and, per circuit, F(C) and F(M∖C); each Float[n]."""
+
+    def __init__(self, n_circuits: int) -> None:
+        self._parts: dict[str, list[list[Tensor]]] = {"full": [[]], "empty": [[]]}
+        self._parts |= {name: [[] for _ in range(n_circuits)] for name in ("circuit", "complement")}
+
+    def add(self, name: str, i: int, value: Tensor) -> None:
+        self._parts[name][i].append(value.double().cpu())
+
+    def get(self, name: str, i: int = 0) -> np.ndarray:
+        return torch.cat(self._parts[name][i]).numpy()
+
+    @property
+    def n(self) -> int:
+        return len(self.get("full"))
+
+
+def ratio_row(values: Values, i: int, draws: np.ndarray) -> dict[str, Any]:
+    """F(M), F(∅), F(C), F(M∖C) of circuit i and the two ratios; draws: how often each prompt is in each resample."""
+    full, empty = values.get("full"), values.get("empty")
+    parts = {"faithfulness": values.get("circuit", i), "completeness": values.get("complement", i)}
+    out: dict[str, Any] = {
+        "F_M": full.mean(),
+        "F_empty": empty.mean(),
+        "F_C": parts["faithfulness"].mean(),
+        "F_complement": parts["completeness"].mean(),
+        "n_pairs": len(full),
+        "note": "",
+    }
+    gap = full.mean() - empty.mean()
+    gaps = draws @ (full - empty) / len(full)
+    if abs(gap) <= 1e-6 * max(abs(full.mean()), abs(empty.mean()), 1e-12):
+        out["note"] = "ill-posed: F(M) = F(∅)"
+        return out | {f"{n}{end}": float("nan") for n in parts for end in ("", "_lo", "_hi")}
+    if np.quantile(gaps, 0.025) <= 0 <= np.quantile(gaps, 0.975):
+        out["note"] = "F(M) − F(∅) is not distinguishable from 0"
+    for name, part in parts.items():
+        out[name] = (part.mean() - empty.mean()) / gap
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = (draws @ (part - empty) / len(full)) / gaps
+        out[f"{name}_lo"], out[f"{name}_hi"] = (float(np.nanquantile(ratios, q)) for q in (0.025, 0.975))
+    return out
