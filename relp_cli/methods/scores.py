@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
