@@ -21,13 +21,10 @@ def command(
     """
     import pandas as pd
 
-    from relp_cli.cli.tables import frame
     from relp_cli.runs.bench import run_benches
 
     rows = run_benches(rounds, layers, only)
     if json:
         print_json(rows)
         return
-    out.print(
-        frame(pd.DataFrame(rows), f"medians of {rounds} rounds, batch 8 × 16 tokens, {layers} layers, one thread")
-    )
+    show(pd.DataFrame(rows), out, f"medians of {rounds} rounds, batch 8 × 16 tokens, {layers} layers, one thread")

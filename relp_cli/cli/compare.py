@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from relp_cli.cli.common import DeviceOption, DtypeOption, JsonFlag, comma, log, note, out, print_json, progress
+from relp_cli.cli.common import DeviceOption, DtypeOption, JsonFlag, comma, log, note, print_json, progress
 
 
 def command(
@@ -50,9 +50,8 @@ def command(
     if json:
         print_json({"folder": str(output), "rows": result.table.to_dict("records")})
         return
-    from relp_cli.cli.tables import agreement_tables
+    from relp_cli.cli.tables import show_agreement
 
-    for table in agreement_tables(result.table):
-        out.print(table)
+    show_agreement(result.table)
     for path in result.files:
         log.print(str(path), highlight=False)

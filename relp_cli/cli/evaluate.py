@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from relp_cli.cli.common import DeviceOption, DryRunFlag, JsonFlag, log, note, out, print_json, progress
+from relp_cli.cli.common import DeviceOption, DryRunFlag, JsonFlag, log, note, print_json, progress
 
 
 def command(
@@ -45,7 +45,7 @@ def command(
 
         run_job(target, override, output, engine, device, dry_run, json)
         return
-    from relp_cli.cli.tables import evaluation_table
+    from relp_cli.cli.tables import show_evaluation
     from relp_cli.runs.evaluating import evaluate_run
 
     with progress() as bar:
@@ -63,5 +63,5 @@ def command(
         f"{target}: {first.n_pairs} held-out pairs, {first.ablation} ablation, first {first.exclude_layers} layers "
         f"unablated, F(M) = {first.F_M:.3f}, F(∅) = {first.F_empty:.3f} [95 % bootstrap]"
     )
-    out.print(evaluation_table(table, title.replace("[", "\\[")))
+    show_evaluation(table, title)
     log.print(str(path), highlight=False)

@@ -83,13 +83,13 @@ def run_job(
 
 
 def _print(tables: list[tuple[str, Any]], files: list[Path]) -> None:
-    from relp_cli.cli.tables import agreement_tables, frame
+    from relp_cli.cli.tables import show_agreement
+    from relp_cli.report.tables import show
 
     for title, table in tables:
         if title == "agreement":
-            for one in agreement_tables(table):
-                out.print(one)
+            show_agreement(table)
         else:
-            out.print(frame(table, title))
+            show(table, out, title)
     for path in files:
         log.print(str(path), highlight=False)

@@ -28,6 +28,6 @@ def command(
         return
     import pandas as pd
 
-    from relp_cli.cli.tables import frame
+    from relp_cli.report.tables import show
 
-    out.print(frame(pd.DataFrame([rows]), f"{first} against {second}"))
+    show(pd.DataFrame([rows]), out, f"{first} against {second}")

@@ -97,7 +97,7 @@ def command(
     if json:
         print_json({"run": str(run.path), "cached": cached, **run.read()})
         return
-    from relp_cli.cli.tables import top_nodes
+    from relp_cli.cli.tables import show_scores
 
-    out.print(top_nodes(scores))
+    show_scores(scores)
     log.print(f"{'already done: ' if cached else ''}{run.path}", highlight=False)

@@ -67,7 +67,10 @@ def _evaluation(job: JobSpec, rows: pd.DataFrame, folder: Path) -> tuple[list[Pa
     for end in ("csv", "md", "tex"):
         files.append(folder / f"summary.{end}")
         write_table(areas, files[-1])
-    return files, [(f"{job.name}: areas under the curves against the fraction of nodes kept", areas)]
+    tables: Tables = [(f"{job.name}: areas under the curves against the fraction of nodes kept", areas)]
+    if job.published == "figure3":
+        tables.append(("neuron circuits, ours beside the paper's Figure 3", beside(rows)))
+    return files, tables
 
 
 def areas_of(rows: pd.DataFrame) -> pd.DataFrame:
