@@ -21,6 +21,7 @@ def command(
     """
     import pandas as pd
 
+    from relp_cli.report.tables import show
     from relp_cli.runs.bench import run_benches
 
     rows = run_benches(rounds, layers, only)

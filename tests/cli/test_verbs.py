@@ -160,3 +160,33 @@ def test_verify_keeps_exactly_what_patching_confirms(relp, tmp_path):
     assert done.code == 0, done.err
     circuit = relp_cli.Circuit.load(tmp_path / "cheap/circuit.json")
     assert (circuit.masks["head"] == ((cheap.abs() > 0.05) & (exact.abs() > 0.05))).all()
+
+
+def test_bench_reports_ratios_of_one_run(relp):
+    done = relp("bench", "--layers", 1, "--rounds", 1, "--only", "circuit", "--json")
+    assert done.code == 0, done.err
+    row = json.loads(done.out)[0]
+    assert row["ratio"] == pytest.approx(row["s"] / row["baseline s"])
+    assert relp("bench", "--layers", 1, "--rounds", 1, "--only", "circuit").code == 0
+
+
+def test_report_is_one_self_contained_page(relp, tmp_path):
+    relp("score", "ioi", "--pairs", 4, "-o", "run")
+    relp("circuit", "run", "--top-k", 5)
+    relp("evaluate", "run", "--pairs", 4)
+    assert relp("report", "run").code == 0
+    page = (tmp_path / "run/report.html").read_text()
+    assert "tiny-gpt2" in page
+    assert 'src="http' not in page
+    assert "<script" not in page
+
+
+def test_overlap_of_a_run_with_itself_is_complete(relp):
+    relp("score", "ioi", "--nodes", "head", "--pairs", 4, "-o", "run")
+    relp("circuit", "run", "--top-k", 5)
+    row = json.loads(relp("overlap", "run", "run", "--json").out)
+    assert (row["jaccard"], row["precision"], row["recall"], row["n"]) == (1, 1, 1, 5)
+    assert row["PCC of head scores"] == pytest.approx(1)
+    refused = relp("overlap", "run", "ioi_gpt2_small")
+    assert refused.code == 2
+    assert "gpt2 and tiny-gpt2" in refused.err
