@@ -52,21 +52,23 @@ def select(
     union:     a node is in if it passes for *any* example instead of on average (threshold and fraction only).
     from_layer: nodes of lower layers are never kept (an evaluation that excludes them counts none of them).
 
-    more:      for edge scores: greedy, prune (`edges.select.select_edges`).
+    more:      for edge scores: greedy, prune (`edges.select.select_edges`); for features: errors (`features.select`).
 
-    One NodeScores gives a Circuit of that kind, a mapping a mixed one (ranked together), EdgeScores an EdgeCircuit.
+    One NodeScores gives a Circuit of that kind, a mapping a mixed one (ranked together), EdgeScores an EdgeCircuit,
+    FeatureScores a FeatureCircuit.
     Raises: RelpError unless exactly one way of selecting is given and its value makes sense.
     """
     if not isinstance(scores, (NodeScores, Mapping)):
         scores = {scores.kind: scores}
-    kinds = {scores.kind: scores} if isinstance(scores, NodeScores) else dict(scores)
+    kinds: dict[str, Any] = {scores.kind: scores} if isinstance(scores, NodeScores) else dict(scores)
     how = {"threshold": threshold, "fraction": fraction, "top_k": top_k, "top_p": top_p}
     given = {k: v for k, v in how.items() if v is not None}
     shared: dict[str, Any] = {"sign": sign, "aggregate": aggregate, "union": union, "from_layer": from_layer}
-    if list(kinds) == ["edges"]:  # edges stand above this package; they know how to select themselves
-        return kinds["edges"].select(**given, **shared, **more)
+    for above in ("edges", "feature"):  # these stand above this package and know how to select themselves
+        if list(kinds) == [above]:
+            return kinds[above].select(**given, **shared, **more)
     if more:
-        raise RelpError(f"only edge circuits can be selected with {', '.join(more)}")
+        raise RelpError(f"only edge and feature circuits can be selected with {', '.join(more)}")
     if len({s.labels for s in kinds.values()}) != 1:
         raise RelpError("scores of different position axes cannot form one circuit")
     first = next(iter(kinds.values()))

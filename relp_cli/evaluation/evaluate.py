@@ -22,17 +22,22 @@ from relp_cli.edges.circuit import EdgeCircuit
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.ablation import Ablation
 from relp_cli.evaluation.edges import evaluate_edges
+from relp_cli.evaluation.features import evaluate_features
 from relp_cli.evaluation.ratios import Progress, Values, ratio_table, tau_of
+from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.models.model import Hook, Model
 from relp_cli.nodes.access import Activations, split, units
 from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
 from relp_cli.tasks.metrics import METRICS, Metric
 from relp_cli.tasks.pairs import PairBatch
 
+AnyCircuit = Circuit | EdgeCircuit | FeatureCircuit
+
+
 def evaluate(
     model: Model,
     pairs: Sequence[PairBatch],
-    circuit: Circuit | EdgeCircuit | Sequence[Circuit] | Sequence[EdgeCircuit],
+    circuit: AnyCircuit | Sequence[AnyCircuit],
     ablation: str = "mean",
     exclude_layers: int | None = None,
     metric: str | None = None,
@@ -41,6 +46,7 @@ def evaluate(
     bootstrap: int = 1000,
     corpus: Path | None = None,
     progress: Progress | None = None,
+    dictionary: Any = None,
 ) -> pd.DataFrame:
     """Evaluate one circuit, or a sweep of them that share ablation values and the F(M), F(∅) runs.
 
@@ -49,16 +55,20 @@ def evaluate(
     metric:          None: the one the circuit was found with, else logit_diff.
     corpus:          a text file, for the ablation of that name.
     random_circuits: also evaluate that many random circuits of the same size per circuit; adds `random_*` columns.
+    dictionary:      for feature circuits (`evaluation.features`), where it is not the one they were found with.
 
     Returns one row per circuit: n_nodes, n_possible, tau, faithfulness, completeness with `_lo`/`_hi` (95 % bootstrap),
     F_M, F_C, F_complement, F_empty, n_pairs, note. An ill-posed ratio (F(M) ≈ F(∅)) is NaN and says so in `note`.
     Raises: RelpError for circuits of another model, of another shape, or with positions that the pairs do not have.
     """
-    circuits = [circuit] if isinstance(circuit, Circuit | EdgeCircuit) else list(circuit)
+    circuits: list[Any] = [circuit] if isinstance(circuit, AnyCircuit) else list(circuit)
     if not circuits or not pairs:
         raise RelpError("nothing to evaluate: no circuit or no pairs")
     if isinstance(circuits[0], EdgeCircuit):
         return evaluate_edges(model, pairs, circuits, ablation, exclude_layers or 0, metric, seed, random_circuits, bootstrap, progress)
+    if isinstance(circuits[0], FeatureCircuit):
+        settings = (dictionary, ablation, exclude_layers, metric, seed, random_circuits, bootstrap, progress)
+        return evaluate_features(model, pairs, circuits, *settings)
     kinds = tuple(NODE_KINDS[kind] for kind in circuits[0].masks)
     exclude = model.shape.n_layers // 3 if exclude_layers is None else exclude_layers
     if not 0 <= exclude < model.shape.n_layers:

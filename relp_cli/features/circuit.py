@@ -1,0 +1,138 @@
+"""`FeatureCircuit`: which features and error terms are kept at each site, and one readable JSON file of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from relp_cli.errors import RelpError, RunFailed
+from relp_cli.features.sites import Site, parse_site
+from relp_cli.files import write_atomically
+
+SCHEMA = 1
+TYPE = "relp feature circuit"
+# Which error terms a circuit may have (paper section 5.2); the others are ablated always, in a circuit's complement too.
+ERRORS = {
+    "all": "error terms of all sites are nodes",
+    "residual": "those of attention and MLP are removed",
+    "none": "all error terms are removed",
+}
+
+
+@dataclass(frozen=True)
+class FeatureCircuit:
+    """A set of features and error terms.
+
+    features: site → Bool[pos, feature]; errors: site → Bool[pos]; True = in the circuit.
+    labels:   one label per position; ("*",) means that a node is in at every position or at none.
+    removed:  a row of ERRORS. Removed error terms are in no circuit and are not counted.
+    """
+
+    features: Mapping[Site, Bool[Tensor, "pos feature"]]
+    errors: Mapping[Site, Bool[Tensor, " pos"]]
+    labels: tuple[str, ...]
+    removed: str = "all"
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if tuple(self.features) != tuple(self.errors) or tuple(self.features) != tuple(sorted(self.features)):
+            raise RelpError("feature circuit: features and errors need the same sites, in the order of a forward pass")
+        for site, mask in self.features.items():
+            shapes = (mask.ndim, mask.shape[0], tuple(self.errors[site].shape), mask.dtype, self.errors[site].dtype)
+            if shapes != (2, len(self.labels), (len(self.labels),), torch.bool, torch.bool):
+                raise RelpError(
+                    f"feature circuit: {site.name} needs masks Bool[{len(self.labels)}, features] and Bool[pos]"
+                )
+            if not self.has_error(site) and self.errors[site].any():
+                raise RelpError(f"feature circuit: the error term of {site.name} is removed and cannot be in it")
+
+    def has_error(self, site: Site) -> bool:
+        """Whether the site's error terms are nodes at all."""
+        return self.removed == "all" or (self.removed == "residual" and site.kind not in ("attn", "mlp"))
+
+    def counted(self, exclude: int = 0) -> int:
+        """Nodes of the circuit at sites of layers ≥ `exclude` (the embedding counts as layer −1, in only if exclude is 0)."""
+        sites = counted_sites(tuple(self.features), exclude)
+        return sum(int(self.features[s].sum()) + int(self.errors[s].sum()) for s in sites)
+
+    def possible(self, exclude: int = 0) -> int:
+        """All nodes at those sites."""
+        sites = counted_sites(tuple(self.features), exclude)
+        return sum(self.features[s].numel() + (self.errors[s].numel() if self.has_error(s) else 0) for s in sites)
+
+    @property
+    def n_nodes(self) -> int:
+        return self.counted()
+
+    @property
+    def n_possible(self) -> int:
+        return self.possible()
+
+    def without_errors(self, removed: str) -> FeatureCircuit:
+        """The same circuit with fewer error terms: "residual" or "none" (a row of ERRORS)."""
+        left = replace(self, removed=removed, errors={s: torch.zeros_like(e) for s, e in self.errors.items()})
+        return replace(left, errors={s: e if left.has_error(s) else left.errors[s] for s, e in self.errors.items()})
+
+    def complement(self) -> FeatureCircuit:
+        errors = {s: ~e if self.has_error(s) else e for s, e in self.errors.items()}
+        return replace(self, features={s: ~f for s, f in self.features.items()}, errors=errors)
+
+    def random_like(self, seed: int, exclude: int = 0) -> FeatureCircuit:
+        """As many features and as many error terms, drawn uniformly from the counted sites."""
+        generator = torch.Generator().manual_seed(seed)
+        features, errors = dict(self.features), dict(self.errors)
+        sites = counted_sites(tuple(self.features), exclude)
+        for masks, chosen in ((features, sites), (errors, [s for s in sites if self.has_error(s)])):
+            flat = torch.cat([masks[s].flatten() for s in chosen]) if chosen else torch.zeros(0, dtype=torch.bool)
+            drawn = torch.zeros_like(flat)
+            drawn[torch.randperm(len(flat), generator=generator)[: int(flat.sum())]] = True
+            for site, part in zip(chosen, drawn.split([masks[s].numel() for s in chosen]), strict=True):
+                masks[site] = part.view(masks[site].shape)
+        return replace(self, features=features, errors=errors, meta={**self.meta, "method": "random circuit"})
+
+    def save(self, path: str | Path) -> None:
+        """One JSON file: per site how many features there are, the kept ones as columns, and the kept errors' positions."""
+        sites = {}
+        for site, mask in self.features.items():
+            pos, unit = mask.nonzero().T.tolist()
+            errors = self.errors[site].nonzero()[:, 0].tolist()
+            sites[site.name] = {"n_features": mask.shape[1], "pos": pos, "feature": unit, "error_pos": errors}
+        content = {"schema": SCHEMA, "type": TYPE, "meta": dict(self.meta), "labels": list(self.labels),
+                   "errors": self.removed, "n_nodes": self.n_nodes, "sites": sites}  # fmt: skip
+        write_atomically(Path(path), json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> FeatureCircuit:
+        """Read what `save` wrote. Raises RelpError for a file that is no feature circuit, RunFailed for one cut short."""
+        try:
+            content = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise RelpError(f"circuit file {path}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise RunFailed(f"circuit file {path} is not valid JSON ({error})") from error
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA or content.get("type") != TYPE:
+            raise RelpError(f"circuit file {path}: expected a {TYPE} (schema {SCHEMA})")
+        features, errors, labels = {}, {}, tuple(content["labels"])
+        for name, about in content["sites"].items():
+            site = parse_site(name)
+            if site is None:
+                raise RelpError(f"circuit file {path}: unknown site '{name}'")
+            features[site] = torch.zeros(len(labels), about["n_features"], dtype=torch.bool)
+            features[site][
+                torch.tensor(about["pos"], dtype=torch.long), torch.tensor(about["feature"], dtype=torch.long)
+            ] = True
+            errors[site] = torch.zeros(len(labels), dtype=torch.bool)
+            errors[site][torch.tensor(about["error_pos"], dtype=torch.long)] = True
+        return cls(features, errors, labels, content["errors"], content["meta"])
+
+
+def counted_sites(sites: tuple[Site, ...], exclude: int) -> list[Site]:
+    """Sites that an evaluation which excludes the first `exclude` layers ablates and counts."""
+    return [site for site in sites if exclude == 0 or site.layer >= exclude]

@@ -1,0 +1,77 @@
+"""Selecting a feature circuit from scores: features and error terms of all sites ranked together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relp_cli.circuits.circuit import ANY_POSITION, tensor_hash
+from relp_cli.circuits.select import KEPT_META, choose
+from relp_cli.errors import RelpError, unknown
+from relp_cli.features.circuit import ERRORS, FeatureCircuit, counted_sites
+from relp_cli.features.scores import FeatureScores
+from relp_cli.methods.scores import NodeScores
+
+
+def select_features(
+    scores: FeatureScores,
+    threshold: float | None = None,
+    *,
+    errors: str = "all",
+    sign: str = "absolute",
+    aggregate: str = "none",
+    union: bool = False,
+    from_layer: int = 0,
+    **how: Any,
+) -> FeatureCircuit:
+    """The features and error terms whose score passes; arguments as for `relp.select` (threshold, fraction, top_k, …), and
+
+    errors: "all", "residual" (error terms of attention and MLP are no nodes) or "none".
+
+    Raises: RelpError as `relp.select`; for `union`, since feature scores keep no single examples.
+    """
+    if errors not in ERRORS:
+        raise unknown("choice of error terms", errors, ERRORS)
+    if union:
+        raise RelpError("union over examples is not for features: their scores are not kept per example")
+    given = {k: v for k, v in {"threshold": threshold, **how}.items() if v is not None}
+    sites = counted_sites(scores.sites, from_layer)
+    empty = FeatureCircuit(
+        {s: torch.zeros(len(scores.labels), n, dtype=torch.bool) for s, n in zip(scores.sites, scores.sizes, strict=True)},
+        {s: torch.zeros(len(scores.labels), dtype=torch.bool) for s in scores.sites}, scores.labels, errors,
+    )  # fmt: skip
+    # One entry per site: choose() ranks any number of kinds together and takes layers along the first axis.
+    entries = {f"{s.name}/feature": _as_nodes(scores, scores.dense(s)) for s in sites}
+    entries |= {
+        f"{s.name}/error": _as_nodes(scores, scores.error_mean[scores.at(s)][:, None])
+        for s in sites
+        if empty.has_error(s)
+    }
+    masks, cut, _ = choose(entries, given, sign, aggregate, union)
+    width = 1 if aggregate == "sum" else len(scores.labels)
+    features = {s: masks[f"{s.name}/feature"][0] if s in sites else m[:width] for s, m in empty.features.items()}
+    kept = {
+        s: masks[f"{s.name}/error"][0, :, 0] if f"{s.name}/error" in masks else m[:width]
+        for s, m in empty.errors.items()
+    }
+    meta = {k: scores.meta[k] for k in (*KEPT_META, "dictionary", "dictionary_hash") if k in scores.meta}
+    meta["scores"] = tensor_hash(scores.index, scores.mean, scores.error_mean)
+    meta["selection"] = {
+        **given,
+        "tau": cut,
+        "sign": sign,
+        "aggregate": aggregate,
+        "from_layer": from_layer,
+        "errors": errors,
+    }
+    return FeatureCircuit(features, kept, ANY_POSITION if aggregate == "sum" else scores.labels, errors, meta)
+
+
+def _as_nodes(scores: FeatureScores, mean: Tensor) -> NodeScores:
+    """Float[pos, unit] as the scores of one layer."""
+    values = mean[None]
+    return NodeScores(
+        "feature", values, torch.zeros_like(values), scores.n, scores.labels, scores.axis, meta=scores.meta
+    )
