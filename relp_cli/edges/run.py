@@ -48,7 +48,8 @@ class _Hooks:
         self.model, self.graph, self.excluded, self.ablated = model, graph, excluded, ablated
         self.cut = excluded.any(0).any(0).tolist()  # per reader
         self.recorder = Recorder(model)
-        self.deltas = torch.empty(0)
+        self.rows = torch.empty(0)  # row 0: a reader's stream, then the writers' differences
+        self.out = torch.empty(0)
         self.formed = 0
         self.new: dict[str, Tensor] = {}
 
@@ -67,37 +68,40 @@ class _Hooks:
         return hooks
 
     def _begin(self, value: Tensor) -> None:
-        self.deltas = value.new_empty(len(self.graph.writers), *value.shape)
+        self.rows = value.new_empty(1 + len(self.graph.writers), *value.shape)
+        self.out = value.new_empty(self.graph.n_heads, *value.shape)
         self.formed = 0
 
-    def _form(self, upto: int) -> Tensor:
-        """Differences of the first `upto` writers, which have all written by now."""
-        norm = self.model.component("blocks.0.ln1")
+    def _form(self, upto: int) -> None:
+        """Form the differences of the first `upto` writers, which have all written by now."""
+        norm, deltas = self.model.component("blocks.0.ln1"), self.rows[1:]
         while self.formed < upto:
             layer, within = divmod(self.formed - 1, self.graph.n_heads + 1)
             if self.formed == 0:
                 rows = slice(0, 1)
-                self.deltas[0] = centre(norm, self.ablated.input - self.recorder.input)
+                deltas[0] = centre(norm, self.ablated.input - self.recorder.input)
             elif within == 0:
                 rows = self.graph.heads_of(layer)
                 change = self.ablated.heads[layer] - self.recorder.heads(layer)
-                out = heads_out(self.model, layer, change, self.deltas[rows])
+                out = heads_out(self.model, layer, change, deltas[rows])
                 if not norm.uses_rms_norm:
                     out -= out.mean(-1, keepdim=True)
             else:
                 rows = slice(self.formed, self.formed + 1)
-                self.deltas[rows] = centre(norm, self.ablated.mlps[layer] - self.recorder.mlp(layer))
+                deltas[rows] = centre(norm, self.ablated.mlps[layer] - self.recorder.mlp(layer))
             self.formed = rows.stop
-        return self.deltas[:upto]
 
     def _changes(self, readers: slice, upto: int, x: Tensor) -> Float[Tensor, "reader batch pos d_model"]:
-        """x plus the changes at some readers' inputs."""
-        deltas = self._form(upto)
-        weights = self.excluded[:, :upto, readers].to(deltas.dtype)
+        """x plus the changes at some readers' inputs, valid until the next call."""
+        self._form(upto)
+        self.rows[0] = x
+        rows, out = self.rows[: 1 + upto], self.out[: readers.stop - readers.start]
+        cut = self.excluded[:, :upto, readers].to(x.dtype)
+        weights = torch.cat([torch.ones_like(cut[:, :1]), cut], 1)
         if len(weights) == 1:
-            flat = torch.addmm(x.reshape(1, -1), weights[0].T, deltas.flatten(1))
-            return flat.unflatten(1, x.shape)
-        return x + torch.einsum("pur,ubpd->rbpd", weights, deltas)
+            torch.mm(weights[0].T, rows.flatten(1), out=out.flatten(1))
+            return out
+        return out.copy_(torch.einsum("pur,ubpd->rbpd", weights, rows))
 
     def _heads(self, layer: int) -> Hook:
         readers, heads = self.graph.readers_of(layer), self.graph.n_heads
@@ -120,4 +124,4 @@ class _Hooks:
 
     def _stream(self, reader: int, layer: int, what: str) -> Hook:
         upto = self.graph.written_before(layer, what)
-        return lambda value: self._changes(slice(reader, reader + 1), upto, value)[0]
+        return lambda value: self._changes(slice(reader, reader + 1), upto, value)[0].clone()
