@@ -14,9 +14,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from relp_cli.circuits.circuit import ANY_POSITION, Circuit
 from relp_cli.circuits.select import select
 from relp_cli.errors import RelpError
-from relp_cli.evaluation.ratios import ratio_row
 from relp_cli.evaluation.ablation import ABLATIONS, Ablation
 from relp_cli.evaluation.evaluate import evaluate
+from relp_cli.evaluation.ratios import ratio_row
 from relp_cli.models.load import wrap
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.tasks.pairs import PairBatch
