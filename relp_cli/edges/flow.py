@@ -1,0 +1,61 @@
+"""Information-flow routes (Ferrando & Voita 2024), as a baseline: how much of a reader's input each writer makes up.
+
+Per position, with y the reader's input and z_u what u wrote to it: proximity(u) = max(0, ‖y‖₁ − ‖z_u − y‖₁), divided by the
+sum over all writers. An edge's score is the mean over positions (the last one only for the logits). Unsigned, one forward
+pass over the original; no patch prompt, no metric. The paper's routes are `select(…, greedy=True, threshold=τ)`.
+A head's q, k and v read the same stream and score alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from relp_cli.edges.gradients import Products
+from relp_cli.edges.setup import EdgeResult, EdgeSetup, Progress
+from relp_cli.methods.table import Params
+from relp_cli.models.model import Hook
+
+
+def information_flow(setups: Sequence[EdgeSetup], params: Params, progress: Progress | None) -> Iterator[EdgeResult]:  # noqa: ARG001
+    """1 forward pass for all edges."""
+    for setup in setups:
+        yield EdgeResult(_scores(setup))
+
+
+def _scores(setup: EdgeSetup) -> Tensor:
+    graph, batch = setup.graph, setup.base.batch
+    layers = range(graph.n_layers)
+    streams: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Hook:
+        return lambda value: streams.__setitem__(name, value)
+
+    names = [f"blocks.{n}.{norm}.hook_in" for n in layers for norm in ("ln1", "ln2")] + ["ln_final.hook_in"]
+    with setup.model.hooks([(name, keep(name)) for name in names]):
+        run = setup.run()
+    out = run.input.new_zeros(len(setup), batch.n_pos, *graph.mask.shape)
+    products = Products(setup.model, graph, run)
+    for rows in products.parts:
+        outputs = products.deltas(rows)
+        for layer in layers:
+            columns = graph.readers_of(layer)
+            heads = _shares(outputs[: graph.written_before(layer, "attention")], streams[f"blocks.{layer}.ln1.hook_in"][rows])
+            out[rows, :, : heads.shape[-1], columns.start : columns.stop - 1] = heads[..., None]
+            mlp = _shares(outputs[: graph.written_before(layer, "mlp")], streams[f"blocks.{layer}.ln2.hook_in"][rows])
+            out[rows, :, : mlp.shape[-1], columns.stop - 1] = mlp
+        out[rows, -1, :, -1] = _shares(outputs, streams["ln_final.hook_in"][rows])[:, -1]
+    if setup.positions:
+        return setup.to_slots(out)
+    mean = out.mean(1)
+    mean[..., -1] = out[:, -1, :, -1]
+    return mean
+
+
+def _shares(outputs: Tensor, stream: Tensor) -> Tensor:
+    """Float[batch, pos, writer]: normalised proximities."""
+    whole = stream.abs().sum(-1)
+    near = torch.stack([(whole - (z - stream).abs().sum(-1)).clamp(min=0) for z in outputs], -1)
+    return near / near.sum(-1, keepdim=True).clamp_min(torch.finfo(near.dtype).tiny)
