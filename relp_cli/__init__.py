@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from relp_cli.errors import RelpError as RelpError
     from relp_cli.evaluation.compare import compare as compare
     from relp_cli.evaluation.evaluate import evaluate as evaluate
+    from relp_cli.evaluation.nodes import applied as applied
     from relp_cli.methods.score import score as score
     from relp_cli.methods.scores import Scores as Scores
     from relp_cli.models.load import load_model as load_model
@@ -33,6 +34,7 @@ _WHERE = {
     "PairBatch": "tasks.pairs",
     "PromptPair": "tasks.pairs",
     "RelpError": "errors",
+    "applied": "evaluation.nodes",
     "Scores": "methods.scores",
     "compare": "evaluation.compare",
     "evaluate": "evaluation.evaluate",

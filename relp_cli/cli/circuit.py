@@ -27,6 +27,9 @@ def command(
     confirm: Annotated[
         float | None, typer.Option(help="--verify keeps |exact effect| > this (default: the selection's τ).")
     ] = None,
+    resamples: Annotated[
+        int, typer.Option("--stability", help="Select again from that many bootstrap resamples of the pairs.")
+    ] = 0,
     device: DeviceOption = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: circuit.json in the run.")] = None,
     json: JsonFlag = False,
@@ -41,9 +44,13 @@ def command(
     run_dir, _, scores = open_run(run)
     kinds = comma(nodes) if nodes else tuple(scores)
     chosen = {kind: scores[kind] for kind in kinds}
-    circuit = select(
-        chosen, threshold, fraction=fraction, top_k=top_k, top_p=top_p, sign=sign, aggregate=aggregate, union=union
-    )
+    how = {"threshold": threshold, "fraction": fraction, "top_k": top_k, "top_p": top_p}
+    circuit = select(chosen, **how, sign=sign, aggregate=aggregate, union=union)
+    if resamples:
+        from relp_cli.evaluation.overlap import stability
+
+        mean, _ = stability(chosen, resamples, **how, sign=sign, aggregate=aggregate, union=union)
+        note(f"stability: mean Jaccard overlap with {resamples} circuits from resampled pairs: {mean:.3f}")
     if verify:
         from relp_cli.runs.verifying import verify_circuit
 

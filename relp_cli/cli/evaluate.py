@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from relp_cli.cli.common import DeviceOption, DryRunFlag, JsonFlag, log, note, print_json, progress
+from relp_cli.cli.common import DeviceOption, DryRunFlag, JsonFlag, log, note, out, print_json, progress
 
 
 def command(
@@ -17,7 +17,13 @@ def command(
         typer.Option(help="log:1e-4:1:15 (thresholds), or counts:1,10,100. Default: circuit.json, else log:1e-4:1:15."),
     ] = None,
     circuit: Annotated[Path | None, typer.Option(help="Evaluate this circuit file instead.")] = None,
-    ablation: Annotated[str, typer.Option(help="mean, mean_task, zero, counterfactual or resample.")] = "mean",
+    ablation: Annotated[
+        str, typer.Option(help="mean, mean_task, zero, counterfactual, resample or corpus.")
+    ] = "mean",
+    corpus: Annotated[Path | None, typer.Option(help="A text file, for --ablation corpus.")] = None,
+    minimality: Annotated[
+        bool, typer.Option("--minimality", help="Also drop the circuit's nodes one by one (minimality.csv).")
+    ] = False,
     exclude_layers: Annotated[
         int | None, typer.Option(help="First layers left unablated (default: a third; 0: none).")
     ] = None,
@@ -51,7 +57,7 @@ def command(
     with progress() as bar:
         path, table, notes = evaluate_run(
             Path(target), sweep=sweep, circuit=circuit, ablation=ablation, exclude_layers=exclude_layers, metric=metric,
-            pairs=pairs, seed=seed, random_circuits=random, device=device, progress=bar,
+            pairs=pairs, seed=seed, random_circuits=random, device=device, corpus=corpus, progress=bar,
         )  # fmt: skip
     for line in notes:
         note(line)
@@ -65,3 +71,12 @@ def command(
     )
     show_evaluation(table, title)
     log.print(str(path), highlight=False)
+    if minimality:
+        from relp_cli.report.tables import show
+        from relp_cli.runs.evaluating import minimality_of_run
+
+        with progress() as bar:
+            path, losses = minimality_of_run(Path(target), circuit, ablation, exclude_layers, pairs, seed, device, bar)
+        useless = int((losses.loss <= 0).sum())
+        show(losses.head(20), out, f"dropping one node: {useless} of {len(losses)} nodes could go at no loss")
+        log.print(str(path), highlight=False)

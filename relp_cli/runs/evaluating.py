@@ -14,6 +14,7 @@ from relp_cli.circuits.select import select
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.areas import MIB_FRACTIONS
 from relp_cli.evaluation.evaluate import evaluate
+from relp_cli.evaluation.nodes import minimality
 from relp_cli.files import write_atomically
 from relp_cli.methods.score import Progress
 from relp_cli.methods.scores import NodeScores
@@ -122,3 +123,25 @@ def evaluate_run(
     out = run.path / "evaluation.csv"
     write_atomically(out, table.to_csv(index=False))
     return out, table, prepared.notes
+
+
+def minimality_of_run(
+    path: Path,
+    circuit: Path | None,
+    ablation: str,
+    exclude_layers: int | None,
+    pairs: int,
+    seed: int,
+    device: str | None,
+    progress: Progress | None = None,
+) -> tuple[Path, pd.DataFrame]:
+    """Drop the nodes of a run's circuit one by one on held-out pairs and write minimality.csv into the run."""
+    run, spec, _ = open_run(path)
+    file = circuit or run.circuit
+    prepared = prepare(held_out(spec, pairs, seed), Session(device), at_most=True)
+    table = minimality(
+        prepared.model, prepared.pairs, Circuit.load(file), ablation, exclude_layers, prepared.metric, seed, progress
+    )
+    out = run.path / "minimality.csv"
+    write_atomically(out, table.to_csv(index=False))
+    return out, table
