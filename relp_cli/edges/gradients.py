@@ -196,7 +196,7 @@ class Products:
 
     def scores(self, at: Readers, writers: slice = slice(None)) -> Tensor:
         """Float[batch, writer, reader], or per position Float[batch, pos, writer, reader]; only rows `writers`, others 0."""
-        graph, (batch, pos, d) = self.graph, self.delta.input.shape
+        graph, (batch, pos) = self.graph, self.delta.input.shape[:2]
         first, stop, _ = writers.indices(len(graph.writers))
         out = self.delta.input.new_zeros(batch, *([pos] if self.positions else []), *graph.mask.shape)
         for rows in self.parts:

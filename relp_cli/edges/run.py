@@ -120,7 +120,7 @@ class _Hooks:
         return hook
 
     def _new(self, part: str) -> Hook:
-        return lambda value: self.new.get(part)
+        return lambda _: self.new.get(part)
 
     def _stream(self, reader: int, layer: int, what: str) -> Hook:
         upto = self.graph.written_before(layer, what)

@@ -81,14 +81,15 @@ def score_edges(
         "method": method, "params": parsed.model_dump(mode="json"), "positions": positions, "signed": row.signed,
         "rules": result.applied, "metric": metric, "direction": direction, "baseline": baseline, "model": model.name,
         "revision": model.revision, "family": model.family.name, "dtype": str(model.dtype).removeprefix("torch."),
-        "n_pairs": len(total), "axis": axis, "n_edges": graph.n_edges,
+        "n_pairs": len(total), "axis": axis, "n_edges": graph.n_edges, "d_model": model.shape.d_model,
         "forwards_per_pair": round(passes.forward / len(total) * mean_size, 3),
         "backwards_per_pair": round(passes.backward / len(total) * mean_size, 3),
         "seconds": round(time.perf_counter() - started, 3),
         "mean_metric": torch.cat(original).mean().item(), "mean_abs_metric": torch.cat(original).abs().mean().item(),
         **result.meta,
     }  # fmt: skip
-    return Scores({KIND: total.finish(axis, meta)}, meta)
+    kinds: dict[str, Any] = {KIND: total.finish(axis, meta)}
+    return Scores(kinds, meta)
 
 
 def edge_methods() -> list[str]:

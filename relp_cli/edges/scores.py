@@ -25,7 +25,8 @@ class EdgeScores:
                     were kept (variance unbiased; NaN where n = 1). 0 where there is no edge.
     n:              Int[1] or Int[pos], how many examples.
     labels:         ("*",) or one label per position; axis: "all", "position" or "role" (see NodeScores).
-    examples:       Float[example, pos | 1, edge] with edges in row-major order of the mask, or None; present: Bool[example, pos | 1].
+    examples:       Float[example, pos | 1, edge], edges in row-major order of the mask, or None.
+    present:        Bool[example, pos | 1], where `examples` is defined.
     """
 
     graph: Graph

@@ -52,7 +52,7 @@ def select_edges(
         kept = _greedy(graph, strengths[KIND][0], given, cut)
     mask = torch.zeros(len(kept), *graph.mask.shape, dtype=torch.bool)
     mask[:, graph.mask] = kept
-    meta = {k: scores.meta[k] for k in (*KEPT_META, "positions") if k in scores.meta}
+    meta = {k: scores.meta[k] for k in (*KEPT_META, "positions", "d_model") if k in scores.meta}
     meta["scores"] = tensor_hash(scores.mean)
     meta["selection"] = {
         **given, "tau": cut, "sign": sign, "aggregate": aggregate, "union": union, "from_layer": from_layer, "greedy": greedy,

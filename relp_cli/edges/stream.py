@@ -133,7 +133,7 @@ def ungrouped(model: Model) -> Iterator[None]:
     def repeat(value: Tensor) -> Tensor:
         return value.unflatten(-1, (shape.n_kv_heads, -1)).repeat_interleave(size, dim=-2).flatten(-2)
 
-    points = [(f"blocks.{n}.attn.{part}.hook_out", repeat) for n in range(shape.n_layers) for part in "kv"]
+    points: list[tuple[str, Hook]] = [(f"blocks.{n}.attn.{part}.hook_out", repeat) for n in range(shape.n_layers) for part in "kv"]
     try:
         for part in parts:
             part.num_key_value_groups = 1
@@ -211,6 +211,7 @@ def mean_written(runs: Iterable[tuple[Written, Int[Tensor, " pos"]]], n_labels: 
             total = run.map(lambda t: t.new_zeros(n_labels, t.shape[-1], dtype=torch.float64))
         counts.index_add_(0, index, counts.new_full((len(index),), len(run.input)))
         total.zip(lambda t, value, i=index: t.index_add_(0, i, value.double().sum(0)), run)  # type: ignore[misc]
-    assert total is not None and counts is not None  # callers refuse an empty list of prompts
+    assert total is not None, "callers refuse an empty list of prompts"
+    assert counts is not None
     seen = counts[:, None]
     return total.map(lambda t: (t / seen).to(dtype))

@@ -65,7 +65,9 @@ def evaluate(
     if not circuits or not pairs:
         raise RelpError("nothing to evaluate: no circuit or no pairs")
     if isinstance(circuits[0], EdgeCircuit):
-        return evaluate_edges(model, pairs, circuits, ablation, exclude_layers or 0, metric, seed, random_circuits, bootstrap, progress)
+        return evaluate_edges(
+            model, pairs, circuits, ablation, exclude_layers or 0, metric, seed, random_circuits, bootstrap, progress
+        )
     if isinstance(circuits[0], FeatureCircuit):
         settings = (dictionary, ablation, exclude_layers, metric, seed, random_circuits, bootstrap, progress)
         return evaluate_features(model, pairs, circuits, *settings)
@@ -125,14 +127,18 @@ class Runs:
         batch_size: int = 32,
     ) -> None:
         self.model, self.metric, self.kinds, self.exclude = model, metric, kinds, exclude
-        self.chunks = [(chunk.to(model.device), batch) for batch in pairs for chunk in batch.split(batch_size)]
+        self.chunks = [
+            (chunk.to(model.device), batch, number, i * batch_size)
+            for number, batch in enumerate(pairs)
+            for i, chunk in enumerate(batch.split(batch_size))
+        ]
         self.ablation = ablation
 
     @torch.no_grad()
     def all(self, circuits: Sequence[Circuit], progress: Progress | None) -> Values:
         values = Values(len(circuits))
-        for done, (chunk, donors) in enumerate(self.chunks):
-            ablated = self.ablation.values(self.model, chunk, donors, done)
+        for done, (chunk, donors, number, start) in enumerate(self.chunks):
+            ablated = self.ablation.values(self.model, chunk, donors, number, start)
             logits = self.model.logits(chunk.original)
             values.add("full", 0, self.metric.fn(logits, chunk.answer, chunk.foil, logits))
             nothing = {k.name: False for k in self.kinds}

@@ -1,0 +1,137 @@
+"""Reading and writing the circuit files of EAP-IG (Hanna et al. 2024), which MIB's evaluator reads: `.json` and `.pt`.
+
+JSON: `cfg` (n_layers, n_heads, parallel_attn_mlp, d_model), `nodes` name → {in_graph}, `edges` name → {score, in_graph}.
+`.pt`: `cfg`, `src_nodes`, `dst_nodes`, and the matrices `edges_scores`, `edges_in_graph` [writer, reader], `nodes_in_graph`.
+Names, orders and the sign for patching (clean run, corrupted values: our noising) are the same there as here; a file's scores
+have the sign of the metric that its author used.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relp_cli.circuits.circuit import ANY_POSITION
+from relp_cli.edges.circuit import EdgeCircuit, read_json
+from relp_cli.edges.graph import Graph
+from relp_cli.edges.scores import EdgeScores
+from relp_cli.errors import RelpError, RunFailed
+from relp_cli.files import write_atomically
+from relp_cli.models.model import Model
+
+PT_KEYS = ("cfg", "edges_scores", "edges_in_graph")
+
+
+def export_circuit(path: str | Path, d_model: int, circuit: EdgeCircuit | None = None, scores: EdgeScores | None = None) -> None:
+    """Write a `.json` or `.pt` file. Without a circuit no edge is in (MIB selects by score); without scores kept edges
+    have score 1 and others 0.
+
+    Raises: RelpError for scores or circuits per position (the format has none), two graphs, or another suffix.
+    """
+    given = circuit or scores
+    if given is None:
+        raise RelpError("nothing to export: neither a circuit nor scores")
+    if given.labels != ANY_POSITION or (scores is not None and scores.labels != ANY_POSITION):
+        raise RelpError("EAP-IG's files know no positions; score with positions=sum, or select with aggregate=sum")
+    graph = given.graph
+    if scores is not None and scores.graph != graph:
+        raise RelpError("the circuit and the scores to export are of different graphs")
+    kept = torch.zeros_like(graph.mask) if circuit is None else circuit.mask[0]
+    values = kept.double() if scores is None else scores.mean.double()
+    cfg = {
+        "n_layers": graph.n_layers, "n_heads": graph.n_heads, "parallel_attn_mlp": graph.parallel, "d_model": d_model,
+        "post_norm": graph.post_norm,
+    }  # fmt: skip
+    write_atomically(Path(path), _content(Path(path), graph, cfg, kept, values))
+
+
+def _content(path: Path, graph: Graph, cfg: dict[str, Any], kept: Tensor, values: Tensor) -> bytes | str:
+    nodes = kept.any(1)  # a node is in where it writes along a kept edge
+    if path.suffix == ".json":
+        named = {name: {"in_graph": bool(i)} for name, i in zip(graph.writers, nodes, strict=True)}
+        at = graph.mask.nonzero().tolist()
+        edges = {graph.name(u, v): {"score": values[u, v].item(), "in_graph": bool(kept[u, v])} for u, v in at}
+        return json.dumps({"cfg": cfg, "nodes": named | {"logits": {"in_graph": True}}, "edges": edges})
+    if path.suffix == ".pt":
+        content = {
+            "cfg": cfg, "src_nodes": list(graph.writers), "dst_nodes": list(graph.readers),
+            "edges_scores": values.float(), "edges_in_graph": kept, "nodes_in_graph": nodes,
+        }  # fmt: skip
+        stream = io.BytesIO()
+        torch.save(content, stream)
+        return stream.getvalue()
+    raise RelpError(f"circuit file {path}: expected a name that ends in .json or .pt")
+
+
+def import_circuit(path: str | Path, model: Model | None = None) -> tuple[EdgeCircuit, EdgeScores]:
+    """The circuit (edges that are in) and the scores of a `.json` or `.pt` file; `.pt` is read with weights_only.
+
+    model: whose graph the file must have. Raises: RelpError for what is no such file, another graph, or circuits of
+    neurons; RunFailed for a file cut short.
+    """
+    file = Path(path)
+    if file.suffix not in (".json", ".pt"):
+        raise RelpError(f"circuit file {path}: expected a name that ends in .json or .pt")
+    try:
+        cfg, kept, values = _from_json(file) if file.suffix == ".json" else _from_pt(file)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise RelpError(f"circuit file {path}: not a circuit file of EAP-IG ({type(error).__name__}: {error})") from error
+    graph = _graph(cfg)
+    if model is not None:
+        theirs = Graph.of(model.shape)
+        if replace(graph, post_norm=theirs.post_norm) != theirs:
+            raise RelpError(f"circuit file {path}: its graph ({graph.n_layers} layers of {graph.n_heads} heads"
+                            f"{', parallel' if graph.parallel else ''}) is not that of {model.name}")  # fmt: skip
+        graph = theirs
+    meta = {"method": "imported", "file": file.name, "d_model": cfg.get("d_model")}
+    if kept.shape != graph.mask.shape or values.shape != graph.mask.shape:
+        raise RelpError(f"circuit file {path}: matrices {list(values.shape)} for a graph of {list(graph.mask.shape)}")
+    circuit = EdgeCircuit(graph, (kept & graph.mask)[None], meta=meta)
+    mean = torch.where(graph.mask, values.double(), 0.0)
+    unknown_variance = torch.where(graph.mask, torch.nan, torch.zeros_like(mean))
+    return circuit, EdgeScores(graph, mean, unknown_variance, torch.ones(1, dtype=torch.long), meta=meta)
+
+
+def _graph(cfg: Any) -> Graph:
+    return Graph(int(cfg["n_layers"]), int(cfg["n_heads"]), bool(cfg["parallel_attn_mlp"]), bool(cfg.get("post_norm")))
+
+
+def _from_json(path: Path) -> tuple[dict[str, Any], Tensor, Tensor]:
+    content = read_json(path)
+    graph = _graph(content["cfg"])
+    if any(isinstance(node, dict) and not all(node.get("neurons") or [True]) for node in content["nodes"].values()):
+        raise RelpError(f"circuit file {path}: it is a circuit of neurons; only edges can be read")
+    kept, values = torch.zeros_like(graph.mask), torch.zeros(graph.mask.shape, dtype=torch.float64)
+    for name, edge in content["edges"].items():
+        writer, _, reader = name.partition("->")
+        at = graph.writer(writer), graph.reader(reader)
+        kept[at], values[at] = bool(edge["in_graph"]), float(edge["score"])
+    return content["cfg"], kept, values
+
+
+def _from_pt(path: Path) -> tuple[dict[str, Any], Tensor, Tensor]:
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except OSError as error:
+        raise RelpError(f"circuit file {path}: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        raise RelpError(f"circuit file {path}: it holds more than tensors and plain values; not read") from error
+    except (RuntimeError, EOFError) as error:
+        raise RunFailed(f"circuit file {path} cannot be read ({str(error).splitlines()[0][:120]})") from error
+    missing = [key for key in PT_KEYS if key not in content]
+    if missing:
+        raise RelpError(f"circuit file {path}: expected keys {', '.join(PT_KEYS)}; missing {', '.join(missing)}")
+    graph, neurons = _graph(content["cfg"]), content.get("neurons_in_graph")
+    if neurons is not None and not neurons.bool().all():
+        raise RelpError(f"circuit file {path}: it is a circuit of neurons; only edges can be read")
+    for key, names in (("src_nodes", graph.writers), ("dst_nodes", graph.readers)):
+        if key in content and tuple(content[key]) != names:
+            raise RelpError(f"circuit file {path}: its {key} are not in the order of EAP-IG's graph")
+    return content["cfg"], content["edges_in_graph"].bool(), content["edges_scores"]
