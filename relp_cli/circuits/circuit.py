@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -86,7 +87,7 @@ class Circuit:
         content = {
             "schema": SCHEMA,
             "type": "relp node circuit",
-            "meta": dict(self.meta),
+            "meta": _finite(dict(self.meta)),
             "labels": list(self.labels),
             "n_nodes": self.n_nodes,
             "nodes": kinds,
@@ -102,7 +103,7 @@ class Circuit:
             raise RelpError(f"circuit file {path}: {error.strerror or error}") from error
         except ValueError as error:
             raise RunFailed(f"circuit file {path} is not valid JSON ({error})") from error
-        if not isinstance(content, dict) or content.get("schema") != SCHEMA or "nodes" not in content:
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA or not {"nodes", "labels", "meta"} <= set(content):
             raise RelpError(f"circuit file {path}: expected a relp node circuit (schema {SCHEMA})")
         masks = {}
         for kind, columns in content["nodes"].items():
@@ -115,7 +116,17 @@ class Circuit:
                     f"circuit file {path}: {kind} needs a shape and columns {', '.join(axes)} of equal length within it"
                 ) from error
             masks[kind] = mask
+        selection = content["meta"].get("selection", {})
+        if isinstance(selection.get("tau"), str):
+            selection["tau"] = float(selection["tau"])
         return cls(masks, tuple(content["labels"]), content["meta"])
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: τ = inf is written "inf"."""
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def tensor_hash(*tensors: Tensor) -> str:

@@ -65,10 +65,12 @@ class Ablation:
             means = mean_activations(model, pairs, kinds, prompt=prompt)
         return cls(name, tuple(kinds), means, seed)
 
-    def values(self, model: Model, batch: PairBatch, donors: PairBatch, index: int) -> Activations | None:
+    def values(
+        self, model: Model, batch: PairBatch, donors: PairBatch, number: int = 0, start: int = 0
+    ) -> Activations | None:
         """Values for one batch: kind → layer → Float[pos, width] or Float[batch, pos, width]; None for zero.
 
-        donors: all pairs of this batch's length (resampling draws from them); index: which batch this is (seeds the draw).
+        donors: all pairs of this batch's length, of which it is the rows from `start`; number: which length (seeds the draw).
         """
         if self.name == "zero":
             return None
@@ -79,7 +81,8 @@ class Ablation:
         tokens = batch.patch
         if self.name == "resample":
             assert donors.patch is not None
-            tokens = donors.patch[_others(donors, batch, self.seed + 1000 * index)].to(model.device)
+            drawn = _others(donors, self.seed + 1000 * number)[start : start + len(batch)]
+            tokens = donors.patch[drawn].to(model.device)
         assert tokens is not None
         return activations(model, tokens, self.kinds)
 
@@ -103,12 +106,11 @@ def read_corpus(model: Model, path: Path) -> list[PairBatch]:
     return [PairBatch(torch.tensor([ids]), None, nothing, nothing, ("token",) * len(ids)) for ids in rows]
 
 
-def _others(donors: PairBatch, batch: PairBatch, seed: int) -> Tensor:
-    """For each pair of the batch, the row of a donor whose patch prompt is another one's, where there is one."""
-    generator = torch.Generator().manual_seed(seed)
+def _others(donors: PairBatch, seed: int) -> Tensor:
+    """For each pair, the row of another one with a different patch prompt; drawn for all pairs of a length at once, so that
+    the draw does not depend on how they are batched."""
     assert donors.patch is not None
-    assert batch.patch is not None
-    different = (donors.patch.cpu()[None] != batch.patch.cpu()[:, None]).any(-1)  # [batch, donor]
+    different = (donors.patch[None] != donors.patch[:, None]).any(-1).float().cpu()  # [pair, donor]
     if not different.any(-1).all():
         raise RelpError("ablation 'resample' needs at least two different patch prompts of every token length")
-    return torch.multinomial(different.float(), 1, generator=generator)[:, 0]
+    return torch.multinomial(different, 1, generator=torch.Generator().manual_seed(seed))[:, 0]

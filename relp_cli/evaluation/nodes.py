@@ -90,7 +90,7 @@ def applied(
     runs = Runs(
         model, METRICS["logit_diff"], kinds, exclude_layers, [batch], Ablation.prepare(model, donors, ablation, kinds)
     )
-    values = runs.ablation.values(model, batch, batch, 0)
+    values = runs.ablation.values(model, batch, batch)
     masks = {kind: at_batch(mask, circuit.labels, batch) for kind, mask in circuit.masks.items()}
     with torch.no_grad(), model.hooks(runs.hooks(masks, values)):
         yield model

@@ -119,7 +119,7 @@ def _prepared(f: Fixture) -> Any:
         circuit = Circuit.from_mask("mlp_neuron", mask)
         ablation = Ablation.prepare(f.model, [f.batch], "mean", [kind])
         runs = Runs(f.model, METRICS["logit_diff"], (kind,), 0, [f.batch], ablation)
-        values, full = ablation.values(f.model, f.batch, f.batch, 0), f.model.logits(f.batch.original)
+        values, full = ablation.values(f.model, f.batch, f.batch), f.model.logits(f.batch.original)
         _cache[id(f)] = (runs, dict(circuit.masks), values, full)
     return _cache[id(f)]
 
