@@ -1,0 +1,82 @@
+"""relp diagnose TASK"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from relp_cli.cli.common import DeviceOption, DtypeOption, JsonFlag, note, out, print_json, progress
+
+
+def command(
+    task: Annotated[str, typer.Argument(help="A shipped task (relp ls tasks), a task YAML, or a file of pairs.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Embedded name, local folder, or hub name.")] = "tiny-gpt2",
+    method: Annotated[str, typer.Option(help="What to diagnose: atp, atp_star, relp, relp+two_point, ig_inputs.")] = "atp",
+    pairs: Annotated[int, typer.Option(help="How many prompt pairs.")] = 40,
+    seed: Annotated[int, typer.Option(help="Draws the pairs and the control nodes.")] = 0,
+    split: Annotated[str, typer.Option(help="discovery, heldout or all.")] = "discovery",
+    metric: Annotated[str | None, typer.Option(help="Default: the task's.")] = None,
+    direction: Annotated[str, typer.Option(help="noising or denoising.")] = "noising",
+    top: Annotated[int, typer.Option(help="Suspects, and controls, to patch exactly per node kind.")] = 10,
+    show: Annotated[int, typer.Option(help="Rows to print per table.")] = 12,
+    thorough: Annotated[bool, typer.Option(help="Try ig_activations too (passes per layer and node kind).")] = False,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Where and why a gradient method fails on a task, checked by exact patching, and which method to use instead.
+
+    Example: relp diagnose ioi --model tiny-gpt2
+    """
+    from relp_cli.runs.checked import score_spec
+
+    spec = score_spec(
+        task=task, model=model, pairs=pairs, seed=seed, split=split, metric=metric, direction=direction, dtype=dtype
+    )  # fmt: skip
+    from relp_cli.evaluation.diagnose import diagnose
+    from relp_cli.runs.scoring import Session, prepare
+
+    prepared = prepare(spec, Session(device))
+    with progress() as bar:
+        found = diagnose(
+            prepared.model, prepared.pairs, prepared.metric, direction, method, top, seed=seed, thorough=thorough, progress=bar
+        )  # fmt: skip
+    for line in prepared.notes:
+        note(line)
+    tables = _tables(found, show)
+    if json:
+        rows = {name: table.to_dict("records") for name, (_, table) in tables.items()}
+        about = {"task": prepared.task.name, "model": prepared.model.name, "direction": direction, "metric": prepared.metric}
+        print_json(about | {"recommended": found.recommended, "summary": found.summary, "floor": found.floor} | rows)
+        return
+    from relp_cli.report.tables import show as print_table
+
+    where = f"{prepared.task.name}, {prepared.model.name}, {direction}, {prepared.metric}, {spec.pairs} pairs"
+    out.print(f"{method} on {where}", highlight=False)
+    for title, table in tables.values():
+        if len(table):
+            print_table(table, out, title)
+    for line in found.summary:
+        out.print(f"• {line}", highlight=False)
+
+
+def _tables(found: Any, show: int) -> dict[str, tuple[str, Any]]:
+    """Name → title and the rows to print."""
+    suspects = found.suspects[found.suspects.exact.notna()].head(show)
+    place = ["kind", "layer", "position", "unit", "reason"]
+    estimates = [m for m in found.methods.method if m in suspects]
+    attention = found.attention[found.attention[["moved", "moved_by_query"]].max(axis=1) > 0.1].nlargest(show, "max_run")
+    cancelling = found.cancelling.nlargest(show, "offset")
+    cancelling = cancelling[cancelling.offset > 0.1 * found.floor]
+    columns = ["kind", "layer", "position", "direct", "indirect", "total", "offset", "share", "main", "opponent"]
+    return {
+        "suspects": (
+            f"do not trust {found.cheap} here: the strongest suspects, patched exactly (exact) ({len(found.suspects)} in all)",
+            suspects[[*place, *estimates, "exact"]],
+        ),
+        "attention": ("attention: the most saturated patterns that the patch moves (moved: share of attention)", attention),
+        "cancelling": ("cancellation: components whose parts offset each other (offset: how much cancels)", cancelling[columns]),
+        "gradient": ("gradient norm along the path run → source, relative to its mean", found.gradient),
+        "methods": ("methods on the patched nodes: Σ|estimate − exact| / Σ|exact| [95 % bootstrap over nodes]", found.methods),
+    }  # fmt: skip

@@ -1,0 +1,184 @@
+"""The three ways in which a gradient misjudges a node (AtP*, EAP-IG), measured on a model and its prompt pairs.
+
+saturation     attention patterns where the softmax is flat, though the source's pattern is another one
+cancellation   components whose direct effect and effects through later layers offset each other
+flat gradients the metric's gradient at the run against its size along the straight path to the source
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from relp_cli.methods.atp_star import SCORES, layer_drop_gradients, moved_scores
+from relp_cli.methods.core import differences, products
+from relp_cli.methods.path import Path, along
+from relp_cli.methods.score import Running, position_axis
+from relp_cli.methods.scores import NodeScores
+from relp_cli.methods.setup import Setup
+from relp_cli.models.model import Model
+from relp_cli.nodes.kinds import NODE_KINDS
+from relp_cli.tasks.metrics import METRICS
+from relp_cli.tasks.pairs import PairBatch
+
+CHUNK_TOKENS = 16384
+WRITERS = ("attn_out", "mlp_out")
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """Per layer, query role and head, means over pairs, all Float64[layer, pos, head].
+
+    entropy_*: of the attention pattern in nats; max_*: its largest probability; on the run and on the source.
+    moved: ½ Σ|P_source − P_run|, the share of attention that the patch prompt moves; moved_by_query: the same where only
+    the source's query is put into the run, which is what patching a query node does.
+    """
+
+    entropy_run: Tensor
+    entropy_source: Tensor
+    max_run: Tensor
+    max_source: Tensor
+    moved: Tensor
+    moved_by_query: Tensor
+
+
+@dataclass(frozen=True)
+class Cancellation:
+    """Per component (attn_out or mlp_out), all [layer, pos], means over pairs.
+
+    total: δ·gradient. direct: the same with all layers held constant (residual and final norm only).
+    The parts of a component are its direct effect and, for each later layer (for attention: its own, through the MLP,
+    too), what goes through it: total − δ·gradient with that layer held constant; some paths go through several.
+    offset: E[min(Σ positive parts, −Σ negative parts)], what cancels. share: 2·offset / E[Σ |parts|]: 0 nothing, 1 all.
+    main, opponent: the part of the largest size and the largest of the other sign: a layer, DIRECT, or NONE.
+    """
+
+    direct: Tensor
+    total: Tensor
+    offset: Tensor
+    share: Tensor
+    main: Tensor
+    opponent: Tensor
+
+
+DIRECT, NONE = -1, -2
+
+
+@dataclass(frozen=True)
+class FlatGradients:
+    """Gradient norms along the path of embeddings from run (α = 0) to source (α = 1).
+
+    alphas: Float[point]; norms: Float64[point, layer, pair] of ∂L/∂resid_pre, all positions; metric: L, [point, pair].
+    """
+
+    alphas: np.ndarray
+    norms: Tensor
+    metric: Tensor
+
+    @property
+    def relative(self) -> Tensor:
+        """Norm at the run ÷ mean norm along the path: Float64[layer, pair]; ≪ 1 where the run lies in a flat region."""
+        return self.norms[0] / self.norms.mean(0).clamp_min(1e-300)
+
+
+def setups(
+    model: Model, pairs: Sequence[PairBatch], metric: str, direction: str, kinds: Sequence[str], size: int = 32
+) -> Iterator[Setup]:
+    """The pairs in chunks, ready for scoring."""
+    for chunk in (c.to(model.device) for b in pairs for c in b.split(size)):
+        yield Setup(model, chunk, METRICS[metric], tuple(NODE_KINDS[k] for k in kinds), direction)  # type: ignore[arg-type]
+
+
+def saturation(model: Model, pairs: Sequence[PairBatch], metric: str, direction: str) -> Saturation:
+    """3 forward passes."""
+    names = ("entropy_run", "entropy_source", "max_run", "max_source", "moved", "moved_by_query")
+    means = _Means(model, pairs, dict.fromkeys(names, "query"))
+    for setup in setups(model, pairs, metric, direction, ("query", "key")):
+        setup = replace(setup, kinds=(*setup.kinds, SCORES))
+        at_run, at_source = setup.run_activations(), setup.source_activations()
+        by_query = moved_scores(setup, "query", at_source, at_run)
+        run, source, moved = (
+            torch.stack(scores, 1).float().softmax(-1).transpose(2, 3)  # [batch, layer, query, head, key]
+            for scores in (at_run[SCORES.name], at_source[SCORES.name], by_query)
+        )
+        entropy = [-torch.xlogy(p, p).sum(-1) for p in (run, source)]
+        shares = [0.5 * (p - run).abs().sum(-1) for p in (source, moved)]
+        for name, value in zip(names, (*entropy, run.amax(-1), source.amax(-1), *shares), strict=True):
+            means.add(name, setup, value, average=True)
+    return Saturation(**{name: means.finish(name).mean for name in names})
+
+
+def cancellation(model: Model, pairs: Sequence[PairBatch], metric: str, direction: str) -> dict[str, Cancellation]:
+    """2 forward + (layers + 2) backward passes; kind → Cancellation."""
+    n = model.shape.n_layers
+    every = frozenset(range(n))
+    names = ("direct", "total", "offset", "size", *map(str, range(n)))
+    means = {kind: _Means(model, pairs, dict.fromkeys(names, kind)) for kind in WRITERS}
+    for setup in setups(model, pairs, metric, direction, WRITERS):
+        source = setup.source_activations()
+        runs = layer_drop_gradients(setup, [frozenset(), every, *(frozenset([layer]) for layer in range(n))])
+        deltas = differences(source, runs[0].values)
+        total, direct, *without = (products(setup, deltas, at.grads) for at in runs)
+        for kind in WRITERS:
+            parts = torch.stack([direct[kind], *(total[kind] - w[kind] for w in without)])
+            up, down = parts.clamp_min(0).sum(0), -parts.clamp_max(0).sum(0)
+            values = (direct[kind], total[kind], torch.minimum(up, down), up + down, *parts[1:])
+            for name, value in zip(names, values, strict=True):
+                means[kind].add(name, setup, value)
+    return {kind: _cancelled({name: means[kind].finish(name).mean for name in names}, n) for kind in WRITERS}
+
+
+def _cancelled(at: dict[str, Tensor], n_layers: int) -> Cancellation:
+    parts = torch.stack([at["direct"], *(at[str(layer)] for layer in range(n_layers))])  # [part, layer, pos]
+    main = parts.abs().max(0)
+    against = (-parts * parts.gather(0, main.indices[None])[0].sign()).max(0)
+    none = torch.full_like(main.indices, NONE)
+    return Cancellation(
+        direct=at["direct"],
+        total=at["total"],
+        offset=at["offset"],
+        share=2 * at["offset"] / at["size"].clamp_min(1e-300),
+        main=torch.where(main.values > 0, main.indices + DIRECT, none),
+        opponent=torch.where(against.values > 0, against.indices + DIRECT, none),
+    )
+
+
+def flat_gradients(
+    model: Model, pairs: Sequence[PairBatch], metric: str, direction: str, points: int = 11
+) -> FlatGradients:
+    """`points` forward + backward passes, and 2 forward."""
+    alphas = np.linspace(0, 1, points)
+    norms, values = [], []
+    for setup in setups(model, pairs, metric, direction, ("resid_pre",)):
+        path = Path.of(setup)
+        here_norms, here_values = [], []
+        for part, at in along(setup, path, alphas, CHUNK_TOKENS):
+            size = (part.stop - part.start, -1)
+            here_norms.append(torch.stack([g.flatten(1).norm(dim=-1).unflatten(0, size) for g in at.grads["resid_pre"]], 1))
+            here_values.append(at.metric.unflatten(0, size))
+        norms.append(torch.cat(here_norms).double().cpu())
+        values.append(torch.cat(here_values).double().cpu())
+    return FlatGradients(alphas, torch.cat(norms, -1), torch.cat(values, -1))
+
+
+class _Means:
+    """Means over pairs of several quantities on the common position axis."""
+
+    def __init__(self, model: Model, pairs: Sequence[PairBatch], names: dict[str, str]) -> None:
+        self.axis, labels = position_axis(pairs)
+        total = sum(len(b) for b in pairs)
+        self.running = {name: Running(model, NODE_KINDS[kind], labels, total, keep=False) for name, kind in names.items()}
+
+    def add(self, name: str, setup: Setup, value: Tensor, average: bool = False) -> None:
+        """value: Float[batch, layer, pos or slot, *unit]; average: over positions that share a label (else as it is)."""
+        if average:
+            counts = torch.bincount(setup.slots, minlength=len(setup.labels)).to(value)
+            value = setup.to_slots(value) / counts.view(1, 1, -1, *[1] * (value.ndim - 3))
+        self.running[name].add(value, setup.labels)
+
+    def finish(self, name: str) -> NodeScores:
+        return self.running[name].finish(self.axis, {})
