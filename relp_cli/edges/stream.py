@@ -133,7 +133,8 @@ def ungrouped(model: Model) -> Iterator[None]:
     def repeat(value: Tensor) -> Tensor:
         return value.unflatten(-1, (shape.n_kv_heads, -1)).repeat_interleave(size, dim=-2).flatten(-2)
 
-    points: list[tuple[str, Hook]] = [(f"blocks.{n}.attn.{part}.hook_out", repeat) for n in range(shape.n_layers) for part in "kv"]
+    layers = range(shape.n_layers)
+    points: list[tuple[str, Hook]] = [(f"blocks.{n}.attn.{part}.hook_out", repeat) for n in layers for part in "kv"]
     try:
         for part in parts:
             part.num_key_value_groups = 1
