@@ -59,6 +59,7 @@ def curves_figure(
             about += [kind_title(str(names["kind"]))] if "kind" in names else []
             row[0].set_title(" · ".join(about) or "faithfulness", loc="left", fontweight="bold")
             row[1].set_title(_protocol(rows), loc="right", fontsize=8, color=theme.soft)
+            row[0].set_xlabel(row[0].get_xlabel() + _costs(rows, by))
         _curves_legend(figure, table, colors, faint, theme)
     return figure
 
@@ -167,6 +168,18 @@ def _protocol(rows: pd.DataFrame) -> str:
     if (layers := only("exclude_layers")) is not None and layers > 0:
         parts.append("layer 0 not evaluated" if layers == 1 else f"layers 0–{layers - 1} not evaluated")
     return ", ".join(parts)
+
+
+def _costs(rows: pd.DataFrame, by: str) -> str:
+    """A line per value of `by`: passes per pair and seconds of its scores, where the table has them."""
+    if not {"forwards_per_pair", "backwards_per_pair", "seconds"} <= set(rows.columns):
+        return ""
+    means = rows.groupby(by, sort=False)[["forwards_per_pair", "backwards_per_pair", "seconds"]].mean()
+    return "".join(
+        f"\n{name}: {c.forwards_per_pair:.0f} forward, {c.backwards_per_pair:.0f} backward passes, {c.seconds:.1f} s"
+        for name, c in means.iterrows()
+        if c.notna().all()
+    )
 
 
 def _curves_legend(figure: Figure, table: pd.DataFrame, colors: Mapping[str, str], faint: str, theme: Theme) -> None:

@@ -13,6 +13,7 @@ KIND_TITLES = {
     "resid_pre": "residual", "attn_out": "attention", "mlp_out": "MLP", "head": "heads", "mlp_neuron": "MLP neurons",
     "query": "queries", "key": "keys", "value": "values", "attn_dim": "attention dimensions",
     "mlp_dim": "MLP dimensions", "resid_dim": "residual dimensions", "feature": "features",
+    "feature_no_attn_mlp_errors": "features without attention/MLP errors", "feature_no_errors": "features without errors",
 }  # fmt: skip
 # What else than task, model, method and kind tells two rows of one table apart (job grids).
 MORE_KEYS = ("direction", "metric", "ablation", "seed")

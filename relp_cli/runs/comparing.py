@@ -114,7 +114,7 @@ def _scores(
     spec: ScoreSpec, method: str, prepared: Prepared, session: Session, folder: Path, progress: Progress | None
 ) -> Scores:
     one = spec.model_copy(update={"method": method})
-    run_folder = default_folder(one, digest_of(one, prepared), folder / "scores")
+    run_folder = default_folder(one, digest_of(one, prepared, session), folder / "scores")
     return score_run(one, session, run_folder, progress)[1]
 
 

@@ -15,9 +15,9 @@ from relp_cli.errors import RelpError
 from relp_cli.evaluation.areas import MIB_FRACTIONS
 from relp_cli.evaluation.evaluate import evaluate
 from relp_cli.evaluation.nodes import minimality
+from relp_cli.features.scores import FeatureScores
 from relp_cli.files import write_atomically
 from relp_cli.methods.score import Progress
-from relp_cli.methods.scores import NodeScores
 from relp_cli.runs.scoring import Session, open_run, prepare
 from relp_cli.runs.spec import ScoreSpec
 
@@ -58,16 +58,14 @@ def sweep_points(text: str) -> list[dict[str, float]]:
     )
 
 
-def circuits_of(scores: Mapping[str, NodeScores], sweep: str, from_layer: int = 0) -> list[Circuit]:
+def circuits_of(scores: Mapping[str, Any], sweep: str, from_layer: int = 0, **more: Any) -> list[Any]:
     """One circuit per point of a sweep over the nodes of layers ≥ `from_layer`.
 
+    more: what `select` takes besides, for features.
     Counts beyond the nodes that have a score (the candidates of a re-scoring; all nodes otherwise) mean all of these.
     """
     points = sweep_points(sweep)
-    scored = sum(
-        int((s.mean[from_layer:] != 0).sum()) if "n_candidates" in s.meta else s.mean[from_layer:].numel()
-        for s in scores.values()
-    )
+    scored = sum(_scored(s, from_layer, **more) for s in scores.values())
     if not points[0]:
         counts = np.unique(np.geomspace(1, max(scored, 1), len(points)).round().astype(int))
         points = [{"top_k": int(c)} for c in counts]
@@ -75,7 +73,15 @@ def circuits_of(scores: Mapping[str, NodeScores], sweep: str, from_layer: int = 
         points = [{"top_k": max(1, round(p["of"] * scored))} for p in points]
     if "top_k" in points[0]:
         points = [{"top_k": k} for k in dict.fromkeys(min(int(p["top_k"]), scored) for p in points)]
-    return [select(scores, from_layer=from_layer, **p) for p in points]  # type: ignore[arg-type]
+    return [select(scores, from_layer=from_layer, **p, **more) for p in points]  # type: ignore[arg-type]
+
+
+def _scored(scores: Any, from_layer: int, errors: str = "all") -> int:
+    """How many nodes of layers ≥ `from_layer` a sweep over counts goes up to."""
+    if isinstance(scores, FeatureScores):  # most features are active in no prompt; those that are not 0
+        return select(scores, threshold=0.0, from_layer=from_layer, errors=errors).n_nodes
+    upper = scores.mean[from_layer:]
+    return int((upper != 0).sum()) if "n_candidates" in scores.meta else upper.numel()
 
 
 def held_out(spec: ScoreSpec, pairs: int, seed: int, metric: str | None = None) -> ScoreSpec:

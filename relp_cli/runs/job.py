@@ -20,7 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from relp_cli.config.load import load_config
 from relp_cli.config.paths import find_config
 from relp_cli.errors import RelpError
+from relp_cli.features.kinds import FEATURE_KINDS, SCORED, scored_as
 from relp_cli.runs.spec import ScoreSpec
+
+COSTS = ("forwards_per_pair", "backwards_per_pair", "seconds")  # of a cell's scores, beside every point of its curve
 
 
 class _Strict(BaseModel):
@@ -64,6 +67,7 @@ class JobSpec(_Strict):
     evaluate: EvaluateSpec | None = None
     agreement: AgreementSpec | None = None
     exact_candidates: int | None = Field(default=None, ge=1)
+    dictionary: str | None = None
     published: Literal["table5", "figure3"] | None = None
 
     @model_validator(mode="after")
@@ -73,6 +77,15 @@ class JobSpec(_Strict):
         for axis in ("tasks", "models", "methods", "kinds", "directions", "seeds"):
             if not getattr(self, axis):
                 raise ValueError(f"`{axis}` is empty: the grid has no cells")
+        features = [kind for kind in self.kinds if kind in FEATURE_KINDS]
+        if features and self.dictionary is None:
+            raise ValueError(
+                f"kind {features[0]} needs `dictionary:`, a folder of sparse autoencoders or a shipped name"
+            )
+        if features and self.agreement:
+            raise ValueError(
+                f"`agreement:` is not for {features[0]}; its exact patching is `relp score --method act_patch`"
+            )
         return self
 
 
@@ -105,7 +118,7 @@ def load_job(name_or_path: str, overrides: list[str]) -> JobSpec:
     """A shipped job ("table5_tiny") or a YAML path, with `key=value` overrides. Raises RelpError, naming file and key."""
     job = load_config(find_config("jobs", name_or_path), JobSpec, overrides)
     for method, kind in itertools.product(job.methods, job.kinds):
-        ScoreSpec(task="x", method=method, nodes=(kind,))  # unknown names are found before anything runs
+        ScoreSpec(task="x", method=method, nodes=(scored_as(kind),))  # unknown names are found before anything runs
     unknown = sorted(set(job.params) - {m.partition("+")[0] for m in job.methods} - set(job.methods))
     if unknown:
         raise RelpError(f"{name_or_path}: params: '{unknown[0]}' is not among the job's methods {list(job.methods)}")
@@ -118,13 +131,16 @@ def cells(job: JobSpec) -> list[Cell]:
     return [Cell(g, m, k) for g in groups for m in job.methods for k in job.kinds]
 
 
-def score_spec_of(job: JobSpec, group: Group, method: str) -> ScoreSpec:
-    """The scoring run of one method in one group, for all of the job's node kinds at once."""
+def score_spec_of(job: JobSpec, group: Group, method: str, feature: bool = False) -> ScoreSpec:
+    """The scoring run of one method in one group, for all of the job's node kinds at once, or (feature) for features."""
+    kinds = tuple(kind for kind in job.kinds if kind not in FEATURE_KINDS)
+    feature = feature or not kinds
+    params = job.params.get(method, job.params.get(method.partition("+")[0], {}))
     return ScoreSpec(
-        task=group.task, model=group.model, method=method, nodes=job.kinds, pairs=job.pairs, seed=group.seed,
-        metric=job.metric, direction=group.direction, only_correct=job.only_correct, dtype=job.dtype,
+        task=group.task, model=group.model, method=method, nodes=(SCORED,) if feature else kinds, pairs=job.pairs,
+        seed=group.seed, metric=job.metric, direction=group.direction, only_correct=job.only_correct, dtype=job.dtype,
         keep_examples=True if job.agreement else None,
-        params=job.params.get(method, job.params.get(method.partition("+")[0], {})),
+        params={**params, "dictionary": job.dictionary} if feature else params,
     )  # fmt: skip
 
 
@@ -133,7 +149,7 @@ def cell_hash(job: JobSpec, cell: Cell, **identity: str) -> str:
     settings = job.model_dump(mode="json", include={"evaluate", "agreement", "exact_candidates"})
     related = sorted(job.methods) if job.exact_candidates else []  # candidates come from the job's cheap methods
     content = {
-        "score": score_spec_of(job, cell.group, cell.method).model_dump(mode="json"),
+        "score": score_spec_of(job, cell.group, cell.method, cell.kind in FEATURE_KINDS).model_dump(mode="json"),
         "kind": cell.kind,
         "settings": settings,
         "related": related,

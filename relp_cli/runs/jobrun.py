@@ -16,12 +16,13 @@ from relp_cli.errors import RelpError
 from relp_cli.evaluation.compare import run_comparison
 from relp_cli.evaluation.evaluate import evaluate
 from relp_cli.evaluation.verify import rescore
+from relp_cli.features.kinds import FEATURE_KINDS, SCORED, scored_as
 from relp_cli.files import check_writable, write_atomically
 from relp_cli.methods.scores import Scores
 from relp_cli.methods.table import METHODS
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.runs.evaluating import circuits_of, held_out
-from relp_cli.runs.job import Cell, Group, JobSpec, cell_hash, cells, read_cell, score_spec_of
+from relp_cli.runs.job import COSTS, Cell, Group, JobSpec, cell_hash, cells, read_cell, score_spec_of
 from relp_cli.runs.rundir import provenance
 from relp_cli.runs.scoring import Prepared, Session, default_folder, digest_of, prepare, score_run
 
@@ -53,13 +54,18 @@ class GroupRun:
     def identity(self) -> dict[str, str]:
         """What the names in a cell stand for; part of its hash."""
         p = self.prepared()
-        return {"task_hash": p.task.hash, "revision": p.model.revision, "metric": p.metric, "relp": __version__}
+        names = {"task_hash": p.task.hash, "revision": p.model.revision, "metric": p.metric, "relp": __version__}
+        where = self.job.dictionary
+        return names | ({"dictionary": self.session.dictionaries(where, p.model).digest} if where else {})
 
     def scores(self, method: str, kind: str) -> Scores:
         """Scores of one method. Exact patching of neurons and dimensions re-scores the cheap methods' candidates only."""
-        if method == "act_patch" and self.job.exact_candidates and NODE_KINDS[kind].split == "unit":
+        if kind in FEATURE_KINDS:
+            return self._scored(method, [SCORED])
+        if self._by_candidates(method, kind):
             return self._candidates(kind)
-        return self._scored(method, [k for k in self.job.kinds if not self._by_candidates(method, k)])
+        nodes = [k for k in self.job.kinds if k not in FEATURE_KINDS]
+        return self._scored(method, [k for k in nodes if not self._by_candidates(method, k)])
 
     def _by_candidates(self, method: str, kind: str) -> bool:
         return bool(method == "act_patch" and self.job.exact_candidates and NODE_KINDS[kind].split == "unit")
@@ -67,8 +73,10 @@ class GroupRun:
     def _scored(self, method: str, kinds: Sequence[str]) -> Scores:
         key = f"{method}/{','.join(kinds)}"
         if key not in self._scores:
-            spec = score_spec_of(self.job, self.group, method).model_copy(update={"nodes": tuple(kinds)})
-            folder = default_folder(spec, digest_of(spec, self.prepared()), self.folder / "scores")
+            spec = score_spec_of(self.job, self.group, method, SCORED in kinds).model_copy(
+                update={"nodes": tuple(kinds)}
+            )
+            folder = default_folder(spec, digest_of(spec, self.prepared(), self.session), self.folder / "scores")
             self._scores[key] = score_run(spec, self.session, folder)[1]
         return self._scores[key]
 
@@ -111,12 +119,20 @@ class GroupRun:
         options, held = self.job.evaluate, self.prepared("heldout")
         layers = held.model.shape.n_layers
         exclude = layers // 3 if options.exclude_layers is None else options.exclude_layers
-        circuits = circuits_of({cell.kind: mine[cell.kind]}, options.sweep, exclude)
+        kind, more, where = scored_as(cell.kind), {}, None
+        if kind == SCORED:
+            assert self.job.dictionary is not None
+            more, where = (
+                {"errors": FEATURE_KINDS[cell.kind]},
+                self.session.dictionaries(self.job.dictionary, held.model),
+            )
+        circuits = circuits_of({kind: mine[kind]}, options.sweep, exclude, **more)
         table = evaluate(
             held.model, held.pairs, circuits, options.ablation, exclude, held.metric, cell.group.seed,
-            options.random_circuits,
+            options.random_circuits, dictionary=where,
         )  # fmt: skip
-        return table.to_dict("records")  # type: ignore[return-value]
+        costs = {name: mine.meta[name] for name in COSTS if name in mine.meta}
+        return table.assign(**costs).to_dict("records")  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from relp_cli import __version__
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.behaviour import Behaviour, behaviour, keep_correct
+from relp_cli.features.load import Dictionaries, load_dictionaries
 from relp_cli.files import check_writable
 from relp_cli.methods.score import Progress, score
 from relp_cli.methods.scores import Scores
@@ -30,11 +31,19 @@ class Session:
     device: str | None = None
     models: dict[tuple[str, str], Model] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
+    saes: dict[tuple[str, str, str], Dictionaries] = field(default_factory=dict)
 
     def model(self, name: str, dtype: str = "float32") -> Model:
         if (name, dtype) not in self.models:
             self.models[name, dtype] = load_model(name, dtype=dtype, device=self.device)
         return self.models[name, dtype]
+
+    def dictionaries(self, path: str, model: Model) -> Dictionaries:
+        """The sparse autoencoders of a folder, or shipped ones, for a model."""
+        key = (path, model.name, str(model.dtype))
+        if key not in self.saes:
+            self.saes[key] = load_dictionaries(path, model)
+        return self.saes[key]
 
     def task(self, name: str) -> Task:
         if name not in self.tasks:
@@ -86,9 +95,15 @@ def prepare(spec: ScoreSpec, session: Session, at_most: bool = False) -> Prepare
     return Prepared(model, task, pairs, metric, seen, tuple(notes))
 
 
-def digest_of(spec: ScoreSpec, prepared: Prepared) -> str:
+def digest_of(spec: ScoreSpec, prepared: Prepared, session: Session) -> str:
+    where = spec.params.get("dictionary")
+    more = {"dictionary_hash": session.dictionaries(where, prepared.model).digest} if where else {}
     return spec.digest(
-        task_hash=prepared.task.hash, revision=prepared.model.revision, metric_used=prepared.metric, relp=__version__
+        **more,
+        task_hash=prepared.task.hash,
+        revision=prepared.model.revision,
+        metric_used=prepared.metric,
+        relp=__version__,
     )
 
 
@@ -110,13 +125,16 @@ def score_run(
     Raises: RelpError for bad input (before anything is written), RunFailed where writing fails.
     """
     prepared = prepare(spec, session)
-    digest = digest_of(spec, prepared)
+    digest = digest_of(spec, prepared, session)
     run = RunDir(folder or default_folder(spec, digest))
     if on_ready:
         on_ready(prepared)
     if run.is_done(digest):
         return run, Scores.load(run.scores), True
     check_writable(run.path)
+    params = dict(spec.params)
+    if "dictionary" in params:
+        params["dictionary"] = session.dictionaries(params["dictionary"], prepared.model)
     scores = score(
         prepared.model,
         prepared.pairs,
@@ -128,7 +146,7 @@ def score_run(
         spec.batch_size,
         spec.keep_examples,
         progress,
-        **spec.params,
+        **params,
     )
     scores = with_meta(scores, prepared, spec, digest)
     scores.save(run.scores)

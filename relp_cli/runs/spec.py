@@ -43,7 +43,7 @@ class ScoreSpec(BaseModel):
     @field_validator("nodes")
     @classmethod
     def _known_nodes(cls, nodes: tuple[str, ...]) -> tuple[str, ...]:
-        if nodes != ("edges",):
+        if nodes not in (("edges",), ("feature",)):
             for name in nodes:
                 NODE_KINDS[name]
         return nodes

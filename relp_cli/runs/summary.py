@@ -7,11 +7,12 @@ from typing import Any
 
 import pandas as pd
 
+from relp_cli.features.kinds import FEATURE_KINDS
 from relp_cli.files import write_atomically
 from relp_cli.report.figures import agreement_bars, faithfulness_curves
 from relp_cli.report.published import beside
 from relp_cli.report.tables import table5, write_table
-from relp_cli.runs.job import JobSpec
+from relp_cli.runs.job import COSTS, JobSpec
 
 Tables = list[tuple[str, pd.DataFrame]]
 
@@ -63,6 +64,11 @@ def _evaluation(job: JobSpec, rows: pd.DataFrame, folder: Path) -> tuple[list[Pa
         for end in ("png", "pdf"):
             files.append(folder / f"{stem}.{end}")
             faithfulness_curves(chosen, files[-1])
+    for model, chosen in rows.groupby("model", sort=False):
+        if any(kind in FEATURE_KINDS for kind in chosen.kind):  # Figure 3: features and neurons below each other
+            for end in ("png", "pdf"):
+                files.append(folder / f"figure3-{Path(str(model)).name}.{end}")
+                faithfulness_curves(chosen, files[-1])
     areas = areas_of(rows)
     for end in ("csv", "md", "tex"):
         files.append(folder / f"summary.{end}")
@@ -86,6 +92,7 @@ def areas_of(rows: pd.DataFrame) -> pd.DataFrame:
         out.append(
             dict(zip(keys, key, strict=True))
             | {"CPR": cpr, "CMD": cmd, "nodes for F ≥ .5": int(reached.min()) if len(reached) else float("nan")}
+            | {name: float(chosen[name].iloc[0]) for name in COSTS if name in chosen.columns}
             | {"n_possible": int(chosen.n_possible.iloc[0]), "n_pairs": int(chosen.n_pairs.iloc[0])}
         )
     return pd.DataFrame(out)
