@@ -21,7 +21,7 @@ CASES = {
     "unknown parameter": (["score", "ioi", "--set", "step=3"], "has no parameter 'step'"),
     "malformed set": (["score", "ioi", "--set", "steps"], "--set expects name=value"),
     "direction": (["score", "ioi", "--direction", "noise"], "did you mean 'noising'?"),
-    "too many pairs": (["score", "ioi", "--pairs", "9999999"], "9999999 were asked"),
+    "too many pairs": (["score", "sva_simple", "--pairs", "9999999"], "9999999 were asked"),
     "no pairs": (["score", "ioi", "--pairs", "0"], "greater than or equal to 1"),
     "dtype": (["score", "ioi", "--dtype", "float23"], "unknown dtype 'float23'"),
     "no such model folder": (["score", "ioi", "-m", "./nowhere"], "does not exist"),
