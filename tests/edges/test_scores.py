@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import pytest
@@ -15,7 +16,7 @@ from relp_cli.errors import RelpError
 from relp_cli.methods.scores import Scores
 from tests.oracles import edges as oracle
 from tests.oracles.forward import embed
-from tests.oracles.make import SHAPES
+from tests.oracles.make import SHAPES, exact_float64
 from tests.oracles.scores import pick
 from tests.oracles.wrapped import Case, case, close, hook_count, pairs, run
 
@@ -231,10 +232,35 @@ def test_roles_align_prompts_of_different_lengths() -> None:
     close(summed.mean, (3 * parts[0].mean + 2 * parts[1].mean) / 5)
 
 
-def test_bridge_tool_agrees() -> None:
-    """TransformerLens's own edge attribution on token ids (denoising form: gradient at the corrupt prompt, towards clean)."""
-    tool = pytest.importorskip("transformer_lens.tools.analysis.attribution_patching")
-    assert hasattr(tool, "attribution_patch")
+@pytest.mark.parametrize("shape", ["gpt2", "pythia", "pythia-serial"])
+def test_the_bridges_own_edge_attribution_agrees(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TransformerLens: gradient at `corrupt`, towards `clean`; no grouped-query attention, no post-norms."""
+    from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, attribution_patch
+
+    c = case(shape)
+    got, parts = score(c, "eap", positions="keep"), {"q_input": "q", "k_input": "k", "v_input": "v"}
+
+    def name(node) -> str:
+        plain = {"embed": "input", "mlp_out": f"m{node.layer}", "mlp_in": f"m{node.layer}", "logits": "logits"}
+        head = f"a{node.layer}.h{node.head}"
+        return plain.get(node.kind) or (head if node.kind == "attn_head_out" else f"{head}<{parts[node.kind]}>")
+
+    table = next(p for n, p in c.model.hf.named_parameters() if "embed_in" in n or "wte" in n)
+    monkeypatch.setattr(table, "requires_grad", True)  # the tool needs a graph
+    for i in range(2):
+        answer, foil = int(c.batch.answer[i, 0]), int(c.batch.foil[i, 0])
+        with exact_float64(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = attribution_patch(
+                c.model.bridge, c.batch.patch[i : i + 1], c.batch.original[i : i + 1],
+                lambda logits, a=answer, f=foil: logits[0, -1, a] - logits[0, -1, f],
+                EdgeAttributionConfig(granularity="edge"),
+            )  # fmt: skip
+        index = {n: j for j, n in enumerate(got.edge_names())}
+        theirs = torch.zeros(c.batch.n_pos, len(index), dtype=torch.float64)
+        for (writer, reader), value in result.edge_scores.items():
+            theirs[writer.position, index[f"{name(writer)}->{name(reader)}"]] += value
+        close(got.examples[i], theirs, 1e-6)
 
 
 def test_gpt2_small_has_32491_edges_and_the_orders_of_eap_ig() -> None:
