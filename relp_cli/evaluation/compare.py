@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pandas as pd
+import torch
+from torch import Tensor
 
 from relp_cli.evaluation.agreement import agreement
 from relp_cli.methods.score import COMPONENTS, Progress, score
-from relp_cli.methods.scores import Scores
+from relp_cli.methods.scores import NodeScores, Scores
 from relp_cli.models.model import Model
 from relp_cli.tasks.pairs import PairBatch
 
@@ -47,16 +49,18 @@ def run_comparison(
     """Score with every method and with the reference, and say how well they agree, per node kind.
 
     scores: results that exist already (method → Scores); only the missing ones are computed.
+    All methods are compared on the pairs that each of them scored (`relp+auto` sets pairs aside to choose its rules on).
     """
     done = dict(scores or {})
     for method in dict.fromkeys([reference, *methods]):
         if method not in done:
             done[method] = score(model, pairs, method, nodes, metric, direction, keep_examples=True, progress=progress)
+    compared = _on_common_pairs(done)
     rows = []
     for method in methods:
         unsigned = not done[method].meta["signed"]
         for kind in nodes:
-            result = agreement(done[method][kind], done[reference][kind], top_k, bootstrap, seed, unsigned)
+            result = agreement(compared[method][kind], compared[reference][kind], top_k, bootstrap, seed, unsigned)
             cost = done[method].meta
             rows.append(
                 {"model": model.name, "method": method, "kind": kind, **asdict(result)}
@@ -64,3 +68,32 @@ def run_comparison(
                 | {"direction": direction, "metric": metric}
             )
     return Comparison(pd.DataFrame(rows), done)
+
+
+def _on_common_pairs(done: Mapping[str, Scores]) -> dict[str, Mapping[str, NodeScores]]:
+    """Method → kind → scores over the pairs that every method has; the same objects where that is all of them."""
+    out: dict[str, dict[str, NodeScores]] = {method: dict(scores) for method, scores in done.items()}
+    for kind in next(iter(out.values())):
+        masks = [scores[kind].present for scores in out.values()]
+        present = [m.any(-1) for m in masks if m is not None]
+        if len(present) < len(masks) or len({len(m) for m in present}) > 1:
+            continue  # nothing kept per pair, or other pairs: `agreement` says what is wrong
+        common = torch.stack(present).all(0)
+        if not common.all():
+            for scores in out.values():
+                scores[kind] = _among(scores[kind], common)
+    return dict(out)
+
+
+def _among(scores: NodeScores, rows: Tensor) -> NodeScores:
+    """The same scores over some of their pairs."""
+    assert scores.examples is not None
+    assert scores.present is not None
+    examples, present = scores.examples[rows], scores.present[rows]
+    n = present.sum(0)
+    shape = (1, -1, *[1] * (scores.mean.ndim - 2))
+    values = examples.double()
+    mean = values.sum(0) / n.view(shape)
+    weight = present.view(len(present), *shape)
+    variance = ((values - mean).square() * weight).sum(0) / (n.view(shape) - 1)
+    return replace(scores, mean=mean, variance=variance, n=n, examples=examples, present=present)

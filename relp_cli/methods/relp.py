@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 
 from relp_cli.errors import RelpError
 from relp_cli.lrp.context import Recorded, recording
@@ -15,9 +16,13 @@ from relp_cli.nodes.access import Activations
 
 
 class RelpParams(Params):
-    """rules: rule names, or None for the family's preset (paper Table 4)."""
+    """rules: rule names, None for the family's preset (paper Table 4), or "auto" (`methods/auto.py`): chosen per node kind
+    on pairs set aside, of which auto_cells (pair, node) cells a kind are patched exactly; auto_seed draws both.
+    """
 
     rules: tuple[str, ...] | None = None
+    auto_cells: int = Field(default=256, ge=16)
+    auto_seed: int = 0
 
 
 def relp(setup: Setup, params: RelpParams) -> Result:
@@ -42,6 +47,10 @@ def recorded_source(setup: Setup, rules: tuple[str, ...]) -> tuple[Activations, 
 
 def with_extra_rules(model: Model, rules: tuple[str, ...], extra: list[str]) -> tuple[str, ...]:
     """`relp+ah`, `relp+two_point`: rules added to a set, each in place of the one that acts on the same kind of layer."""
+    if "auto" in extra:
+        if extra != ["auto"]:
+            raise RelpError(f"rules 'auto' stand alone, got +{'+'.join(extra)}")
+        return ("auto",)
     for name in extra:
         added = [r for r in TWO_POINT if r != "gate2" or model.shape.gated] if name == "two_point" else [name]
         for rule in added:

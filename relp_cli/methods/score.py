@@ -63,6 +63,13 @@ def score(
         score_features = importlib.import_module("relp_cli.features.score").score_features
         return score_features(model, pairs, method, metric, direction, baseline, batch_size, progress, **params)
     row, parsed = resolve_method(model, method, params)
+    if getattr(parsed, "rules", None) == ("auto",):
+        if row.name != "relp":
+            raise RelpError(f"rules 'auto' are chosen for method relp only, got '{method}'")
+        auto = importlib.import_module("relp_cli.methods.auto")  # it scores the candidates through this function
+        how = auto.How(tuple(nodes), metric, direction, baseline, batch_size, keep_examples, progress)
+        chosen: Scores = auto.score_auto(model, pairs, parsed, how)
+        return chosen
     if row.scope == "edges":
         raise RelpError(f"method '{row.name}' scores edges; ask for nodes=edges")
     kinds = tuple(NODE_KINDS[name] for name in nodes)

@@ -1,0 +1,274 @@
+"""`rules="auto"` (`relp+auto`): the rule set is chosen per node kind by what agrees best with exact patching.
+
+1. A quarter of the pairs (4 to 32, drawn with a seed, never all of one length) is set aside for the choice. These pairs
+   get no score: in `Scores` they are absent, so no comparison can report a cell that the choice has seen.
+2. On them every candidate rule set scores every node, and a random sample of (pair, node) cells is patched exactly.
+   Cells where every candidate says 0 (the patch changes nothing there) are not drawn.
+3. Per node kind: the Pearson correlation of each candidate with the exact effects over the sampled cells, and of the
+   best candidate its margin over the family's preset, with a paired bootstrap over cells.
+4. The best candidate is taken where the margin's interval (95 %, corrected for the number of candidates) lies above 0;
+   otherwise the preset. The other pairs are then scored; `Scores.meta["auto"]` has the table, the choice and the cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from relp_cli.errors import RelpError
+from relp_cli.methods.relp import RelpParams, with_extra_rules
+from relp_cli.methods.scores import NodeScores, Scores
+from relp_cli.methods.setup import Setup
+from relp_cli.models.model import Model
+from relp_cli.nodes.access import split, units
+from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
+from relp_cli.tasks.metrics import METRICS
+from relp_cli.tasks.pairs import PairBatch
+
+if TYPE_CHECKING:
+    from relp_cli.methods.score import Progress
+
+Rules = tuple[str, ...]
+Cells = dict[str, np.ndarray]  # node kind → Int[cell, (pair, layer, label, unit)]
+LEAST_PAIRS, DRAWS, ROWS = 8, 2000, 128
+
+
+@dataclass(frozen=True)
+class How:
+    """What `score` was asked for, besides method and pairs."""
+
+    nodes: tuple[str, ...]
+    metric: str
+    direction: str
+    baseline: str
+    batch_size: int
+    keep_examples: bool | None
+    progress: Progress | None
+
+    def score(
+        self, model: Model, pairs: Sequence[PairBatch], rules: Rules, nodes: Sequence[str], keep: bool | None
+    ) -> Scores:
+        from relp_cli.methods.score import score
+
+        how = (self.metric, self.direction, self.baseline, self.batch_size)
+        return score(model, pairs, "relp", nodes, *how, keep, self.progress, rules=rules)
+
+
+def candidates(model: Model, nodes: Sequence[str], baseline: str = "patch") -> dict[str, Rules]:
+    """Name → rules. The first is the family's preset. Two-point rules need a patch prompt; under AH queries have no score."""
+    preset = model.family.rules
+    two_point = with_extra_rules(model, preset, ["two_point"])
+    out: dict[str, Rules] = {"preset": preset, "preset + ah": (*preset, "ah"), "no rules": ()}
+    if baseline == "patch":
+        out["two-point"] = two_point
+        out["two-point, plain attention"] = tuple(r for r in two_point if r != "attn2")
+        if "gate2" in two_point:
+            halved = tuple("half" if r == "gate2" else r for r in two_point)
+            out["two-point, half"] = halved
+            out["two-point, half, plain attention"] = tuple(r for r in halved if r != "attn2")
+    if {"query", "key"} & set(nodes):
+        del out["preset + ah"]
+    return out
+
+
+def score_auto(model: Model, pairs: Sequence[PairBatch], params: RelpParams, how: How) -> Scores:
+    """Choose rules per node kind on pairs set aside, and score the others. See the module's docstring.
+
+    Raises: RelpError for fewer than 8 pairs.
+    """
+    aside = set_aside(pairs, params.auto_seed)
+    choosing = [b.rows(rows) for b, rows in zip(pairs, aside, strict=True) if rows.any()]
+    scoring = [b.rows(~rows) for b, rows in zip(pairs, aside, strict=True)]
+    table, chosen, cost = choose(model, choosing, params, how)
+    by_rules: dict[Rules, list[str]] = {}
+    for kind in how.nodes:
+        by_rules.setdefault(chosen[kind], []).append(kind)
+    parts = [how.score(model, scoring, rules, kinds, how.keep_examples) for rules, kinds in by_rules.items()]
+    n_scored = sum(len(b) for b in scoring)
+    several = len(by_rules) > 1
+    applied = {
+        f"{rule} ({', '.join(kinds)})" if several else rule: n
+        for part, kinds in zip(parts, by_rules.values(), strict=True)
+        for rule, n in part.meta["rules"].items()
+    }
+    meta = {
+        **parts[0].meta,
+        "method": "relp+auto",
+        "params": params.model_dump(mode="json"),
+        "rules": applied,
+        "forwards_per_pair": round(sum(p.meta["forwards_per_pair"] for p in parts) + cost["forwards"] / n_scored, 3),
+        "backwards_per_pair": round(sum(p.meta["backwards_per_pair"] for p in parts) + cost["backwards"] / n_scored, 3),
+        "seconds": round(sum(p.meta["seconds"] for p in parts) + cost["seconds"], 3),
+        "auto": {
+            "chosen": {kind: list(rules) for kind, rules in chosen.items()},
+            "table": table,
+            "pairs_set_aside": sum(len(b) for b in choosing),
+            "cost_of_the_choice": cost,
+            "passes_of_the_scoring": [sum(p.meta[k] for p in parts) for k in ("forwards_per_pair", "backwards_per_pair")],
+        },
+    }
+    scored = {kind: scores for part in parts for kind, scores in part.items()}
+    keep = ~torch.cat(aside)
+    return Scores({kind: _with_gaps(scored[kind], keep, meta) for kind in how.nodes}, meta)
+
+
+def set_aside(pairs: Sequence[PairBatch], seed: int) -> list[Tensor]:
+    """Bool[pair] per batch: the pairs for the choice; at least one pair of every batch stays."""
+    total = sum(len(b) for b in pairs)
+    if total < LEAST_PAIRS:
+        raise RelpError(f"rules 'auto' sets pairs aside to choose on: expected at least {LEAST_PAIRS} pairs, got {total}")
+    wanted = min(32, max(4, total // 4))
+    out = [torch.zeros(len(b), dtype=torch.bool) for b in pairs]
+    where = [(i, row) for i, b in enumerate(pairs) for row in range(len(b))]
+    for j in torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist():
+        batch, row = where[j]
+        if wanted and int(out[batch].sum()) < len(out[batch]) - 1:
+            out[batch][row] = True
+            wanted -= 1
+    return out
+
+
+def choose(
+    model: Model, pairs: Sequence[PairBatch], params: RelpParams, how: How
+) -> tuple[list[dict[str, Any]], dict[str, Rules], dict[str, Any]]:
+    """(table, kind → rules, cost): one row per kind and candidate; forwards and backwards are over one pair."""
+    import time
+
+    started = time.perf_counter()
+    sets = candidates(model, how.nodes, how.baseline)
+    estimates = {name: how.score(model, pairs, rules, how.nodes, True) for name, rules in sets.items()}
+    cells = {kind: _sample(kind, [e[kind] for e in estimates.values()], params) for kind in how.nodes}
+    exact, forwards = exact_cells(model, pairs, cells, next(iter(estimates.values())), how)
+    table, chosen = [], {}
+    for kind in how.nodes:
+        values = {name: _at(e[kind], cells[kind]) for name, e in estimates.items()}
+        rows, best = _compare(kind, values, exact[kind], params.auto_seed)
+        table += [row | {"rules": list(sets[row["candidate"]])} for row in rows]
+        chosen[kind] = sets[best]
+    n = sum(len(b) for b in pairs)
+    cost = {
+        "forwards": forwards + n * sum(e.meta["forwards_per_pair"] for e in estimates.values()),
+        "backwards": n * sum(e.meta["backwards_per_pair"] for e in estimates.values()),
+        "seconds": round(time.perf_counter() - started, 3),
+        "cells": sum(len(c) for c in cells.values()),
+    }
+    return table, chosen, cost
+
+
+def _sample(kind: str, estimates: Sequence[NodeScores], params: RelpParams) -> np.ndarray:
+    """Up to `auto_cells` random cells, Int[cell, 4], where some candidate says that something happens."""
+    alive = torch.stack([_examples(e) != 0 for e in estimates]).any(0)
+    alive = alive if alive.ndim == 4 else alive[..., None]
+    found = alive.nonzero().numpy()
+    if len(found) < 3:
+        raise RelpError(f"rules 'auto': the patch changes fewer than three {kind} nodes on the pairs set aside")
+    return np.random.default_rng(params.auto_seed).permutation(found)[: params.auto_cells]
+
+
+def _examples(scores: NodeScores) -> Tensor:
+    assert scores.examples is not None  # scored with keep_examples=True
+    return scores.examples
+
+
+def _at(scores: NodeScores, cells: np.ndarray) -> np.ndarray:
+    values = _examples(scores)
+    values = values if values.ndim == 4 else values[..., None]
+    return values.numpy()[tuple(cells.T)].astype(np.float64)
+
+
+def exact_cells(
+    model: Model, pairs: Sequence[PairBatch], cells: Cells, like: Scores, how: How
+) -> tuple[dict[str, np.ndarray], int]:
+    """L(run | node ← source) − L(run) of single (pair, node) cells, and the forward passes spent on it.
+
+    cells index (pair, layer, label, unit) as the scores `like` of the same pairs do.
+    """
+    out = {kind: np.zeros(len(c)) for kind, c in cells.items()}
+    first = forwards = 0
+    kinds = tuple(NODE_KINDS[k] for k in cells)
+    means = None
+    if how.baseline == "mean":
+        from relp_cli.methods.score import mean_activations
+
+        means = mean_activations(model, pairs, kinds)
+    for batch in (b.to(model.device) for b in pairs):
+        at_batch = means and means.at(batch)
+        setup = Setup(model, batch, METRICS[how.metric], kinds, how.direction, how.baseline, at_batch)  # type: ignore[arg-type]
+        source, before = setup.source_activations(), setup.prompt_value("run")
+        for kind in kinds:
+            mine = cells[kind.name]
+            here = (mine[:, 0] >= first) & (mine[:, 0] < first + len(batch))
+            for layer in np.unique(mine[here, 1]):
+                at = np.flatnonzero(here & (mine[:, 1] == layer))
+                for part in np.array_split(at, -(-len(at) // ROWS)):
+                    rows = torch.from_numpy(mine[part, 0] - first).to(model.device)
+                    places = [(like[kind.name].labels[label], unit) for label, unit in mine[part, 2:]]
+                    value = _patched(setup, kind, int(layer), rows, places, source[kind.name][layer])
+                    out[kind.name][part] = (value - before[rows]).double().cpu().numpy()
+                    forwards += len(part)
+        forwards += 2 * len(batch)
+        first += len(batch)
+    return out, forwards
+
+
+def _patched(setup: Setup, kind: NodeKind, layer: int, rows: Tensor, places: Sequence[tuple[str, int]], source: Tensor) -> Tensor:
+    """L of the run's pairs `rows`, each with one node (label, unit) of a layer replaced: Float[row]."""
+    model, batch = setup.model, setup.batch.rows(rows)
+    where = torch.zeros(len(rows), batch.n_pos, units(model, kind), dtype=torch.bool, device=model.device)
+    for i, (label, unit) in enumerate(places):
+        for pos, here in enumerate(batch.labels):
+            where[i, pos, unit] = here == label
+
+    def patch(value: Tensor) -> Tensor:
+        put = torch.where(where[..., None], split(model, kind, source[rows]), split(model, kind, value))
+        return put.reshape(value.shape)
+
+    one = replace(setup, batch=batch, seen={})
+    with torch.no_grad():
+        with model.hooks({kind.point(layer): patch}):
+            logits = model.logits(one.run)
+        return one.value(logits)
+
+
+def _compare(kind: str, values: Mapping[str, np.ndarray], exact: np.ndarray, seed: int) -> tuple[list[dict[str, Any]], str]:
+    """One row per candidate (PCC over cells, 95 % bootstrap interval, margin over the preset), and the candidate taken."""
+    names = list(values)
+    estimates = np.stack([values[name] for name in names])
+    draws = np.random.default_rng(seed).integers(len(exact), size=(DRAWS, len(exact)))
+    pcc = _pearson(estimates, exact)
+    resampled = np.stack([_pearson(estimates[:, d], exact[d]) for d in draws])  # [draw, candidate]
+    tail = 0.025 / (len(names) - 1)  # any of the others may turn out best
+    margins = resampled - resampled[:, [0]]
+    low, high = np.nanquantile(margins, [tail, 1 - tail], axis=0)
+    best = int(np.nanargmax(pcc)) if not np.isnan(pcc).all() else 0
+    taken = names[best] if low[best] > 0 else names[0]
+    limits = np.nanquantile(resampled, [0.025, 0.975], axis=0)
+    rows = [
+        {"kind": kind, "candidate": name, "pcc": pcc[i], "lo": limits[0, i], "hi": limits[1, i], "margin": pcc[i] - pcc[0],
+         "margin_lo": low[i], "margin_hi": high[i], "taken": name == taken, "cells": len(exact)}
+        for i, name in enumerate(names)
+    ]  # fmt: skip
+    return [{k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()} for row in rows], taken
+
+
+def _pearson(estimates: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """Correlation of each row with `exact`; NaN where one is constant."""
+    a = estimates - estimates.mean(-1, keepdims=True)
+    b = exact - exact.mean()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (a @ b) / np.sqrt((a * a).sum(-1) * (b * b).sum())
+
+
+def _with_gaps(scores: NodeScores, keep: Tensor, meta: Mapping[str, Any]) -> NodeScores:
+    """Per-example scores on all given pairs, the ones set aside marked absent (their rows are 0)."""
+    if scores.examples is None or scores.present is None:
+        return replace(scores, meta=meta)
+    examples = scores.examples.new_zeros(len(keep), *scores.examples.shape[1:])
+    present = scores.present.new_zeros(len(keep), scores.present.shape[1])
+    examples[keep], present[keep] = scores.examples, scores.present
+    return replace(scores, examples=examples, present=present, meta=meta)
