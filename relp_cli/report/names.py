@@ -13,6 +13,7 @@ KIND_TITLES = {
     "resid_pre": "residual", "attn_out": "attention", "mlp_out": "MLP", "head": "heads", "mlp_neuron": "MLP neurons",
     "query": "queries", "key": "keys", "value": "values", "attn_dim": "attention dimensions",
     "mlp_dim": "MLP dimensions", "resid_dim": "residual dimensions", "feature": "features",
+    "attn_dim+mlp_dim+resid_dim": "dimensions of attention, MLP, residual",
     "feature_no_attn_mlp_errors": "features without attention/MLP errors", "feature_no_errors": "features without errors",
 }  # fmt: skip
 # What else than task, model, method and kind tells two rows of one table apart (job grids).
@@ -21,6 +22,8 @@ MORE_KEYS = ("direction", "metric", "ablation", "seed")
 
 def kind_title(kind: str) -> str:
     """attn_out → attention; a mixed head+mlp_out → heads + MLP; of more than two kinds only their number."""
+    if kind in KIND_TITLES:
+        return KIND_TITLES[kind]
     parts = str(kind).split("+")
     return " + ".join(KIND_TITLES.get(part, part) for part in parts) if len(parts) < 3 else f"{len(parts)} node kinds"
 

@@ -82,6 +82,9 @@ class JobSpec(_Strict):
             raise ValueError(
                 f"kind {features[0]} needs `dictionary:`, a folder of sparse autoencoders or a shipped name"
             )
+        mixed = [kind for kind in self.kinds if "+" in kind]
+        if mixed and (self.agreement or self.exact_candidates):
+            raise ValueError(f"kind {mixed[0]} is of circuits; agreement and exact_candidates are per node kind")
         if features and self.agreement:
             raise ValueError(
                 f"`agreement:` is not for {features[0]}; its exact patching is `relp score --method act_patch`"
@@ -118,7 +121,7 @@ def load_job(name_or_path: str, overrides: list[str]) -> JobSpec:
     """A shipped job ("table5_tiny") or a YAML path, with `key=value` overrides. Raises RelpError, naming file and key."""
     job = load_config(find_config("jobs", name_or_path), JobSpec, overrides)
     for method, kind in itertools.product(job.methods, job.kinds):
-        ScoreSpec(task="x", method=method, nodes=(scored_as(kind),))  # unknown names are found before anything runs
+        ScoreSpec(task="x", method=method, nodes=nodes_of(kind))  # unknown names are found before anything runs
     unknown = sorted(set(job.params) - {m.partition("+")[0] for m in job.methods} - set(job.methods))
     if unknown:
         raise RelpError(f"{name_or_path}: params: '{unknown[0]}' is not among the job's methods {list(job.methods)}")
@@ -131,16 +134,21 @@ def cells(job: JobSpec) -> list[Cell]:
     return [Cell(g, m, k) for g in groups for m in job.methods for k in job.kinds]
 
 
-def score_spec_of(job: JobSpec, group: Group, method: str, feature: bool = False) -> ScoreSpec:
-    """The scoring run of one method in one group, for all of the job's node kinds at once, or (feature) for features."""
-    kinds = tuple(kind for kind in job.kinds if kind not in FEATURE_KINDS)
-    feature = feature or not kinds
+def nodes_of(kind: str) -> tuple[str, ...]:
+    """The node kinds that are scored for one of a job's kinds; `attn_dim+mlp_dim` is circuits of both, ranked together."""
+    return tuple(scored_as(kind).split("+"))
+
+
+def score_spec_of(job: JobSpec, group: Group, method: str, kind: str | None = None) -> ScoreSpec:
+    """The scoring run of one method in one group: for all of the job's plain node kinds at once, or for one other kind."""
+    plain = tuple(k for k in job.kinds if k not in FEATURE_KINDS and "+" not in k)
+    nodes = plain if kind in plain or (kind is None and plain) else nodes_of(kind or job.kinds[0])
     params = job.params.get(method, job.params.get(method.partition("+")[0], {}))
     return ScoreSpec(
-        task=group.task, model=group.model, method=method, nodes=(SCORED,) if feature else kinds, pairs=job.pairs,
+        task=group.task, model=group.model, method=method, nodes=nodes, pairs=job.pairs,
         seed=group.seed, metric=job.metric, direction=group.direction, only_correct=job.only_correct, dtype=job.dtype,
         keep_examples=True if job.agreement else None,
-        params={**params, "dictionary": job.dictionary} if feature else params,
+        params={**params, "dictionary": job.dictionary} if nodes == (SCORED,) else params,
     )  # fmt: skip
 
 
@@ -149,7 +157,7 @@ def cell_hash(job: JobSpec, cell: Cell, **identity: str) -> str:
     settings = job.model_dump(mode="json", include={"evaluate", "agreement", "exact_candidates"})
     related = sorted(job.methods) if job.exact_candidates else []  # candidates come from the job's cheap methods
     content = {
-        "score": score_spec_of(job, cell.group, cell.method, cell.kind in FEATURE_KINDS).model_dump(mode="json"),
+        "score": score_spec_of(job, cell.group, cell.method, cell.kind).model_dump(mode="json"),
         "kind": cell.kind,
         "settings": settings,
         "related": related,

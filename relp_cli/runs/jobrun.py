@@ -16,15 +16,16 @@ from relp_cli.errors import RelpError
 from relp_cli.evaluation.compare import run_comparison
 from relp_cli.evaluation.evaluate import evaluate
 from relp_cli.evaluation.verify import rescore
-from relp_cli.features.kinds import FEATURE_KINDS, SCORED, scored_as
+from relp_cli.features.kinds import FEATURE_KINDS
 from relp_cli.files import check_writable, write_atomically
 from relp_cli.methods.scores import Scores
 from relp_cli.methods.table import METHODS
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.runs.evaluating import circuits_of, held_out
-from relp_cli.runs.job import COSTS, Cell, Group, JobSpec, cell_hash, cells, read_cell, score_spec_of
+from relp_cli.runs.job import COSTS, Cell, Group, JobSpec, cell_hash, cells, nodes_of, read_cell, score_spec_of
 from relp_cli.runs.rundir import provenance
 from relp_cli.runs.scoring import Prepared, Session, default_folder, digest_of, prepare, score_run
+from relp_cli.runs.spec import ScoreSpec
 
 Report = Callable[[int, int, str], None]
 
@@ -60,22 +61,23 @@ class GroupRun:
 
     def scores(self, method: str, kind: str) -> Scores:
         """Scores of one method. Exact patching of neurons and dimensions re-scores the cheap methods' candidates only."""
-        if kind in FEATURE_KINDS:
-            return self._scored(method, [SCORED])
         if self._by_candidates(method, kind):
             return self._candidates(kind)
-        nodes = [k for k in self.job.kinds if k not in FEATURE_KINDS]
-        return self._scored(method, [k for k in nodes if not self._by_candidates(method, k)])
+        spec = score_spec_of(self.job, self.group, method, kind)
+        return self._scored(spec, [k for k in spec.nodes if not self._by_candidates(method, k)])
 
     def _by_candidates(self, method: str, kind: str) -> bool:
-        return bool(method == "act_patch" and self.job.exact_candidates and NODE_KINDS[kind].split == "unit")
+        return bool(
+            method == "act_patch"
+            and self.job.exact_candidates
+            and kind in NODE_KINDS
+            and NODE_KINDS[kind].split == "unit"
+        )
 
-    def _scored(self, method: str, kinds: Sequence[str]) -> Scores:
-        key = f"{method}/{','.join(kinds)}"
+    def _scored(self, spec: ScoreSpec, kinds: Sequence[str]) -> Scores:
+        key = f"{spec.method}/{','.join(kinds)}"
         if key not in self._scores:
-            spec = score_spec_of(self.job, self.group, method, SCORED in kinds).model_copy(
-                update={"nodes": tuple(kinds)}
-            )
+            spec = spec.model_copy(update={"nodes": tuple(kinds)})
             folder = default_folder(spec, digest_of(spec, self.prepared(), self.session), self.folder / "scores")
             self._scores[key] = score_run(spec, self.session, folder)[1]
         return self._scores[key]
@@ -119,14 +121,15 @@ class GroupRun:
         options, held = self.job.evaluate, self.prepared("heldout")
         layers = held.model.shape.n_layers
         exclude = layers // 3 if options.exclude_layers is None else options.exclude_layers
-        kind, more, where = scored_as(cell.kind), {}, None
-        if kind == SCORED:
+        more, where = {}, None
+        if cell.kind in FEATURE_KINDS:
             assert self.job.dictionary is not None
             more, where = (
                 {"errors": FEATURE_KINDS[cell.kind]},
                 self.session.dictionaries(self.job.dictionary, held.model),
             )
-        circuits = circuits_of({kind: mine[kind]}, options.sweep, exclude, **more)
+        chosen = {kind: mine[kind] for kind in nodes_of(cell.kind)}
+        circuits = circuits_of(chosen, options.sweep, exclude, **more)
         table = evaluate(
             held.model, held.pairs, circuits, options.ablation, exclude, held.metric, cell.group.seed,
             options.random_circuits, dictionary=where,
