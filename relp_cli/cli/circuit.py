@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,6 +30,9 @@ def command(
     resamples: Annotated[
         int, typer.Option("--stability", help="Select again from that many bootstrap resamples of the pairs.")
     ] = 0,
+    errors: Annotated[
+        str | None, typer.Option(help="Error terms of feature circuits: all, residual (not of attention, MLP), none.")
+    ] = None,
     device: DeviceOption = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: circuit.json in the run.")] = None,
     json: JsonFlag = False,
@@ -44,8 +47,9 @@ def command(
     run_dir, _, scores = open_run(run)
     kinds = comma(nodes) if nodes else tuple(scores)
     chosen = {kind: scores[kind] for kind in kinds}
-    how = {"threshold": threshold, "fraction": fraction, "top_k": top_k, "top_p": top_p}
-    circuit = select(chosen, **how, sign=sign, aggregate=aggregate, union=union)
+    how: dict[str, Any] = {"threshold": threshold, "fraction": fraction, "top_k": top_k, "top_p": top_p}
+    more: dict[str, Any] = {} if errors is None else {"errors": errors}
+    circuit = select(chosen, **how, sign=sign, aggregate=aggregate, union=union, **more)
     if resamples:
         from relp_cli.evaluation.overlap import stability
 
@@ -76,6 +80,8 @@ def layers_table(circuit):  # type: ignore[no-untyped-def]
     from rich.table import Table
 
     tau = circuit.meta.get("selection", {}).get("tau")
+    if hasattr(circuit, "features"):
+        return _sites_table(circuit, tau)
     table = Table(title=f"{circuit.n_nodes} of {circuit.n_possible} nodes (τ = {tau:g})", title_justify="left")
     table.add_column("kind")
     n_layers = max(mask.shape[0] for mask in circuit.masks.values())
@@ -85,4 +91,17 @@ def layers_table(circuit):  # type: ignore[no-untyped-def]
     for kind, mask in circuit.masks.items():
         counts = mask.flatten(1).sum(1).tolist()
         table.add_row(kind, *map(str, counts), str(sum(counts)))
+    return table
+
+
+def _sites_table(circuit, tau):  # type: ignore[no-untyped-def]
+    """Features and error terms kept per site."""
+    from rich.table import Table
+
+    table = Table(title=f"{circuit.n_nodes} of {circuit.n_possible} nodes (τ = {tau:g})", title_justify="left")
+    for name in ("site", "features", "positions", "error terms"):
+        table.add_column(name, justify="left" if name == "site" else "right")
+    for site, mask in circuit.features.items():
+        errors = str(int(circuit.errors[site].sum())) if circuit.has_error(site) else "removed"
+        table.add_row(site.name, str(int(mask.sum())), str(int(mask.any(1).sum())), errors)
     return table

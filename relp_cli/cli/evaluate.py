@@ -17,9 +17,7 @@ def command(
         typer.Option(help="log:1e-4:1:15 (thresholds), or counts:1,10,100. Default: circuit.json, else log:1e-4:1:15."),
     ] = None,
     circuit: Annotated[Path | None, typer.Option(help="Evaluate this circuit file instead.")] = None,
-    ablation: Annotated[
-        str, typer.Option(help="mean, mean_task, zero, counterfactual, resample or corpus.")
-    ] = "mean",
+    ablation: Annotated[str, typer.Option(help="mean, mean_task, zero, counterfactual, resample or corpus.")] = "mean",
     corpus: Annotated[Path | None, typer.Option(help="A text file, for --ablation corpus.")] = None,
     minimality: Annotated[
         bool, typer.Option("--minimality", help="Also drop the circuit's nodes one by one (minimality.csv).")
@@ -33,6 +31,9 @@ def command(
     pairs: Annotated[int, typer.Option(help="Held-out pairs (as many as exist, at most).")] = 100,
     seed: Annotated[int, typer.Option(help="Draws held-out pairs, random circuits and bootstrap samples.")] = 0,
     random: Annotated[int, typer.Option(help="Random circuits of the same size per point.")] = 3,
+    errors: Annotated[
+        str | None, typer.Option(help="Error terms of feature circuits: all, residual (not of attention, MLP), none.")
+    ] = None,
     device: DeviceOption = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Job folder (jobs only).")] = None,
     override: Annotated[
@@ -57,7 +58,7 @@ def command(
     with progress() as bar:
         path, table, notes = evaluate_run(
             Path(target), sweep=sweep, circuit=circuit, ablation=ablation, exclude_layers=exclude_layers, metric=metric,
-            pairs=pairs, seed=seed, random_circuits=random, device=device, corpus=corpus, progress=bar,
+            pairs=pairs, seed=seed, random_circuits=random, device=device, corpus=corpus, errors=errors, progress=bar,
         )  # fmt: skip
     for line in notes:
         note(line)

@@ -21,6 +21,8 @@ from relp_cli.cli.common import (
     progress,
 )  # fmt: skip
 
+COMPONENTS = "resid_pre,attn_out,mlp_out"
+
 
 def command(
     task: Annotated[str, typer.Argument(help="A shipped task (relp ls tasks), a task YAML, or a file of pairs.")],
@@ -28,15 +30,20 @@ def command(
         str, typer.Option("--model", "-m", help="Embedded name, local folder, or hub name.")
     ] = "tiny-gpt2",
     method: Annotated[str, typer.Option(help="relp ls methods; `relp+ah` adds a rule.")] = "relp",
-    nodes: Annotated[
-        str, typer.Option(help="Node kinds, comma-separated (relp ls nodes).")
-    ] = "resid_pre,attn_out,mlp_out",
+    nodes: Annotated[str, typer.Option(help="Node kinds, comma-separated (relp ls nodes).")] = COMPONENTS,
     pairs: Annotated[int, typer.Option(help="How many prompt pairs.")] = 100,
     seed: Annotated[int, typer.Option(help="Draws the pairs.")] = 0,
     split: Annotated[str, typer.Option(help="discovery, heldout or all.")] = "discovery",
     metric: Annotated[str | None, typer.Option(help="logit_diff, prob_diff, kl (default: the task's).")] = None,
     direction: Annotated[str, typer.Option(help="noising (run the original) or denoising.")] = "noising",
     baseline: Annotated[str, typer.Option(help="patch, zero or mean: what n(x_p) is.")] = "patch",
+    dictionary: Annotated[
+        str | None,
+        typer.Option(help="Score features (nodes=feature) of these sparse autoencoders: a folder, or tiny-pythia."),
+    ] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(help="What features mean: JSON lines with site, feature, annotation.")
+    ] = None,
     rules: Annotated[
         str | None, typer.Option(help="LRP rules, comma-separated (default: the family's preset).")
     ] = None,
@@ -64,6 +71,9 @@ def command(
     params: dict[str, Any] = assignments(settings)
     if rules is not None:
         params["rules"] = rules if rules == "auto" else list(comma(rules))
+    if dictionary is not None:
+        params["dictionary"] = dictionary
+        nodes = "feature" if nodes == COMPONENTS else nodes
     spec = score_spec(
         task=task, model=model, method=method, nodes=comma(nodes), pairs=pairs, seed=seed, split=split, metric=metric,
         direction=direction, baseline=baseline, bos=bos, only_correct=only_correct, dtype=dtype, batch_size=batch_size,
@@ -99,5 +109,10 @@ def command(
         return
     from relp_cli.cli.tables import show_scores
 
-    show_scores(scores)
+    if "feature" in scores:
+        from relp_cli.runs.features import show_features
+
+        show_features(spec, session, scores, annotations, out)
+    else:
+        show_scores(scores)
     log.print(f"{'already done: ' if cached else ''}{run.path}", highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -104,7 +105,7 @@ class FeatureCircuit:
             pos, unit = mask.nonzero().T.tolist()
             errors = self.errors[site].nonzero()[:, 0].tolist()
             sites[site.name] = {"n_features": mask.shape[1], "pos": pos, "feature": unit, "error_pos": errors}
-        content = {"schema": SCHEMA, "type": TYPE, "meta": dict(self.meta), "labels": list(self.labels),
+        content = {"schema": SCHEMA, "type": TYPE, "meta": _written(self.meta), "labels": list(self.labels),
                    "errors": self.removed, "n_nodes": self.n_nodes, "sites": sites}  # fmt: skip
         write_atomically(Path(path), json.dumps(content, indent=1) + "\n")
 
@@ -130,7 +131,18 @@ class FeatureCircuit:
             ] = True
             errors[site] = torch.zeros(len(labels), dtype=torch.bool)
             errors[site][torch.tensor(about["error_pos"], dtype=torch.long)] = True
-        return cls(features, errors, labels, content["errors"], content["meta"])
+        meta = content["meta"]
+        if isinstance(meta.get("selection", {}).get("tau"), str):
+            meta["selection"]["tau"] = float(meta["selection"]["tau"])
+        return cls(features, errors, labels, content["errors"], meta)
+
+
+def _written(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: τ = inf is written "inf"."""
+    selection = {
+        k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in meta.get("selection", {}).items()
+    }
+    return {**meta, "selection": selection} if selection else dict(meta)
 
 
 def counted_sites(sites: tuple[Site, ...], exclude: int) -> list[Site]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from relp_cli.features.kinds import SCORED
+from relp_cli.features.load import load_dictionaries
 from relp_cli.methods.table import METHODS
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import units
@@ -20,6 +22,9 @@ def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> 
     kinds = [NODE_KINDS[k] for k in spec.nodes if k in NODE_KINDS]
     positions = max(len(set(b.labels)) for b in pairs)
     nodes = {k.name: model.shape.n_layers * positions * units(model, k) for k in kinds}
+    if spec.nodes == (SCORED,):
+        found = load_dictionaries(str(spec.params.get("dictionary")), model)
+        nodes = {SCORED: positions * sum(d.n_features + 1 for d in found.values())}
     n_pairs = sum(len(b) for b in pairs)
     row = METHODS[spec.method.partition("+")[0]]
     exact = sum(model.shape.n_layers * len(set(b.labels)) * units(model, k) * len(b) for b in pairs for k in kinds)
@@ -28,12 +33,15 @@ def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> 
     batch = min(spec.batch_size, max(len(b) for b in pairs))
     activations = batch * max(b.n_pos for b in pairs) * width * model.shape.n_layers * per_value * 3
     weights = sum(p.numel() for p in model.hf.parameters()) * per_value
+    forwards = f"{row.cost} per pair ({n_pairs} pairs)"
+    if row.name == "act_patch":
+        forwards = f"{exact + 2 * n_pairs:,} patched runs of one pair ({n_pairs} pairs)"
+        if spec.nodes == (SCORED,):
+            forwards = f"a run per feature, position and pair where it differs between the prompts ({n_pairs} pairs)"
     return {
         "pairs": n_pairs,
         "nodes": nodes,
-        "forwards": f"{exact + 2 * n_pairs:,} patched runs of one pair ({n_pairs} pairs)"
-        if row.name == "act_patch"
-        else f"{row.cost} per pair ({n_pairs} pairs)",
+        "forwards": forwards,
         "memory": f"about {(activations + weights) / 2**20:.0f} MiB for weights and activations, "
         f"{sum(nodes.values()) * 8 * 2 / 2**20:.1f} MiB for scores",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ import pandas as pd
 
 from relp_cli.circuits.circuit import Circuit
 from relp_cli.circuits.select import select
-from relp_cli.errors import RelpError
+from relp_cli.errors import RelpError, unknown
 from relp_cli.evaluation.areas import MIB_FRACTIONS
 from relp_cli.evaluation.evaluate import evaluate
 from relp_cli.evaluation.nodes import minimality
+from relp_cli.features.circuit import ERRORS, FeatureCircuit
+from relp_cli.features.circuit import TYPE as FEATURES
+from relp_cli.features.kinds import SCORED
 from relp_cli.features.scores import FeatureScores
 from relp_cli.files import write_atomically
 from relp_cli.methods.score import Progress
@@ -101,6 +105,7 @@ def evaluate_run(
     seed: int = 0,
     metric: str | None = None,
     device: str | None = None,
+    errors: str | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> tuple[Path, pd.DataFrame, tuple[str, ...]]:
@@ -115,7 +120,10 @@ def evaluate_run(
     prepared = prepare(held_out(spec, pairs, seed, metric), Session(device), at_most=True)
     layers = prepared.model.shape.n_layers
     exclude = layers // 3 if options.get("exclude_layers") is None else options["exclude_layers"]
-    circuits = [Circuit.load(file)] if file else circuits_of(scores, sweep or DEFAULT_SWEEP, exclude)
+    if errors is not None and SCORED not in scores:
+        raise RelpError("--errors is for feature circuits; this run scored " + ", ".join(scores))
+    more = {"errors": errors} if errors else {}
+    circuits = [read_circuit(file, errors)] if file else circuits_of(scores, sweep or DEFAULT_SWEEP, exclude, **more)
     task = circuits[0].meta.get("task")
     if task is not None and task != scores.meta["task"]:
         raise RelpError(f"circuit {file} was found on task '{task}', not on '{scores.meta['task']}'")
@@ -123,12 +131,27 @@ def evaluate_run(
         prepared.model, prepared.pairs, circuits, metric=prepared.metric, seed=seed, progress=progress, **options
     )
     about = {k: scores.meta[k] for k in ("task", "model", "method", "direction")}
-    about["kind"] = "+".join(circuits[0].masks)
+    first = circuits[0]
+    about["kind"] = "+".join(scores if isinstance(first, FeatureCircuit) else first.masks)
     for position, (name, value) in enumerate(about.items()):
         table.insert(position, name, value)
     out = run.path / "evaluation.csv"
     write_atomically(out, table.to_csv(index=False))
     return out, table, prepared.notes
+
+
+def read_circuit(path: Path, errors: str | None = None) -> Circuit | FeatureCircuit:
+    """A circuit file of nodes or of features; errors: without some of its error terms (a row of features.circuit.ERRORS)."""
+    try:
+        kind = json.loads(path.read_text()).get("type")
+    except (OSError, ValueError, AttributeError):
+        kind = None  # Circuit.load says what is wrong
+    if kind != FEATURES:
+        return Circuit.load(path)
+    if errors is not None and errors not in ERRORS:
+        raise unknown("choice of error terms", errors, ERRORS)
+    circuit = FeatureCircuit.load(path)
+    return circuit if errors is None else circuit.without_errors(errors)
 
 
 def minimality_of_run(
