@@ -8,7 +8,7 @@ import sys
 import typer
 
 from relp_cli import __version__
-from relp_cli.cli import bench, circuit, compare, evaluate, job, ls, overlap, report, score, tasks, train_dictionary
+from relp_cli.cli import bench, circuit, compare, diagnose, evaluate, job, ls, overlap, report, score, tasks, train_dictionary
 from relp_cli.errors import RelpError
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (score, circuit, evaluate, compare, overlap, report, ls, bench):
+for module in (score, circuit, evaluate, compare, diagnose, overlap, report, ls, bench):
     app.command(name=module.__name__.rpartition(".")[2])(module.command)
 app.command(name="validate")(tasks.validate)
 app.command(name="show")(tasks.show)
