@@ -70,6 +70,12 @@ def _nodes() -> list[dict[str, Any]]:
     return [
         {"kind": k.name, "axes": ", ".join(k.axes), "hook": k.hook, "what": k.description}
         for _, k in NODE_KINDS.items()
+    ] + [
+        {"kind": kind, "axes": axes, "hook": "embedding, attention, MLP, residual stream", "what": what}
+        for kind, axes, what in (
+            ("feature", "site, pos, feature", "feature of a sparse autoencoder (--dictionary); its error terms come with it"),
+            ("feature_error", "site, pos", "what the autoencoder leaves out of a site's activation; scored with feature"),
+        )
     ]
 
 

@@ -109,7 +109,7 @@ def command(
         return
     from relp_cli.cli.tables import show_scores
 
-    if "feature" in scores:
+    if "feature" in scores.kinds:
         from relp_cli.runs.features import show_features
 
         show_features(spec, session, scores, annotations, out)

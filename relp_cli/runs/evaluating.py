@@ -12,6 +12,9 @@ import pandas as pd
 
 from relp_cli.circuits.circuit import Circuit
 from relp_cli.circuits.select import select
+from relp_cli.edges.circuit import EdgeCircuit, counted_edges, load_circuit
+from relp_cli.edges.exchange import import_circuit, is_eap_ig
+from relp_cli.edges.scores import EdgeScores
 from relp_cli.errors import RelpError, unknown
 from relp_cli.evaluation.areas import MIB_FRACTIONS
 from relp_cli.evaluation.evaluate import evaluate
@@ -22,6 +25,7 @@ from relp_cli.features.kinds import SCORED
 from relp_cli.features.scores import FeatureScores
 from relp_cli.files import write_atomically
 from relp_cli.methods.score import Progress
+from relp_cli.models.model import Model
 from relp_cli.runs.scoring import Session, open_run, prepare
 from relp_cli.runs.spec import ScoreSpec
 
@@ -84,6 +88,8 @@ def _scored(scores: Any, from_layer: int, errors: str = "all") -> int:
     """How many nodes of layers ≥ `from_layer` a sweep over counts goes up to."""
     if isinstance(scores, FeatureScores):  # most features are active in no prompt; those that are not 0
         return select(scores, threshold=0.0, from_layer=from_layer, errors=errors).n_nodes
+    if isinstance(scores, EdgeScores):
+        return int(counted_edges(scores.graph, from_layer).sum()) * len(scores.labels)
     upper = scores.mean[from_layer:]
     return int((upper != 0).sum()) if "n_candidates" in scores.meta else upper.numel()
 
@@ -119,11 +125,12 @@ def evaluate_run(
     file = circuit or (run.circuit if run.circuit.is_file() and sweep is None else None)
     prepared = prepare(held_out(spec, pairs, seed, metric), Session(device), at_most=True)
     layers = prepared.model.shape.n_layers
-    exclude = layers // 3 if options.get("exclude_layers") is None else options["exclude_layers"]
-    if errors is not None and SCORED not in scores:
+    default = 0 if "edges" in scores else layers // 3
+    exclude = default if options.get("exclude_layers") is None else options["exclude_layers"]
+    if errors is not None and SCORED not in scores.kinds:
         raise RelpError("--errors is for feature circuits; this run scored " + ", ".join(scores))
     more = {"errors": errors} if errors else {}
-    circuits = [read_circuit(file, errors)] if file else circuits_of(scores, sweep or DEFAULT_SWEEP, exclude, **more)
+    circuits = [read_circuit(file, errors, prepared.model)] if file else circuits_of(scores, sweep or DEFAULT_SWEEP, exclude, **more)
     task = circuits[0].meta.get("task")
     if task is not None and task != scores.meta["task"]:
         raise RelpError(f"circuit {file} was found on task '{task}', not on '{scores.meta['task']}'")
@@ -140,14 +147,19 @@ def evaluate_run(
     return out, table, prepared.notes
 
 
-def read_circuit(path: Path, errors: str | None = None) -> Circuit | FeatureCircuit:
-    """A circuit file of nodes or of features; errors: without some of its error terms (a row of features.circuit.ERRORS)."""
+def read_circuit(path: Path, errors: str | None = None, model: Model | None = None) -> Circuit | EdgeCircuit | FeatureCircuit:
+    """A circuit file of nodes, features or edges, or one that EAP-IG or MIB wrote (its graph must be the model's).
+
+    errors: without some of its error terms (a row of features.circuit.ERRORS).
+    """
+    if is_eap_ig(path):
+        return import_circuit(path, model)[0]
     try:
         kind = json.loads(path.read_text()).get("type")
     except (OSError, ValueError, AttributeError):
         kind = None  # Circuit.load says what is wrong
     if kind != FEATURES:
-        return Circuit.load(path)
+        return load_circuit(path)
     if errors is not None and errors not in ERRORS:
         raise unknown("choice of error terms", errors, ERRORS)
     circuit = FeatureCircuit.load(path)
