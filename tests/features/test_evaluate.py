@@ -50,9 +50,7 @@ def table(circuits: Any, found: Dictionaries, **options: Any) -> Any:
         return evaluate(C.model, [HELD], circuits, dictionary=found, **options)
 
 
-def slow(
-    found: Dictionaries, circuit: FeatureCircuit | None, exclude: int, ablation: str, removed: str = "all"
-) -> float:
+def slow(found: Dictionaries, circuit: FeatureCircuit | None, exclude: int, ablation: str) -> float:
     """Mean logit difference with everything outside the circuit ablated, by the oracle's forward pass."""
     assert HELD.patch is not None
     nodes = {"embed": ("resid_pre", 0), "attn_out_layer1": ("attn_out", 1), "mlp_out_layer1": ("mlp_out", 1),
