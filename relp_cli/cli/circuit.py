@@ -23,6 +23,10 @@ def command(
     sign: Annotated[str, typer.Option(help="absolute, positive or negative.")] = "absolute",
     aggregate: Annotated[str, typer.Option(help="none (per position) or sum (over positions).")] = "none",
     union: Annotated[bool, typer.Option(help="Keep what passes for any example, not on average.")] = False,
+    greedy: Annotated[bool, typer.Option(help="Edges: grow from the logits (with --top-k or --threshold).")] = False,
+    prune: Annotated[
+        str | None, typer.Option(help="Edges: none, dangling, or from_input (exact for counterfactual ablation only).")
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Patch the selected nodes exactly and keep those it confirms.")] = False,
     confirm: Annotated[
         float | None, typer.Option(help="--verify keeps |exact effect| > this (default: the selection's τ).")
@@ -49,6 +53,7 @@ def command(
     chosen = {kind: scores[kind] for kind in kinds}
     how: dict[str, Any] = {"threshold": threshold, "fraction": fraction, "top_k": top_k, "top_p": top_p}
     more: dict[str, Any] = {} if errors is None else {"errors": errors}
+    more |= {k: v for k, v in (("greedy", greedy), ("prune", prune)) if v}
     circuit = select(chosen, **how, sign=sign, aggregate=aggregate, union=union, **more)
     if resamples:
         from relp_cli.evaluation.overlap import stability

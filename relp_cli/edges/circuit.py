@@ -14,6 +14,7 @@ from torch import Tensor
 
 from relp_cli.circuits.circuit import ANY_POSITION, Circuit
 from relp_cli.edges.graph import Graph
+from relp_cli.edges.scores import KIND
 from relp_cli.errors import RelpError, RunFailed
 from relp_cli.files import write_atomically
 
@@ -75,6 +76,15 @@ class EdgeCircuit:
     @property
     def n_possible(self) -> int:
         return self.graph.n_edges * len(self.labels)
+
+    @property
+    def masks(self) -> dict[str, Bool[Tensor, "layer pos unit"]]:
+        """For tables that count per layer: the edges into each layer's readers, the logits last. Not what is possible."""
+        size = 3 * self.graph.n_heads + 1
+        logits = torch.zeros_like(self.mask[..., :size])
+        logits[..., 0] = self.mask[..., -1]
+        layers = [self.mask[..., self.graph.readers_of(n)] for n in range(self.graph.n_layers)]
+        return {KIND: torch.stack([*layers, logits]).flatten(2)}
 
     def edge_names(self) -> list[str]:
         """Kept edges; at any position, where there are several."""

@@ -99,6 +99,14 @@ def import_circuit(path: str | Path, model: Model | None = None) -> tuple[EdgeCi
     return circuit, EdgeScores(graph, mean, unknown_variance, torch.ones(1, dtype=torch.long), meta=meta)
 
 
+def is_eap_ig(path: str | Path) -> bool:
+    """Whether a file is a `.pt`, or a JSON file with the keys of EAP-IG's circuits."""
+    if Path(path).suffix == ".pt":
+        return True
+    content = read_json(path)
+    return isinstance(content, dict) and {"cfg", "nodes", "edges"} <= content.keys()
+
+
 def _graph(cfg: Any) -> Graph:
     return Graph(int(cfg["n_layers"]), int(cfg["n_heads"]), bool(cfg["parallel_attn_mlp"]), bool(cfg.get("post_norm")))
 

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from relp_cli.edges.scores import EdgeScores
 from relp_cli.evaluation.agreement import agreement
 from relp_cli.methods.score import COMPONENTS, Progress, score
 from relp_cli.methods.scores import NodeScores, Scores
@@ -51,6 +52,7 @@ def run_comparison(
     scores: results that exist already (method → Scores); only the missing ones are computed.
     All methods are compared on the pairs that each of them scored (`relp+auto` sets pairs aside to choose its rules on).
     """
+    reference = exact_method(nodes, reference)
     done = dict(scores or {})
     for method in dict.fromkeys([reference, *methods]):
         if method not in done:
@@ -60,7 +62,9 @@ def run_comparison(
     for method in methods:
         unsigned = not done[method].meta["signed"]
         for kind in nodes:
-            result = agreement(compared[method][kind], compared[reference][kind], top_k, bootstrap, seed, unsigned)
+            pair = (compared[m][kind] for m in (method, reference))
+            estimate, exact = (s.flat() if isinstance(s, EdgeScores) else s for s in pair)
+            result = agreement(estimate, exact, top_k, bootstrap, seed, unsigned)
             cost = done[method].meta
             rows.append(
                 {"model": model.name, "method": method, "kind": kind, **asdict(result)}
@@ -68,6 +72,11 @@ def run_comparison(
                 | {"direction": direction, "metric": metric}
             )
     return Comparison(pd.DataFrame(rows), done)
+
+
+def exact_method(nodes: Sequence[str], reference: str = "act_patch") -> str:
+    """The reference; for edges, exact patching is `edge_patch`."""
+    return "edge_patch" if tuple(nodes) == ("edges",) and reference == "act_patch" else reference
 
 
 def _on_common_pairs(done: Mapping[str, Scores]) -> dict[str, Mapping[str, NodeScores]]:

@@ -72,6 +72,9 @@ class Scores(Mapping[str, NodeScores]):
             raise unknown("node kind in these scores", kind, self.kinds)
         return self.kinds[kind]
 
+    def __contains__(self, kind: object) -> bool:
+        return kind in self.kinds
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.kinds)
 

@@ -6,13 +6,14 @@ import numpy as np
 import pandas as pd
 
 from relp_cli.circuits.circuit import Circuit
+from relp_cli.edges.scores import EdgeScores
 from relp_cli.methods.scores import NodeScores, Scores
 
 
 def top_nodes(scores: Scores, k: int = 10) -> pd.DataFrame:
     """The k nodes of each kind with the largest |mean score|: kind, layer, position, unit (missing for vector nodes), score,
     se (standard error over the pairs that have the position), n."""
-    rows = [row for kind in scores.values() for row in _top(kind, k)]
+    rows = [row for kind in scores.values() for row in _top_of(kind, k)]
     table = pd.DataFrame(rows, columns=["kind", "layer", "position", "unit", "score", "se", "n"])
     return table.astype({"unit": "Int64"})
 
@@ -27,6 +28,20 @@ def _top(scores: NodeScores, k: int) -> list[tuple[object, ...]]:
         unit = int(at[2]) if len(at) == 3 else None
         rows.append((scores.kind, int(at[0]), scores.labels[int(at[1])], unit, float(mean[at]), error, n))
     return rows
+
+
+def _top_of(scores: NodeScores | EdgeScores, k: int) -> list[tuple[object, ...]]:
+    """Edges stand under their reader's layer (logits: the number of layers), named where nodes have a position."""
+    if not isinstance(scores, EdgeScores):
+        return _top(scores, k)
+    names = scores.edge_names()
+    found: list[tuple[object, ...]] = []
+    for _, _, label, unit, score, error, n in _top(scores.flat(), k):
+        name = names[unit]  # type: ignore[call-overload]
+        reader = name.partition("->")[2].partition(".")[0].strip("am")
+        layer = int(reader) if reader.isdigit() else scores.graph.n_layers
+        found.append((scores.kind, layer, name if label == "*" else f"{name} @ {label}", None, score, error, n))
+    return found
 
 
 def circuit_counts(circuit: Circuit) -> dict[str, pd.DataFrame]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 
 from relp_cli.errors import RelpError
-from relp_cli.evaluation.compare import run_comparison
+from relp_cli.evaluation.compare import exact_method, run_comparison
 from relp_cli.files import check_writable, write_atomically
 from relp_cli.methods.score import Progress
 from relp_cli.methods.scores import Scores
@@ -50,6 +50,7 @@ def compare_tasks(
     tasks: Sequence[str], options: CompareOptions, folder: Path, device: str | None, progress: Progress | None
 ) -> Compared:
     """Score every task × model with every method and the reference; write compare.csv and heatmaps per task × model."""
+    options = replace(options, reference=exact_method(options.nodes, options.reference))
     session = Session(device)
     specs = [_spec(task, model, options) for task in tasks for model in options.models]
     check_writable(folder)
@@ -79,6 +80,7 @@ def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path) -
         different = [k for k in ScoreSpec.model_fields if getattr(spec, k) != getattr(specs[0], k)]
         if different:
             raise RelpError(f"runs {paths[0]} and {path} cannot be compared: they differ in {', '.join(different)}")
+    options = replace(options, reference=exact_method(specs[0].nodes, options.reference))
     by_method = {spec.method: scores for _, spec, scores in runs}
     if options.reference not in by_method:
         raise RelpError(f"no run of '{options.reference}' among these; score one, or choose another --reference")

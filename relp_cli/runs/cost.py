@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from relp_cli.edges.graph import Graph
 from relp_cli.features.kinds import SCORED
 from relp_cli.features.load import load_dictionaries
 from relp_cli.methods.table import METHODS
@@ -26,6 +27,9 @@ def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> 
         found = load_dictionaries(str(spec.params.get("dictionary")), model)
         nodes = {SCORED: positions * sum(d.n_features + 1 for d in found.values())}
     n_pairs = sum(len(b) for b in pairs)
+    if spec.nodes == ("edges",):
+        keep = spec.params.get("positions") == "keep"
+        return _edges_cost(model, n_pairs, positions if keep else 1, spec)
     row = METHODS[spec.method.partition("+")[0]]
     exact = sum(model.shape.n_layers * len(set(b.labels)) * units(model, k) * len(b) for b in pairs for k in kinds)
     per_value = torch.finfo(model.dtype).bits // 8
@@ -44,4 +48,18 @@ def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> 
         "forwards": forwards,
         "memory": f"about {(activations + weights) / 2**20:.0f} MiB for weights and activations, "
         f"{sum(nodes.values()) * 8 * 2 / 2**20:.1f} MiB for scores",
+    }
+
+
+def _edges_cost(model: Model, n_pairs: int, positions: int, spec: ScoreSpec) -> dict[str, Any]:
+    """The same for edges: exact methods run the model once per edge (and position)."""
+    edges, row = Graph.of(model.shape).n_edges, METHODS[spec.method.partition("+")[0]]
+    exact = {"edge_patch": edges * positions, "acdc": edges}.get(row.name)
+    return {
+        "pairs": n_pairs,
+        "nodes": {"edges": edges * positions},
+        "forwards": f"{row.cost} per pair ({n_pairs} pairs)"
+        if exact is None
+        else f"{(exact + 2) * n_pairs:,} runs of one pair ({n_pairs} pairs)",
+        "memory": f"{edges * positions * 8 * 2 / 2**20:.1f} MiB for scores",
     }

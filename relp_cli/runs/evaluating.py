@@ -130,7 +130,10 @@ def evaluate_run(
     if errors is not None and SCORED not in scores.kinds:
         raise RelpError("--errors is for feature circuits; this run scored " + ", ".join(scores))
     more = {"errors": errors} if errors else {}
-    circuits = [read_circuit(file, errors, prepared.model)] if file else circuits_of(scores, sweep or DEFAULT_SWEEP, exclude, **more)
+    if file:
+        circuits = [read_circuit(file, errors, prepared.model)]
+    else:
+        circuits = circuits_of(scores, sweep or DEFAULT_SWEEP, exclude, **more)
     task = circuits[0].meta.get("task")
     if task is not None and task != scores.meta["task"]:
         raise RelpError(f"circuit {file} was found on task '{task}', not on '{scores.meta['task']}'")

@@ -203,7 +203,7 @@ def test_greedy_selection_takes_the_best_edge_into_the_circuit() -> None:
     circuit = relp.select(edges, top_k=25, greedy=True)
     assert circuit.n_edges == 25 == circuit.prune().n_edges
     inside, kept = {"logits"}, set(circuit.edge_names())
-    strength = {n: abs(edges.mean[u, v].item()) for n, (u, v) in zip(edges.edge_names(), edges.mask.nonzero().tolist(), strict=True)}
+    strength = dict(zip(edges.edge_names(), edges.mean[edges.mask].abs().tolist(), strict=True))
     for _ in range(25):
         fringe = [n for n in strength if n.partition("->")[2].partition("<")[0] in inside]
         best = max(fringe, key=lambda n: strength[n])

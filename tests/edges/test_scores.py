@@ -169,7 +169,7 @@ def test_eap_ig_activations_holds_one_site(shape: str) -> None:
         for alpha in (0.25, 0.75):
             copies: dict[str, Tensor] = {}
 
-            def edit(reader: str, x: Tensor, written: Mapping[str, Tensor], alpha=alpha, copies=copies, site=site) -> Tensor:
+            def edit(reader, x, written, alpha=alpha, copies=copies, site=site, change=change):
                 own = reader.startswith("a") and reader.partition(".")[0] == site[0].partition(".")[0]
                 copies[reader] = torch.zeros_like(x).requires_grad_()
                 return x + copies[reader] + (alpha * change if site[0] in written and not own else 0)

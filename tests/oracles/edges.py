@@ -27,7 +27,7 @@ class EdgeTrace:
     logits: Tensor
 
 
-def same(reader: str, x: Tensor, written: Mapping[str, Tensor]) -> Tensor:
+def same(_: str, x: Tensor, __: Mapping[str, Tensor]) -> Tensor:
     return x
 
 
@@ -165,7 +165,8 @@ def reader_gradients(
         return x + copies[reader]
 
     loss = metric(run(weights, config, inputs, edit, rules).logits).sum()
-    return dict(zip(copies, torch.autograd.grad(loss, list(copies.values()), materialize_grads=True, allow_unused=True), strict=True))
+    grads = torch.autograd.grad(loss, list(copies.values()), materialize_grads=True, allow_unused=True)
+    return dict(zip(copies, grads, strict=True))
 
 
 def circuit_logits(
