@@ -34,13 +34,13 @@ def command(
     spec = score_spec(
         task=task, model=model, pairs=pairs, seed=seed, split=split, metric=metric, direction=direction, dtype=dtype
     )  # fmt: skip
-    from relp_cli.evaluation.diagnose import diagnose
+    from relp_cli.evaluation.diagnose import Options, diagnose
     from relp_cli.runs.scoring import Session, prepare
 
     prepared = prepare(spec, Session(device))
     with progress() as bar:
         found = diagnose(
-            prepared.model, prepared.pairs, prepared.metric, direction, method, top, seed=seed, thorough=thorough, progress=bar
+            prepared.model, prepared.pairs, prepared.metric, direction, method, Options(top=top, thorough=thorough), seed, bar
         )  # fmt: skip
     for line in prepared.notes:
         note(line)

@@ -43,13 +43,14 @@ CLOSE = 1.25  # an error at most this many times the best one's may be preferred
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What counts as a failure mode.
+class Options:
+    """What counts as a failure mode, and how much is checked.
 
     saturated: largest attention probability from which a softmax is called saturated (on the run). moved: least share of
     attention that the patch (for query nodes: of the query alone) must move. cancelled: least share of a component's
     effect that cancels. flat: gradient norm at the run below this share of its mean along the path. floor: least change
-    of a score that matters, as a share of the mean |L(patch) − L(original)|.
+    of a score that matters, as a share of the mean |L(patch) − L(original)|. top: how many suspects, and how many
+    controls, are patched per node kind. thorough: ig_activations is a candidate too (passes per layer and kind).
     """
 
     saturated: float = 0.9
@@ -57,6 +58,8 @@ class Limits:
     cancelled: float = 0.5
     flat: float = 0.5
     floor: float = 0.01
+    top: int = 10
+    thorough: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,23 +96,20 @@ def diagnose(
     metric: str = "logit_diff",
     direction: str = "noising",
     cheap: str = "atp",
-    top: int = 10,
-    limits: Limits | None = None,
+    options: Options | None = None,
     seed: int = 0,
-    thorough: bool = False,
     progress: Progress | None = None,
 ) -> Diagnosis:
-    """Diagnose the method `cheap` (of CANDIDATES) on these pairs; per kind `top` suspects and `top` controls are patched.
+    """Diagnose the method `cheap` (of CANDIDATES) on these pairs.
 
-    thorough: ig_activations is a candidate too (it costs passes per layer and kind).
     Raises: RelpError for a metric without gradient at the run, and for an unknown method.
     """
     if cheap not in CANDIDATES:
         raise unknown("method to diagnose", cheap, CANDIDATES)
-    limits = limits or Limits()
+    limits = options or Options()
     estimates = {
         name: score(model, pairs, method, KINDS, metric, direction, keep_examples=False, progress=progress, **params)
-        for name, (method, params) in (CANDIDATES | THOROUGH if thorough else CANDIDATES).items()
+        for name, (method, params) in (CANDIDATES | THOROUGH if limits.thorough else CANDIDATES).items()
     }
     attention = modes.saturation(model, pairs, metric, direction)
     cancelling = modes.cancellation(model, pairs, metric, direction)
@@ -117,7 +117,7 @@ def diagnose(
     floor = limits.floor * float((gradient.metric[-1] - gradient.metric[0]).abs().mean())
     nodes = _nodes(estimates, _present(attention, cancelling, gradient, estimates[cheap], limits, floor))
     _suspect(nodes, cheap, floor)
-    chosen = _chosen(nodes, cheap, top, seed)
+    chosen = _chosen(nodes, cheap, limits.top, seed)
     masks = {kind: torch.from_numpy(chosen[(nodes.kind == kind).to_numpy()]).view(estimates[cheap][kind].mean.shape)
              for kind in KINDS}  # fmt: skip
     exact = exact_scores(model, pairs, masks, estimates[cheap].meta, progress)
@@ -144,7 +144,7 @@ def _present(
     cancelling: Mapping[str, modes.Cancellation],
     gradient: modes.FlatGradients,
     base: Scores,
-    limits: Limits,
+    limits: Options,
     floor: float,
 ) -> dict[str, dict[str, Tensor]]:
     """kind → failure mode → Bool[layer, pos, *unit]: where the mode is there."""
@@ -263,7 +263,7 @@ def _summary(
     gradient: modes.FlatGradients,
     nodes: pd.DataFrame,
     table: pd.DataFrame,
-    settings: tuple[str, str, float, Limits],
+    settings: tuple[str, str, float, Options],
 ) -> tuple[str, ...]:
     """Sentences for people."""
     cheap, recommended, floor, limits = settings

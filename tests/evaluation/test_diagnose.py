@@ -10,7 +10,7 @@ from oracles.wrapped import case, close, double_by_default, exact_float64, run
 
 from relp_cli.errors import RelpError
 from relp_cli.evaluation import failure_modes as modes
-from relp_cli.evaluation.diagnose import SATURATION, diagnose
+from relp_cli.evaluation.diagnose import SATURATION, Options, diagnose
 from relp_cli.tasks.pairs import PairBatch
 
 HOW = ("logit_diff", "noising")
@@ -109,7 +109,7 @@ def test_cancelling_parts_are_found_and_their_opponent_named():
 
 def test_the_recommendation_follows_from_the_errors_on_patched_nodes():
     c = case("qwen2")
-    found = diagnose(c.model, [c.batch], top=3, thorough=True)
+    found = diagnose(c.model, [c.batch], options=Options(top=3, thorough=True))
     patched = found.nodes[found.nodes.exact.notna()]
     exact = run(c, "act_patch", ["value"])["value"].mean
     rows = patched[patched.kind == "value"]
