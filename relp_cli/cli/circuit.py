@@ -58,7 +58,7 @@ def command(
     if resamples:
         from relp_cli.evaluation.overlap import stability
 
-        mean, _ = stability(chosen, resamples, **how, sign=sign, aggregate=aggregate, union=union)
+        mean, _ = stability(chosen, resamples, **how, sign=sign, aggregate=aggregate, union=union, **more)
         note(f"stability: mean Jaccard overlap with {resamples} circuits from resampled pairs: {mean:.3f}")
     if verify:
         from relp_cli.runs.verifying import verify_circuit

@@ -8,7 +8,21 @@ import sys
 import typer
 
 from relp_cli import __version__
-from relp_cli.cli import bench, circuit, compare, diagnose, evaluate, job, ls, overlap, report, score, tasks, train_dictionary
+from relp_cli.cli import (
+    bench,
+    circuit,
+    compare,
+    diagnose,
+    evaluate,
+    exchange,
+    job,
+    ls,
+    overlap,
+    report,
+    score,
+    tasks,
+    train_dictionary,
+)
 from relp_cli.errors import RelpError
 
 app = typer.Typer(
@@ -24,6 +38,8 @@ for module in (score, circuit, evaluate, compare, diagnose, overlap, report, ls,
 app.command(name="validate")(tasks.validate)
 app.command(name="show")(tasks.show)
 app.command(name="train-dictionary")(train_dictionary.command)
+app.command(name="export")(exchange.export)
+app.command(name="import")(exchange.import_)
 app.command(name="reproduce")(job.reproduce)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -86,6 +87,14 @@ class EdgeScores:
         out = values.new_zeros(*values.shape[:-1], *self.mask.shape)
         out[..., self.mask] = values
         return out
+
+    def resampled(self, weights: Float[Tensor, " example"]) -> EdgeScores:
+        """With each example counted `weights` times; without variances. Needs per-example scores."""
+        assert self.examples is not None
+        assert self.present is not None
+        count = (weights[:, None] * self.present).sum(0).clamp(min=1)
+        mean = torch.einsum("n,npe->pe", weights, self.examples) / count[:, None]
+        return replace(self, mean=self.dense(mean.double()).reshape(self.mean.shape))
 
     def select(self, **how: Any) -> Any:
         """An EdgeCircuit; see `edges.select.select_edges`."""

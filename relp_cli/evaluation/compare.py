@@ -65,6 +65,8 @@ def run_comparison(
             pair = (compared[m][kind] for m in (method, reference))
             estimate, exact = (s.flat() if isinstance(s, EdgeScores) else s for s in pair)
             result = agreement(estimate, exact, top_k, bootstrap, seed, unsigned)
+            if kind == "edges":
+                result = replace(result, axis="edges" + ("" if len(estimate.labels) == 1 else f" × {estimate.axis}"))
             cost = done[method].meta
             rows.append(
                 {"model": model.name, "method": method, "kind": kind, **asdict(result)}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from relp_cli.circuits.circuit import ANY_POSITION, Circuit
 from relp_cli.circuits.select import select
+from relp_cli.edges.scores import EdgeScores
 from relp_cli.errors import RelpError
 from relp_cli.methods.scores import NodeScores
 
@@ -61,7 +62,7 @@ def stability(
     Raises: RelpError for scores without per-example values.
     """
     if any(s.examples is None for s in scores.values()):
-        raise RelpError("stability needs per-example scores; score again with --per-example")
+        raise RelpError("stability needs per-example scores (not kept of features); score again with --per-example")
     full = select(scores, **selection)
     n = len(next(iter(scores.values())).examples)  # type: ignore[arg-type]
     draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples)
@@ -69,7 +70,8 @@ def stability(
     jaccards = []
     for draw in draws:
         weights = torch.as_tensor(draw, dtype=torch.float32)
-        again = select({k: _resampled(s, weights) for k, s in scores.items()}, **selection)
+        mine = {k: s.resampled(weights) if isinstance(s, EdgeScores) else _resampled(s, weights) for k, s in scores.items()}
+        again = select(mine, **selection)
         jaccards.append(overlap(again, full)["jaccard"])
         for kind, mask in again.masks.items():
             kept[kind] += mask / samples

@@ -124,7 +124,8 @@ def _pictures(
     title = " · ".join(
         str(own.meta.get(k, "?")) for k in ("task", "model", *(["method"] if len(scores) == 1 else []), "direction")
     )
-    kinds = [kind for kind in own if all(kind in other for other in scores.values())]
+    mapped = [kind for kind in own if kind not in ("edges", "feature")]  # these have no layer × position
+    kinds = [kind for kind in mapped if all(kind in other for other in scores.values())]
     heads = [k for k in kinds if own[k].mean.ndim == 3 and own[k].mean.shape[2] <= MAX_HEADS]
 
     def maps(name: str, caption: str, chosen: Sequence[str], over: Over, words: Sequence[str] | None) -> Picture:
@@ -176,7 +177,7 @@ def _circuit(circuit: Circuit) -> dict[str, Any]:
             {
                 "kind": kind,
                 "total": int(table.to_numpy().sum()),
-                "possible": circuit.masks[kind].numel(),
+                "possible": circuit.masks[kind].numel() if len(counts) > 1 and isinstance(circuit, Circuit) else circuit.n_possible,
                 "largest": max(int(table.to_numpy().max()), 1),
                 "labels": list(table.columns),
                 "layers": table.to_numpy().tolist(),

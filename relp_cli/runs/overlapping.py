@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from relp_cli.circuits.circuit import Circuit
 from relp_cli.circuits.reference import reference_circuit, reference_names
+from relp_cli.edges.scores import EdgeScores
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.agreement import agreement
 from relp_cli.evaluation.overlap import overlap
+from relp_cli.runs.evaluating import read_circuit
 from relp_cli.runs.rundir import RunDir
 from relp_cli.runs.scoring import open_run
 
@@ -20,20 +21,21 @@ def overlap_of(first: Path, second: str) -> dict[str, Any]:
     if RunDir(first).exists() and RunDir(Path(second)).exists():
         mine, theirs = open_run(first)[2], open_run(Path(second))[2]
         for kind in (k for k in mine if k in theirs and mine[k].labels == theirs[k].labels):
-            rows[f"PCC of {kind} scores"] = agreement(mine[kind], theirs[kind], bootstrap=0).pcc
+            a, b = (s.flat() if isinstance(s, EdgeScores) else s for s in (mine[kind], theirs[kind]))
+            rows[f"PCC of {kind} scores"] = agreement(a, b, bootstrap=0).pcc
     return rows
 
 
-def _circuit(where: str) -> Circuit:
+def _circuit(where: str) -> Any:
     path = Path(where)
     if path.is_dir():
         run = RunDir(path)
         run.read()
         if not run.circuit.is_file():
             raise RelpError(f"run '{path}' has no circuit yet; run `relp circuit {path} --threshold …`")
-        return Circuit.load(run.circuit)
+        return read_circuit(run.circuit)
     if path.is_file():
-        return Circuit.load(path)
+        return read_circuit(path)
     if where in reference_names() or "/" not in where:
         return reference_circuit(where)
     known = ", ".join(reference_names())

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from relp_cli.circuits.circuit import Circuit
 from relp_cli.errors import RelpError, RunFailed
 from relp_cli.report.html import write_html
 from relp_cli.runs.comparing import example_tokens
+from relp_cli.runs.evaluating import read_circuit
 from relp_cli.runs.scoring import Session, open_run, prepare
 
 
 def report_run(path: Path, output: Path | None = None) -> list[Path]:
     """Figures and one HTML page of a run, with its circuit and evaluation where there are. Returns the files written."""
     run, spec, scores = open_run(path)
-    circuit = Circuit.load(run.circuit) if run.circuit.is_file() else None
+    circuit: Any = read_circuit(run.circuit) if run.circuit.is_file() else None
     table = run.path / "evaluation.csv"
     try:
         evaluation = pd.read_csv(table, keep_default_na=True) if table.is_file() else None

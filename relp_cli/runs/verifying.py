@@ -8,6 +8,7 @@ from pathlib import Path
 from relp_cli.circuits.circuit import ANY_POSITION, Circuit
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.verify import exact_scores
+from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.methods.score import Progress
 from relp_cli.runs.scoring import Session, open_run, prepare
 
@@ -20,7 +21,13 @@ def verify_circuit(
 
     Raises: RelpError for circuits without positions, and where no default for `confirm` exists.
     """
+    if isinstance(circuit, FeatureCircuit):
+        raise RelpError(
+            "--verify is for node circuits; exact scores of features: relp score --method act_patch --dictionary …"
+        )
     _, spec, scores = open_run(path)
+    if not isinstance(circuit, Circuit):
+        raise RelpError("--verify patches nodes; for edges compare with edge_patch (relp compare --nodes edges)")
     if circuit.labels == ANY_POSITION:
         raise RelpError("--verify patches nodes at their positions; select with --aggregate none")
     tau = circuit.meta["selection"]["tau"] if confirm is None else confirm

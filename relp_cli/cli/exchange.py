@@ -1,0 +1,61 @@
+"""relp export RUN FILE, relp import FILE"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from relp_cli.cli.common import DeviceOption, JsonFlag, log, note, print_json
+from relp_cli.errors import RelpError
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run that scored edges, with its circuit.json if there is one.")],
+    file: Annotated[Path, typer.Argument(help="What to write: a name that ends in .json or .pt.")],
+    json: JsonFlag = False,
+) -> None:
+    """Write a run's edge scores and circuit in the format of EAP-IG, which MIB's evaluator reads.
+
+    Example: relp export runs/ioi-edges ioi.json
+    """
+    from relp_cli.edges.circuit import EdgeCircuit
+    from relp_cli.edges.exchange import export_circuit
+    from relp_cli.runs.scoring import open_run
+
+    run_dir, _, scores = open_run(run)
+    if "edges" not in scores:
+        raise RelpError(f"run '{run}' scored {', '.join(scores)}; only edges can be exported (score with --nodes edges)")
+    edges = scores["edges"]
+    circuit = EdgeCircuit.load(run_dir.circuit) if run_dir.circuit.is_file() else None
+    export_circuit(file, int(edges.meta["d_model"]), circuit, edges)  # type: ignore[arg-type]
+    kept = 0 if circuit is None else circuit.n_edges
+    if json:
+        print_json({"file": str(file), "n_edges": kept})
+        return
+    if circuit is None:
+        note("no circuit.json in this run: scores are exported, and no edge is marked as in the circuit")
+    log.print(str(file), highlight=False)
+
+
+def import_(
+    file: Annotated[Path, typer.Argument(help="A circuit of EAP-IG or MIB, .json or .pt.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Check that it is of this model's graph.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The circuit file to write.")] = Path("circuit.json"),
+    device: DeviceOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Read an edge circuit of EAP-IG or MIB and write it as a relp circuit. `relp evaluate RUN --circuit FILE` takes both.
+
+    Example: relp import ioi.pt --model gpt2 -o circuit.json
+    """
+    from relp_cli.edges.exchange import import_circuit
+    from relp_cli.models.load import load_model
+
+    circuit, _ = import_circuit(file, None if model is None else load_model(model, device=device))
+    circuit.save(output)
+    if json:
+        print_json({"circuit": str(output), "n_edges": circuit.n_edges, "n_possible": circuit.n_possible})
+        return
+    log.print(f"{output}: {circuit.n_edges} of {circuit.n_possible} edges", highlight=False)
