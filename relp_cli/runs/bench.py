@@ -11,11 +11,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-from relp_cli.circuits.circuit import Circuit
+from relp_cli.edges.ablation import EdgeAblation
+from relp_cli.edges.graph import Graph
+from relp_cli.edges.run import edge_logits
 from relp_cli.evaluation.ablation import Ablation
 from relp_cli.evaluation.evaluate import Runs
 from relp_cli.methods.score import COMPONENTS, score
@@ -26,7 +29,7 @@ from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fixture:
     """The model, its untouched Hugging Face twin, and the pairs."""
 
@@ -77,6 +80,32 @@ def plain_two_forward_one_backward(f: Fixture) -> None:
     plain_pass(f)
 
 
+def plain_backwards(f: Fixture, forwards: int, backwards: int) -> None:
+    """Forward passes, one of them differentiated several times over (as dropping one layer after the other needs)."""
+    for _ in range(forwards - 1):
+        plain_forward(f)
+    embeddings = f.plain.transformer.wte(f.batch.original).requires_grad_(True)
+    logits = f.plain(inputs_embeds=embeddings, use_cache=False).logits[:, -1]
+    value = (logits.gather(1, f.batch.answer) - logits.gather(1, f.batch.foil)).sum()
+    for _ in range(backwards):
+        torch.autograd.grad(value, embeddings, retain_graph=True)
+
+
+def _edge_point(f: Fixture) -> None:
+    """One F(C) of an edge circuit of half of the edges: ablation values are ready."""
+    graph, excluded, ablated = _prepared_edges(f)
+    with torch.no_grad():
+        edge_logits(f.model, graph, f.batch.original, excluded, ablated)
+
+
+@lru_cache(maxsize=1)
+def _prepared_edges(f: Fixture) -> Any:
+    graph = Graph.of(f.model.shape)
+    drawn = torch.rand(graph.mask.shape, generator=torch.Generator().manual_seed(0)) > 0.5
+    values = EdgeAblation.prepare(f.model, [f.batch], "counterfactual").values(f.model, f.batch)
+    return graph, (drawn & graph.mask)[None], values
+
+
 def _score(method: str, nodes: Sequence[str] = COMPONENTS, **params: Any) -> Callable[[Fixture], Any]:
     return lambda f: score(f.model, [f.batch], method, nodes, **params)
 
@@ -109,25 +138,21 @@ def _circuit_point(f: Fixture) -> None:
         runs.run(f.batch, masks, ablated, full)
 
 
-_cache: dict[int, Any] = {}
-
-
+@lru_cache(maxsize=1)
 def _prepared(f: Fixture) -> Any:
-    if id(f) not in _cache:
-        kind, shape = NODE_KINDS["mlp_neuron"], f.model.shape
-        mask = torch.rand(shape.n_layers, f.batch.n_pos, shape.d_mlp, generator=torch.Generator().manual_seed(0)) > 0.5
-        circuit = Circuit.from_mask("mlp_neuron", mask)
-        ablation = Ablation.prepare(f.model, [f.batch], "mean", [kind])
-        runs = Runs(f.model, METRICS["logit_diff"], (kind,), 0, [f.batch], ablation)
-        values, full = ablation.values(f.model, f.batch, f.batch), f.model.logits(f.batch.original)
-        _cache[id(f)] = (runs, dict(circuit.masks), values, full)
-    return _cache[id(f)]
+    kind, shape = NODE_KINDS["mlp_neuron"], f.model.shape
+    mask = torch.rand(shape.n_layers, f.batch.n_pos, shape.d_mlp, generator=torch.Generator().manual_seed(0)) > 0.5
+    ablation = Ablation.prepare(f.model, [f.batch], "mean", [kind])
+    runs = Runs(f.model, METRICS["logit_diff"], (kind,), 0, [f.batch], ablation)
+    return runs, {"mlp_neuron": mask}, ablation.values(f.model, f.batch, f.batch), f.model.logits(f.batch.original)
 
 
 BASELINES: dict[str, Callable[[Fixture], None]] = {
     "2 forward + 1 backward": plain_two_forward_one_backward,
     "1 forward": plain_forward,
     "1 forward + 1 backward": plain_pass,
+    "4 forward + 1 backward": lambda f: plain_backwards(f, 4, 1),
+    "2 forward + L backward": lambda f: plain_backwards(f, 2, f.model.shape.n_layers),
 }
 BENCHES = [
     Bench("relp, logits everywhere", "2 forward + 1 backward", _full_logits("relp"), 1.05),
@@ -136,6 +161,13 @@ BENCHES = [
     Bench("relp, neurons", "2 forward + 1 backward", _score("relp", ["mlp_neuron"]), None),
     Bench("relp+two_point", "2 forward + 1 backward", _score("relp+two_point"), None),
     Bench("one point of a circuit sweep", "1 forward", _circuit_point, 1.3),
+    Bench("ig_inputs, 10 steps", "1 forward + 1 backward", _score("ig_inputs", steps=10), 11.0),
+    Bench("atp_star, QK fix", "4 forward + 1 backward", _score("atp_star", ("query", "key"), grad_drop=False), 1.0),
+    Bench("atp_star, GradDrop", "2 forward + L backward", _score("atp_star", qk_fix=False), 1.1),
+    Bench("eap", "2 forward + 1 backward", _score("eap", ("edges",)), 1.5),
+    Bench("relp_edges", "2 forward + 1 backward", _score("relp_edges", ("edges",)), 1.5),
+    Bench("eap_ig, 5 steps", "2 forward + 1 backward", _score("eap_ig", ("edges",), steps=5), 6.0),
+    Bench("one edge circuit", "1 forward", _edge_point, 2.0),
 ]
 
 
