@@ -12,6 +12,7 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError
 from relp_cli.features.sites import Site, parse_site
+from relp_cli.methods.scores import NodeScores
 
 KIND = "feature"
 
@@ -47,6 +48,24 @@ class FeatureScores:
     def n_nodes(self) -> int:
         """Features and error terms, at all positions."""
         return len(self.labels) * (sum(self.sizes) + len(self.sites))
+
+    @property
+    def examples(self) -> None:
+        """Never kept: one example of all features would be as large as the dictionaries."""
+
+    @property
+    def present(self) -> None:
+        """As `examples`."""
+
+    def flat(self) -> NodeScores:
+        """The same numbers as scores of one layer whose units are each site's features and error term, zeros included."""
+
+        def joined(what: str, errors: Tensor) -> Tensor:
+            parts = [torch.cat([self.dense(s, what), e[:, None]], 1) for s, e in zip(self.sites, errors, strict=True)]
+            return torch.cat(parts, 1)[None]
+
+        mean, variance = joined("mean", self.error_mean), joined("variance", self.error_variance)
+        return NodeScores(KIND, mean, variance, self.n, self.labels, self.axis, meta=self.meta)
 
     def at(self, site: Site | str) -> int:
         """A site's number. Raises RelpError for a site that has no scores."""

@@ -7,6 +7,9 @@ import pandas as pd
 
 from relp_cli.circuits.circuit import Circuit
 from relp_cli.edges.scores import EdgeScores
+from relp_cli.features.circuit import FeatureCircuit
+from relp_cli.features.scores import FeatureScores
+from relp_cli.features.show import top_features
 from relp_cli.methods.scores import NodeScores, Scores
 
 
@@ -14,6 +17,7 @@ def top_nodes(scores: Scores, k: int = 10) -> pd.DataFrame:
     """The k nodes of each kind with the largest |mean score|: kind, layer, position, unit (missing for vector nodes), score,
     se (standard error over the pairs that have the position), n."""
     rows = [row for kind in scores.values() for row in _top_of(kind, k)]
+    # of features, "layer" is the site's name
     table = pd.DataFrame(rows, columns=["kind", "layer", "position", "unit", "score", "se", "n"])
     return table.astype({"unit": "Int64"})
 
@@ -30,8 +34,12 @@ def _top(scores: NodeScores, k: int) -> list[tuple[object, ...]]:
     return rows
 
 
-def _top_of(scores: NodeScores | EdgeScores, k: int) -> list[tuple[object, ...]]:
+def _top_of(scores: NodeScores | EdgeScores | FeatureScores, k: int) -> list[tuple[object, ...]]:
     """Edges stand under their reader's layer (logits: the number of layers), named where nodes have a position."""
+    if isinstance(scores, FeatureScores):
+        rows = top_features(scores, k).to_dict("records")
+        columns = ("kind", "site", "position", "feature", "score", "se", "n")
+        return [tuple(None if r[name] is pd.NA else r[name] for name in columns) for r in rows]
     if not isinstance(scores, EdgeScores):
         return _top(scores, k)
     names = scores.edge_names()
@@ -44,10 +52,17 @@ def _top_of(scores: NodeScores | EdgeScores, k: int) -> list[tuple[object, ...]]
     return found
 
 
-def circuit_counts(circuit: Circuit) -> dict[str, pd.DataFrame]:
+def circuit_counts(circuit: Circuit | FeatureCircuit) -> dict[str, pd.DataFrame]:
     """Node kind → how many nodes the circuit keeps, Int[layer, position], with position labels as columns. Of a circuit
     that holds at any position there is one column, "any"."""
     labels = ["any" if label == "*" else label for label in circuit.labels]
+    if isinstance(circuit, FeatureCircuit):  # per site kind, error terms counted with the features
+        kinds = dict.fromkeys(site.kind for site in circuit.features)
+        kept = {site: mask.sum(1) + circuit.errors[site] for site, mask in circuit.features.items()}
+        return {
+            f"{kind} features": pd.DataFrame([n.tolist() for s, n in kept.items() if s.kind == kind], columns=labels)
+            for kind in kinds
+        }
     return {
         kind: pd.DataFrame(mask.reshape(*mask.shape[:2], -1).sum(-1).numpy(), columns=labels)
         for kind, mask in circuit.masks.items()

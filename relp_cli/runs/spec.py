@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from relp_cli.errors import RelpError
 from relp_cli.methods.table import METHODS
 from relp_cli.nodes.kinds import NODE_KINDS
 
@@ -43,6 +44,8 @@ class ScoreSpec(BaseModel):
     @field_validator("nodes")
     @classmethod
     def _known_nodes(cls, nodes: tuple[str, ...]) -> tuple[str, ...]:
+        if len(nodes) > 1 and {"edges", "feature"} & set(nodes):
+            raise RelpError("edges and features are scored on their own, not beside node kinds")
         if nodes not in (("edges",), ("feature",)):
             for name in nodes:
                 NODE_KINDS[name]

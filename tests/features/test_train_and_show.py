@@ -141,3 +141,30 @@ def test_features_are_described() -> None:
     up, _ = promoted(model(), found[site].w_dec[unit], 3)
     logits = model().hf.get_output_embeddings()(found[site].w_dec[unit][None, None])[0, 0]
     assert up == [model().tokenizer.decode([int(i)]).strip() for i in logits.topk(3).indices]
+
+
+def test_a_run_is_scored_selected_evaluated_and_reported(tmp_path: Path) -> None:
+    from relp_cli.cli.main import app
+
+    def relp(*arguments: str) -> str:
+        return CliRunner().invoke(app, list(arguments), catch_exceptions=False).stdout
+
+    run = str(tmp_path / "run")
+    scoring = ("score", "sva_across_pp", "-m", "tiny-pythia", "--dictionary", "tiny-pythia", "--pairs", "8")
+    assert "resid_out_layer" in relp(*scoring, "-o", run)
+    assert json.loads(relp(*scoring, "-o", run, "--json"))["cached"] is True
+    assert "'feature': 33345" in relp(*scoring, "--dry-run")
+    assert json.loads(relp("circuit", run, "--top-k", "30", "--errors", "none", "--json"))["n_nodes"] == 30
+    rows = json.loads(relp("evaluate", run, "--pairs", "8", "--random", "1", "--json"))["rows"]
+    assert rows[0]["errors"] == "none"
+    assert rows[0]["kind"] == "feature"
+    relp("report", run)
+    assert "attn features" in (tmp_path / "run" / "report.html").read_text()
+    for wrong, message in (
+        (("circuit", run, "--top-k", "5", "--stability", "2"), "not kept of features"),
+        (("circuit", run, "--top-k", "5", "--verify"), "--verify is for node circuits"),
+        ((*scoring, "--nodes", "feature,mlp_out"), "on their own"),
+        (("evaluate", run, "--errors", "some"), "unknown choice of error terms"),
+    ):
+        with pytest.raises(RelpError, match=message):
+            relp(*wrong)
