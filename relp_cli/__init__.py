@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from relp_cli.evaluation.compare import compare as compare
     from relp_cli.evaluation.evaluate import evaluate as evaluate
     from relp_cli.evaluation.nodes import applied as applied
-    from relp_cli.methods.score import score as score
     from relp_cli.methods.scores import Scores as Scores
     from relp_cli.models.load import load_model as load_model
+    from relp_cli.scoring import score as score
     from relp_cli.tasks.pairs import PairBatch as PairBatch
     from relp_cli.tasks.pairs import PromptPair as PromptPair
     from relp_cli.tasks.task import load_task as load_task
@@ -40,7 +40,7 @@ _WHERE = {
     "evaluate": "evaluation.evaluate",
     "load_model": "models.load",
     "load_task": "tasks.task",
-    "score": "methods.score",
+    "score": "scoring",
     "select": "circuits.select",
 }
 __all__ = sorted(_WHERE)

@@ -50,7 +50,7 @@ def show_agreement(df: pd.DataFrame) -> None:
         first, methods = rows.iloc[0], list(dict.fromkeys(rows.method))
         intervals = len(methods) <= 4  # more do not fit beside each other
         table = [
-            {"model": model, "nodes": kind_title(str(kind))} | {c.method: _pcc(c, intervals) for c in part.itertuples()}
+            {"model": model, "nodes": kind_title(str(kind))} | {str(c.method): _pcc(c, intervals) for c in part.itertuples()}
             for (model, kind), part in rows.groupby(["model", "kind"], sort=False)
         ]
         about = f"{first.n_pairs} pairs, {first.direction}, {first.metric}"

@@ -10,11 +10,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from relp_cli.edges.scores import EdgeScores
 from relp_cli.evaluation.agreement import agreement
-from relp_cli.methods.score import COMPONENTS, Progress, score
+from relp_cli.methods.score import COMPONENTS, Progress
 from relp_cli.methods.scores import NodeScores, Scores
 from relp_cli.models.model import Model
+from relp_cli.scoring import score
 from relp_cli.tasks.pairs import PairBatch
 
 
@@ -63,8 +63,10 @@ def run_comparison(
         unsigned = not done[method].meta["signed"]
         for kind in nodes:
             pair = (compared[m][kind] for m in (method, reference))
-            estimate, exact = (s.flat() if isinstance(s, EdgeScores) else s for s in pair)
+            estimate, exact = (s if isinstance(s, NodeScores) else s.flat() for s in pair)
             result = agreement(estimate, exact, top_k, bootstrap, seed, unsigned)
+            if kind == "feature":
+                result = replace(result, axis=f"site × {estimate.axis} × feature or error term")
             if kind == "edges":
                 result = replace(result, axis="edges" + ("" if len(estimate.labels) == 1 else f" × {estimate.axis}"))
             cost = done[method].meta

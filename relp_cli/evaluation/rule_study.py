@@ -27,10 +27,11 @@ from relp_cli.evaluation.agreement import agreement
 from relp_cli.evaluation.behaviour import behaviour
 from relp_cli.files import write_atomically
 from relp_cli.methods.auto import candidates
-from relp_cli.methods.score import COMPONENTS, score
+from relp_cli.methods.score import COMPONENTS
 from relp_cli.methods.scores import NodeScores
 from relp_cli.models.catalog import embedded_names
 from relp_cli.models.load import load_model
+from relp_cli.scoring import score
 from relp_cli.tasks.spec import list_tasks
 from relp_cli.tasks.task import load_task
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError
 from relp_cli.methods.relp import RelpParams, with_extra_rules
+from relp_cli.methods.score import Progress, mean_activations, score_nodes
 from relp_cli.methods.scores import NodeScores, Scores
 from relp_cli.methods.setup import Setup
 from relp_cli.models.model import Model
@@ -29,9 +30,6 @@ from relp_cli.nodes.access import split, units
 from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
-
-if TYPE_CHECKING:
-    from relp_cli.methods.score import Progress
 
 Rules = tuple[str, ...]
 Cells = dict[str, np.ndarray]  # node kind → Int[cell, (pair, layer, label, unit)]
@@ -53,10 +51,8 @@ class How:
     def score(
         self, model: Model, pairs: Sequence[PairBatch], rules: Rules, nodes: Sequence[str], keep: bool | None
     ) -> Scores:
-        from relp_cli.methods.score import score
-
         how = (self.metric, self.direction, self.baseline, self.batch_size)
-        return score(model, pairs, "relp", nodes, *how, keep, self.progress, rules=rules)
+        return score_nodes(model, pairs, "relp", nodes, *how, keep, self.progress, rules=rules)
 
 
 def candidates(model: Model, nodes: Sequence[str], baseline: str = "patch") -> dict[str, Rules]:
@@ -193,8 +189,6 @@ def exact_cells(
     kinds = tuple(NODE_KINDS[k] for k in cells)
     means = None
     if how.baseline == "mean":
-        from relp_cli.methods.score import mean_activations
-
         means = mean_activations(model, pairs, kinds)
     for batch in (b.to(model.device) for b in pairs):
         at_batch = means and means.at(batch)

@@ -1,8 +1,7 @@
-"""`score`: run one method over batches of pairs and aggregate over examples."""
+"""`score_nodes`: run one method over batches of pairs and aggregate over examples."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import time
 from collections.abc import Callable, Sequence
@@ -29,11 +28,11 @@ COMPONENTS = ("resid_pre", "attn_out", "mlp_out")
 KEEP_LIMIT = 1 << 26  # per-example scores are kept up to this many numbers a kind, unless asked for
 
 
-def score(
+def score_nodes(
     model: Model,
     pairs: Sequence[PairBatch],
-    method: str = "relp",
-    nodes: Sequence[str] = COMPONENTS,
+    method: str,
+    nodes: Sequence[str],
     metric: str = "logit_diff",
     direction: str = "noising",
     baseline: str = "patch",
@@ -42,45 +41,19 @@ def score(
     progress: Progress | None = None,
     **params: Any,
 ) -> Scores:
-    """Score nodes of a model on prompt pairs.
-
-    method:    a row of `METHODS`, with `+rule` added for relp variants (`relp+ah`).
-    nodes:     rows of `NODE_KINDS`; all come from one pass. Or ["edges"], for methods on edges, or ["feature"], for
-               the features and error terms of a `dictionary=`.
-    direction: "noising" (the original runs, patch values go in) or "denoising" (the reverse).
-    baseline:  what n(x_p) is: "patch", "zero", or "mean" over all given originals per position.
-    params:    the method's own parameters (`rules=[...]` for relp); unknown ones are errors.
-
-    Returns Scores: kind → mean, variance, n [layer, pos, *unit], per example where it fits (`keep_examples`).
-    Raises: RelpError for unknown names, bad parameters, and pairs that share no position axis.
-    """
-    if tuple(nodes) == ("edges",):  # edges stand above this package; their module is imported when they are asked for
-        score_edges = importlib.import_module("relp_cli.edges.score").score_edges
-        return score_edges(
-            model, pairs, method, metric, direction, baseline, batch_size, keep_examples, progress, **params
-        )
-    if tuple(nodes) in (("feature",), ("feature", "feature_error")):  # likewise
-        score_features = importlib.import_module("relp_cli.features.score").score_features
-        return score_features(model, pairs, method, metric, direction, baseline, batch_size, progress, **params)
+    """`relp.score` for the kinds of `NODE_KINDS` and one fixed set of rules; see there for arguments and errors."""
     row, parsed = resolve_method(model, method, params)
-    if getattr(parsed, "rules", None) == ("auto",):
-        if row.name != "relp":
-            raise RelpError(f"rules 'auto' are chosen for method relp only, got '{method}'")
-        auto = importlib.import_module("relp_cli.methods.auto")  # it scores the candidates through this function
-        how = auto.How(tuple(nodes), metric, direction, baseline, batch_size, keep_examples, progress)
-        chosen: Scores = auto.score_auto(model, pairs, parsed, how)
-        return chosen
     if row.scope == "edges":
         raise RelpError(f"method '{row.name}' scores edges; ask for nodes=edges")
     kinds = tuple(NODE_KINDS[name] for name in nodes)
     if not kinds or len(set(nodes)) != len(nodes):
         raise RelpError(f"expected node kinds, each once, got {list(nodes)}; known: {', '.join(NODE_KINDS)}")
     axis, labels = position_axis(pairs)
-    function, _ = row.load()
     choices = {"direction": ("noising", "denoising"), "baseline": ("patch", "zero", "mean")}
     for what, value in (("direction", direction), ("baseline", baseline)):
         if value not in choices[what]:
             raise unknown(what, value, choices[what])
+    function, _ = row.load()
     chunks = [small.to(model.device) for batch in pairs for small in batch.split(batch_size)]
     total = sum(len(c) for c in chunks)
     passes, started = Passes(), time.perf_counter()
@@ -88,55 +61,46 @@ def score(
     means = mean_activations(model, pairs, tuple(with_inputs), batch_size) if baseline == "mean" else None
     passes.forward += len(chunks) if means else 0
     sums = {k.name: Running(model, k, labels, total, keep_examples) for k in kinds}
-    applied: dict[str, int] = {}
-    about: dict[str, Any] = {}
-    original: list[Tensor] = []
-    done = 0
+    result, original = Result({}), []
     for chunk in chunks:
-        setup = Setup(
-            model,
-            chunk,
-            METRICS[metric],
-            kinds,
-            direction,  # type: ignore[arg-type] # checked above
-            baseline,  # type: ignore[arg-type]
-            None if means is None else means.at(chunk),
-            passes,
-        )
-        result: Result = function(setup, parsed)
-        applied, about = result.applied, result.meta
+        at = None if means is None else means.at(chunk)
+        setup = Setup(model, chunk, METRICS[metric], kinds, direction, baseline, at, passes)  # type: ignore[arg-type]
+        result = function(setup, parsed)
         for kind in kinds:
             sums[kind.name].add(result.scores[kind.name], setup.labels)
         original.append(setup.prompt_value("run" if direction == "noising" else "source").cpu())
-        done += len(chunk)
         if progress:
-            progress(done, total, method)
+            progress(sum(len(o) for o in original), total, method)
+    values, share = torch.cat(original), total / len(chunks) / total  # passes count chunks, of this share of the pairs
     meta = {
         "method": method,
         "params": parsed.model_dump(mode="json"),
         "signed": row.signed,
-        "rules": applied,
+        "rules": result.applied,
         "metric": metric,
         "direction": direction,
         "baseline": baseline,
-        "model": model.name,
-        "revision": model.revision,
-        "family": model.family.name,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **model_meta(model),
         "n_pairs": total,
         "axis": axis,
-        "forwards_per_pair": round(passes.forward / total * _mean_size(chunks), 3),
-        "backwards_per_pair": round(passes.backward / total * _mean_size(chunks), 3),
+        "forwards_per_pair": round(passes.forward * share, 3),
+        "backwards_per_pair": round(passes.backward * share, 3),
         "seconds": round(time.perf_counter() - started, 3),
-        "mean_metric": torch.cat(original).mean().item(),
-        "mean_abs_metric": torch.cat(original).abs().mean().item(),
-        **about,
+        "mean_metric": values.mean().item(),
+        "mean_abs_metric": values.abs().mean().item(),
+        **result.meta,
     }
     return Scores({k.name: sums[k.name].finish(axis, meta) for k in kinds}, meta)
 
 
-def _mean_size(chunks: Sequence[PairBatch]) -> float:
-    return sum(len(c) for c in chunks) / len(chunks)
+def model_meta(model: Model) -> dict[str, str]:
+    """What every result says of the model it came from."""
+    return {
+        "model": model.name,
+        "revision": model.revision,
+        "family": model.family.name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
 
 
 def resolve_method(model: Model, method: str, params: dict[str, Any]) -> tuple[Method, Params]:

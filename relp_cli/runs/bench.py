@@ -21,10 +21,11 @@ from relp_cli.edges.graph import Graph
 from relp_cli.edges.run import edge_logits
 from relp_cli.evaluation.ablation import Ablation
 from relp_cli.evaluation.evaluate import Runs
-from relp_cli.methods.score import COMPONENTS, score
+from relp_cli.methods.score import COMPONENTS
 from relp_cli.models.load import wrap
 from relp_cli.models.model import Model
 from relp_cli.nodes.kinds import NODE_KINDS
+from relp_cli.scoring import score
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
 

@@ -12,12 +12,13 @@ from relp_cli.errors import RelpError
 from relp_cli.evaluation.behaviour import Behaviour, behaviour, keep_correct
 from relp_cli.features.load import Dictionaries, load_dictionaries
 from relp_cli.files import check_writable
-from relp_cli.methods.score import Progress, score
+from relp_cli.methods.score import Progress
 from relp_cli.methods.scores import Scores
 from relp_cli.models.load import load_model
 from relp_cli.models.model import Model
 from relp_cli.runs.rundir import RunDir, provenance
 from relp_cli.runs.spec import ScoreSpec
+from relp_cli.scoring import score
 from relp_cli.tasks.generate import TooFewPairs
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch

@@ -9,8 +9,8 @@ from scipy import stats
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.agreement import agreement, pearson, top
 from relp_cli.evaluation.compare import compare, run_comparison
-from relp_cli.methods.score import score
 from relp_cli.methods.scores import NodeScores
+from relp_cli.scoring import score
 
 
 def scores(examples, kind="mlp_out", present=None, mean=None):

@@ -17,7 +17,7 @@ from relp_cli.evaluation.evaluate import evaluate
 from relp_cli.evaluation.nodes import applied, minimality
 from relp_cli.evaluation.overlap import overlap, stability
 from relp_cli.evaluation.verify import candidates, rescore
-from relp_cli.methods.score import score
+from relp_cli.scoring import score
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
 

@@ -224,7 +224,7 @@ def test_micro_model_scores_by_hand(micro):
 
     Plain gradient of x₃/σ: (1 − y₃·y)/σ on the third, −y₃·y/σ elsewhere, y = x/σ = (1, −1, 1, −1), here over 4 dimensions.
     """
-    from relp_cli.methods.score import score
+    from relp_cli.scoring import score
 
     model, batch = micro
     y = torch.tensor([1.0, -1, 1, -1], dtype=torch.float64)

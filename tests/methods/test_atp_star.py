@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from relp_cli.errors import RelpError
 from relp_cli.methods.atp_star import key_effects, query_effects
-from relp_cli.methods.score import score
 from relp_cli.models.load import wrap
+from relp_cli.scoring import score
 from relp_cli.tasks.pairs import PairBatch
 
 QK = ("query", "key")

@@ -9,7 +9,8 @@ from oracles.forward import forward
 from oracles.wrapped import case, close, pairs, run
 
 from relp_cli.errors import RelpError
-from relp_cli.methods.score import position_axis, score
+from relp_cli.methods.score import position_axis
+from relp_cli.scoring import score
 from relp_cli.tasks.pairs import PairBatch
 
 KINDS = ("resid_pre", "head", "mlp_neuron")

@@ -205,7 +205,7 @@ def test_act_patch_towards_zero_and_mean():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 0.12)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_narrow_dtypes(shape, dtype, tolerance):
-    from relp_cli.methods.score import score
+    from relp_cli.scoring import score
 
     c = case(shape, dtype=dtype)
     rules = there(shape, EVERY)

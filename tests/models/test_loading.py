@@ -11,11 +11,11 @@ from oracles.wrapped import case, close, pairs
 from safetensors.torch import load_file, save_file
 
 from relp_cli.errors import RelpError
-from relp_cli.methods.score import score
 from relp_cli.models.catalog import EMBEDDED, embedded_names
 from relp_cli.models.checks import check_model
 from relp_cli.models.families import FAMILIES, family_of
 from relp_cli.models.load import load_model, wrap
+from relp_cli.scoring import score
 
 SIZES = {"gpt2": (False, False, False), "pythia": (False, True, False), "pythia-serial": (False, False, False)}
 SIZES |= {"qwen2": (True, False, False), "llama": (True, False, False), "gemma2": (True, False, True)}

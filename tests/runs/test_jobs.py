@@ -128,7 +128,8 @@ def test_hash_changes_with_everything_that_changes_numbers(job):
     base = load_job(str(job), [])
     cell = cells(base)[0]
     seen = {cell_hash(base, cell, revision="a")}
-    for override in ("pairs=7", "evaluate.heldout=7", "evaluate.ablation=zero", "exact_candidates=3", "params={relp: {rules: [ln]}}"):
+    changes = ("pairs=7", "evaluate.heldout=7", "evaluate.ablation=zero", "exact_candidates=3", "params={relp: {rules: [ln]}}")
+    for override in changes:
         other = load_job(str(job), [override])
         seen.add(cell_hash(other, cells(other)[0], revision="a"))
     seen.add(cell_hash(base, cell, revision="b"))
