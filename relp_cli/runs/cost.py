@@ -38,6 +38,8 @@ def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> 
     activations = batch * max(b.n_pos for b in pairs) * width * model.shape.n_layers * per_value * 3
     weights = sum(p.numel() for p in model.hf.parameters()) * per_value
     forwards = f"{row.cost} per pair ({n_pairs} pairs)"
+    if spec.method.endswith("+auto") or spec.params.get("rules") == "auto":
+        forwards += "; to choose rules, another such pass per candidate set and 256 exactly patched cells"
     if row.name == "act_patch":
         forwards = f"{exact + 2 * n_pairs:,} patched runs of one pair ({n_pairs} pairs)"
         if spec.nodes == (SCORED,):

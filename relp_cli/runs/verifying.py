@@ -7,6 +7,7 @@ from pathlib import Path
 
 from relp_cli.circuits.circuit import ANY_POSITION, Circuit
 from relp_cli.errors import RelpError
+from relp_cli.evaluation.missed import missed_effects
 from relp_cli.evaluation.verify import exact_scores
 from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.methods.score import Progress
@@ -17,7 +18,7 @@ def verify_circuit(
     path: Path, circuit: Circuit, confirm: float | None, device: str | None, progress: Progress | None
 ) -> tuple[Circuit, list[str]]:
     """The confirmed part of a circuit: nodes with |exact effect| > `confirm` (default: the selection's τ) on the run's
-    own pairs, and sentences on false positives.
+    own pairs, and sentences on false positives and on what may have been missed (the diagnostic of AtP*, Kramár et al. 2024).
 
     Raises: RelpError for circuits without positions, and where no default for `confirm` exists.
     """
@@ -37,7 +38,10 @@ def verify_circuit(
     kept = replace(circuit, masks=masks, meta={**circuit.meta, "verified": {"method": "act_patch", "confirm": tau}})
     rejected = circuit.n_nodes - kept.n_nodes
     share = rejected / circuit.n_nodes if circuit.n_nodes else 0.0
+    left = missed_effects(prepared.model, prepared.pairs, circuit.masks, scores.meta["metric"], scores.meta["direction"])
     return kept, [
         f"exact patching confirms {kept.n_nodes} of {circuit.n_nodes} nodes at |effect| > {tau:g}: "
-        f"{rejected} false positives ({share:.0%})"
+        f"{rejected} false positives ({share:.0%})",
+        f"missed: patching {left.n_subsets} random subsets of the {left.n_unverified} others excludes, at "
+        f"{left.confidence:.0%} confidence, that one of them has an |effect| above {left.bound:.3g} in their company",
     ]
