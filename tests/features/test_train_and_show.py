@@ -158,6 +158,12 @@ def test_a_run_is_scored_selected_evaluated_and_reported(tmp_path: Path) -> None
     rows = json.loads(relp("evaluate", run, "--pairs", "8", "--random", "1", "--json"))["rows"]
     assert rows[0]["errors"] == "none"
     assert rows[0]["kind"] == "feature"
+    exact = str(tmp_path / "exact")
+    relp(*scoring, "--method", "act_patch", "--set", "chunk_tokens=4096", "-o", exact)
+    compared = json.loads(relp("compare", exact, run, "-o", str(tmp_path / "compared"), "--json"))
+    (row,) = compared["rows"]
+    assert (row["kind"], row["method"]) == ("feature", "relp")
+    assert row["pcc"] > 0.9
     relp("report", run)
     assert "attn features" in (tmp_path / "run" / "report.html").read_text()
     for wrong, message in (
