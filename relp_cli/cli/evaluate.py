@@ -67,8 +67,8 @@ def command(
         return
     first = table.iloc[0]
     title = (
-        f"{target}: {first.n_pairs} held-out pairs, {first.ablation} ablation, first {first.exclude_layers} layers "
-        f"unablated, F(M) = {first.F_M:.3f}, F(∅) = {first.F_empty:.3f} [95 % bootstrap]"
+        f"{target}: {first.n_pairs} held-out pairs, {first.ablation} ablation from layer {first.exclude_layers} up, "
+        f"F(M) = {first.F_M:.3f}, F(∅) = {first.F_empty:.3f} [95 % bootstrap]"
     )
     show_evaluation(table, title)
     log.print(str(path), highlight=False)
