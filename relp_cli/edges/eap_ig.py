@@ -57,6 +57,7 @@ def along_embeddings(setup: EdgeSetup, params: EapIgParams, rules: Sequence[str]
         applied = at.applied
         one = float(weight) * products.scores(at)
         scores = one if scores is None else scores + one
+        del at  # before the next pass, not during it
     assert scores is not None  # steps ≥ 1
     return EdgeResult(setup.to_slots(scores), applied)
 

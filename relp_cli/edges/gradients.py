@@ -30,7 +30,7 @@ from relp_cli.models.checks import TOLERANCE
 from relp_cli.models.model import Hook, Model
 from relp_cli.nodes.access import capture
 
-CHUNK = 1 << 24  # numbers of writer differences formed at a time (64 MiB in float32)
+CHUNK = 1 << 22  # numbers of writer differences formed at a time (16 MiB in float32)
 
 
 @dataclass(frozen=True)

@@ -142,9 +142,10 @@ class Totals:
         if not torch.isfinite(scores).all():
             raise RelpError("edge scores are not finite (dtype too narrow?)")
         index = torch.tensor([self.labels.index(label) for label in labels])
-        values = scores.reshape(len(scores), len(labels), *self.graph.mask.shape).cpu()[..., self.graph.mask].double()
-        self.sum.index_add_(0, index, values.sum(0))
-        self.squares.index_add_(0, index, values.square().sum(0))
+        values = scores.reshape(len(scores), len(labels), *self.graph.mask.shape).cpu()[..., self.graph.mask]
+        for one in values:  # one at a time: with positions, a batch of scores is as large as the activations
+            self.sum.index_add_(0, index, one.double())
+            self.squares.index_add_(0, index, one.double().square())
         self.n.index_add_(0, index, torch.full((len(index),), len(values)))
         if self.examples is not None and self.present is not None:
             rows = slice(self.row, self.row + len(values))
