@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from relp_cli.circuits.circuit import Circuit as Circuit
-    from relp_cli.circuits.select import select as select
     from relp_cli.errors import RelpError as RelpError
     from relp_cli.evaluation.compare import compare as compare
     from relp_cli.evaluation.evaluate import evaluate as evaluate
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from relp_cli.methods.scores import Scores as Scores
     from relp_cli.models.load import load_model as load_model
     from relp_cli.scoring import score as score
+    from relp_cli.selection import select as select
     from relp_cli.tasks.pairs import PairBatch as PairBatch
     from relp_cli.tasks.pairs import PromptPair as PromptPair
     from relp_cli.tasks.task import load_task as load_task
@@ -41,7 +41,7 @@ _WHERE = {
     "load_model": "models.load",
     "load_task": "tasks.task",
     "score": "scoring",
-    "select": "circuits.select",
+    "select": "selection",
 }
 __all__ = sorted(_WHERE)
 

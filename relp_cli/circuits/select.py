@@ -29,52 +29,23 @@ KEPT_META = (
 )
 
 
-def select(
-    scores: Any,
-    threshold: float | None = None,
-    *,
-    fraction: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
+def select_nodes(
+    scores: NodeScores | Mapping[str, NodeScores],
+    given: Mapping[str, Any],
     sign: str = "absolute",
     aggregate: str = "none",
     union: bool = False,
     from_layer: int = 0,
-    **more: Any,
-) -> Any:
-    """The nodes whose score passes.
-
-    threshold: keep |score| > τ (paper's T_N): −1 keeps all, inf none.
-    fraction:  τ as a fraction of mean |L(x_o)| (Transluce; 0.005 there).
-    top_k:     the k largest. top_p: the fewest that hold a fraction p of the total |score|.
-    sign:      "absolute", or only "positive" / "negative" scores (noising: negative = supports the behaviour).
-    aggregate: "none" (per position) or "sum" over positions (Marks et al.): a node is then in everywhere or nowhere.
-    union:     a node is in if it passes for *any* example instead of on average (threshold and fraction only).
-    from_layer: nodes of lower layers are never kept (an evaluation that excludes them counts none of them).
-
-    more:      for edge scores: greedy, prune (`edges.select.select_edges`); for features: errors (`features.select`).
-
-    One NodeScores gives a Circuit of that kind, a mapping a mixed one (ranked together), EdgeScores an EdgeCircuit,
-    FeatureScores a FeatureCircuit.
-    Raises: RelpError unless exactly one way of selecting is given and its value makes sense.
-    """
-    if not isinstance(scores, (NodeScores, Mapping)):
-        scores = {scores.kind: scores}
+) -> Circuit:
+    """`relp.select` for node scores; `given` holds the one way of selecting that was asked for."""
     kinds: dict[str, Any] = {scores.kind: scores} if isinstance(scores, NodeScores) else dict(scores)
-    how = {"threshold": threshold, "fraction": fraction, "top_k": top_k, "top_p": top_p}
-    given = {k: v for k, v in how.items() if v is not None}
-    shared: dict[str, Any] = {"sign": sign, "aggregate": aggregate, "union": union, "from_layer": from_layer}
-    for above in ("edges", "feature"):  # these stand above this package and know how to select themselves
-        if list(kinds) == [above]:
-            return kinds[above].select(**given, **shared, **more)
-    if more:
-        raise RelpError(f"only edge and feature circuits can be selected with {', '.join(more)}")
     if len({s.labels for s in kinds.values()}) != 1:
         raise RelpError("scores of different position axes cannot form one circuit")
     first = next(iter(kinds.values()))
     masks, cut, _ = choose(kinds, given, sign, aggregate, union, from_layer)
     meta = {k: first.meta[k] for k in KEPT_META if k in first.meta}
     meta["scores"] = tensor_hash(*(s.mean for s in kinds.values()))
+    shared = {"sign": sign, "aggregate": aggregate, "union": union, "from_layer": from_layer}
     meta["selection"] = {**given, "tau": cut, **shared}
     return Circuit(masks, ANY_POSITION if aggregate == "sum" else first.labels, meta)
 

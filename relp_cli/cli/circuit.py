@@ -45,8 +45,8 @@ def command(
 
     Example: relp circuit runs/ioi --threshold 0.005
     """
-    from relp_cli.circuits.select import select
     from relp_cli.runs.scoring import open_run
+    from relp_cli.selection import select
 
     run_dir, _, scores = open_run(run)
     kinds = comma(nodes) if nodes else tuple(scores)

@@ -96,12 +96,6 @@ class EdgeScores:
         mean = torch.einsum("n,npe->pe", weights, self.examples) / count[:, None]
         return replace(self, mean=self.dense(mean.double()).reshape(self.mean.shape))
 
-    def select(self, **how: Any) -> Any:
-        """An EdgeCircuit; see `edges.select.select_edges`."""
-        from relp_cli.edges.select import select_edges
-
-        return select_edges(self, **how)
-
     def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and header of one entry of a score file."""
         tensors = {n: getattr(self, n) for n in ("mean", "variance", "n", "examples", "present")}

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from relp_cli.circuits.circuit import ANY_POSITION, Circuit
-from relp_cli.circuits.select import select
 from relp_cli.edges.scores import EdgeScores
 from relp_cli.errors import RelpError
 from relp_cli.methods.scores import NodeScores
+from relp_cli.selection import select
 
 
 def overlap(circuit: Circuit, reference: Circuit) -> dict[str, Any]:

@@ -86,12 +86,6 @@ class FeatureScores:
         """Features and error term summed: for gradient scores, the score of the site's whole vector."""
         return self.dense(site).sum(1) + self.error_mean[self.at(site)]
 
-    def select(self, **how: Any) -> Any:
-        """A FeatureCircuit; see `features.select.select_features`."""
-        from relp_cli.features.select import select_features
-
-        return select_features(self, **how)
-
     def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and header of one entry of a score file."""
         tensors = {name: getattr(self, name) for name in _TENSORS}

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 
 from relp_cli.circuits.circuit import Circuit
-from relp_cli.circuits.select import select
 from relp_cli.edges.circuit import EdgeCircuit, counted_edges, load_circuit
 from relp_cli.edges.exchange import import_circuit, is_eap_ig
 from relp_cli.edges.scores import EdgeScores
@@ -28,6 +27,7 @@ from relp_cli.methods.score import Progress
 from relp_cli.models.model import Model
 from relp_cli.runs.scoring import Session, open_run, prepare
 from relp_cli.runs.spec import ScoreSpec
+from relp_cli.selection import select
 
 DEFAULT_SWEEP = "log:1e-4:1:15"
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from relp_cli.circuits.circuit import ANY_POSITION, Circuit, tensor_hash
-from relp_cli.circuits.select import select
 from relp_cli.errors import RelpError, RunFailed
 from relp_cli.methods.scores import NodeScores
+from relp_cli.selection import select
 
 T, F = True, False
 VALUES = torch.tensor([[3.0, -1.0], [0.5, -3.0], [0.0, 2.0]], dtype=torch.float64)

@@ -12,13 +12,13 @@ from oracles.wrapped import case, hook_count, pairs, run
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from relp_cli.circuits.circuit import ANY_POSITION, Circuit
-from relp_cli.circuits.select import select
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.ablation import ABLATIONS, Ablation
 from relp_cli.evaluation.evaluate import evaluate
 from relp_cli.evaluation.ratios import ratio_row
 from relp_cli.models.load import wrap
 from relp_cli.nodes.kinds import NODE_KINDS
+from relp_cli.selection import select
 from relp_cli.tasks.pairs import PairBatch
 
 ORACLE = {"mean": "mean", "zero": "zero", "counterfactual": "patch"}

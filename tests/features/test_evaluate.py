@@ -13,13 +13,13 @@ from oracles.make import exact_float64
 from oracles.wrapped import case, double_by_default, pairs, run
 from torch import Tensor
 
-from relp_cli.circuits.select import select
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.evaluate import evaluate
 from relp_cli.features.circuit import FeatureCircuit, counted_sites
 from relp_cli.features.load import Dictionaries, load_dictionaries
 from relp_cli.features.scores import FeatureScores
 from relp_cli.features.sites import Site
+from relp_cli.selection import select
 
 from .folders import auto_encoder_state, write_all_sites, write_learning
 
