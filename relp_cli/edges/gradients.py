@@ -157,7 +157,7 @@ def pull_back(model: Model, at: Readers, layer: int, rows: slice, out: Float[Ten
     if at.norm is not None:
         theirs = at.other[name]["inverse"][rows] if at.norm.rule.two_point and at.other else None
         weight = at.norm.rule.fn(torch.ones_like(inverse), inverse, theirs)
-    for i, (part, (projection, _)) in enumerate(zip(QKV, projections(model, layer), strict=True)):
+    for i, (part, (projection, _)) in enumerate(zip(QKV, projections(model, layer, transposed=True), strict=True)):
         g = (at.heads[part][layer][rows] * weight).to(x.dtype).unflatten(-1, (heads, -1))
         torch.bmm(g.permute(2, 0, 1, 3).flatten(1, 2), projection, out=out[i * heads : (i + 1) * heads].flatten(1, 2))
     if at.norm is None:  # 1/σ moves with the stream

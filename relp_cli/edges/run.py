@@ -68,8 +68,9 @@ class _Hooks:
         return hooks
 
     def _begin(self, value: Tensor) -> None:
-        self.rows = value.new_empty(1 + len(self.graph.writers), *value.shape)
-        self.out = value.new_empty(self.graph.n_heads, *value.shape)
+        batch, pos, d = value.shape  # positions first, so that each has its own mask as one product
+        self.rows = value.new_empty(1 + len(self.graph.writers), pos, batch, d)
+        self.out = value.new_empty(self.graph.n_heads, pos, batch, d)
         self.formed = 0
 
     def _form(self, upto: int) -> None:
@@ -79,19 +80,19 @@ class _Hooks:
             layer, within = divmod(self.formed - 1, self.graph.n_heads + 1)
             if self.formed == 0:
                 rows = slice(0, 1)
-                deltas[0] = centre(norm, self.ablated.input - self.recorder.input)
+                deltas[0] = centre(norm, self.ablated.input - self.recorder.input).transpose(0, 1)
             elif within == 0:
                 rows = self.graph.heads_of(layer)
-                change = self.ablated.heads[layer] - self.recorder.heads(layer)
+                change = (self.ablated.heads[layer] - self.recorder.heads(layer)).transpose(0, 1)
                 out = heads_out(self.model, layer, change, deltas[rows])
                 if not norm.uses_rms_norm:
                     out -= out.mean(-1, keepdim=True)
             else:
                 rows = slice(self.formed, self.formed + 1)
-                deltas[rows] = centre(norm, self.ablated.mlps[layer] - self.recorder.mlp(layer))
+                deltas[rows] = centre(norm, self.ablated.mlps[layer] - self.recorder.mlp(layer)).transpose(0, 1)
             self.formed = rows.stop
 
-    def _changes(self, readers: slice, upto: int, x: Tensor) -> Float[Tensor, "reader batch pos d_model"]:
+    def _changes(self, readers: slice, upto: int, x: Tensor) -> Float[Tensor, "reader pos batch d_model"]:
         """x plus the changes at some readers' inputs, valid until the next call."""
         self._form(upto)
         self.rows[0] = x
@@ -101,7 +102,8 @@ class _Hooks:
         if len(weights) == 1:
             torch.mm(weights[0].T, rows.flatten(1), out=out.flatten(1))
             return out
-        return out.copy_(torch.einsum("pur,ubpd->rbpd", weights, rows))
+        each = torch.bmm(weights.transpose(1, 2), rows.flatten(2).transpose(0, 1))
+        return out.copy_(each.unflatten(-1, x.shape[1:]).transpose(0, 1))
 
     def _heads(self, layer: int) -> Hook:
         readers, heads = self.graph.readers_of(layer), self.graph.n_heads
@@ -113,9 +115,9 @@ class _Hooks:
             for i, (part, (projection, bias)) in enumerate(zip(QKV, projections(self.model, layer), strict=True)):
                 columns = slice(readers.start + i * heads, readers.start + (i + 1) * heads)
                 if any(self.cut[columns]):
-                    x = self._changes(columns, upto, centre(norm, value))
+                    x = self._changes(columns, upto, centre(norm, value).transpose(0, 1))
                     out = project(epsilon(self.model, norm), x, projection, bias)
-                    self.new[part] = out.permute(1, 2, 0, 3).flatten(2)
+                    self.new[part] = out.permute(2, 1, 0, 3).flatten(2)
 
         return hook
 
@@ -124,4 +126,10 @@ class _Hooks:
 
     def _stream(self, reader: int, layer: int, what: str) -> Hook:
         upto = self.graph.written_before(layer, what)
-        return lambda value: self._changes(slice(reader, reader + 1), upto, value)[0].clone()
+        only = slice(reader, reader + 1)
+
+        def hook(value: Tensor) -> Tensor:
+            changed = self._changes(only, upto, value.transpose(0, 1))[0].transpose(0, 1)
+            return changed.clone(memory_format=torch.contiguous_format)
+
+        return hook

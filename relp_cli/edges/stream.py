@@ -145,18 +145,22 @@ def ungrouped(model: Model) -> Iterator[None]:
             part.num_key_value_groups = size
 
 
-def projections(model: Model, layer: int) -> list[tuple[Float[Tensor, "head d_head d_model"], Tensor | None]]:
+def projections(
+    model: Model, layer: int, transposed: bool = False
+) -> list[tuple[Float[Tensor, "head d_head d_model"], Tensor | None]]:
     """Per q, k, v: the projection of each query head with the attention's norm folded in, and its bias.
 
-    For a reader input x with norm denominator σ(x): value = W·centre(x)/σ + bias, where W = centre(W_part ∘ norm weight)
+    For a reader input x with norm denominator σ(x): value = W·centre(x)/σ + bias, where W = W_part ∘ norm weight
     (centre: subtract the mean over d_model; nothing under RMSNorm).
+    transposed: with centred rows, W∘centre: then Wᵀg/σ is pulled back to x, the centring included.
     """
     shape, norm = model.shape, model.component(f"blocks.{layer}.ln1")
     out: list[tuple[Tensor, Tensor | None]] = []
     for part in "qkv":
         heads = shape.n_heads if part == "q" else shape.n_kv_heads
         weight, bias = linear_parameters(model, f"blocks.{layer}.attn.{part}", shape.d_model, heads * shape.d_head)
-        folded = centred_rows(norm, weight).unflatten(0, (heads, -1))
+        folded = weighted(norm, weight)
+        folded = (centre(norm, folded) if transposed else folded).unflatten(0, (heads, -1))
         total = bias if getattr(norm, "bias", None) is None else weight @ norm.bias + (0 if bias is None else bias)
         total = None if total is None else total.unflatten(0, (heads, -1))
         repeats = shape.n_heads // heads
@@ -167,12 +171,10 @@ def projections(model: Model, layer: int) -> list[tuple[Float[Tensor, "head d_he
     return out
 
 
-def centred_rows(norm: Any, weight: Float[Tensor, "out d_model"]) -> Float[Tensor, "out d_model"]:
-    """The transpose of `centred`: rows times the norm's weight, then centred (under LayerNorm)."""
+def weighted(norm: Any, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+    """x times the norm's weight."""
     scale = getattr(norm, "weight", None)
-    if scale is not None:
-        weight = weight * (1 + scale if norm.uses_weight_offset else scale)
-    return weight if norm.uses_rms_norm else weight - weight.mean(-1, keepdim=True)
+    return x if scale is None else x * (1 + scale if norm.uses_weight_offset else scale)
 
 
 def centre(norm: Any, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
