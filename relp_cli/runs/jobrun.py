@@ -120,7 +120,8 @@ class GroupRun:
         assert self.job.evaluate is not None
         options, held = self.job.evaluate, self.prepared("heldout")
         layers = held.model.shape.n_layers
-        exclude = layers // 3 if options.exclude_layers is None else options.exclude_layers
+        default = 0 if cell.kind == "edges" else layers // 3
+        exclude = default if options.exclude_layers is None else options.exclude_layers
         more, where = {}, None
         if cell.kind in FEATURE_KINDS:
             assert self.job.dictionary is not None

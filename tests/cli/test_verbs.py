@@ -190,3 +190,32 @@ def test_overlap_of_a_run_with_itself_is_complete(relp):
     refused = relp("overlap", "run", "ioi_gpt2_small")
     assert refused.code == 2
     assert "gpt2 and tiny-gpt2" in refused.err
+
+
+def test_edges_from_score_to_export(relp, tmp_path):
+    about = ("--nodes", "edges", "--model", "tiny-qwen2", "--pairs", 8)
+    assert relp("score", "sva_across_pp", *about, "--method", "eap_ig", "--set", "steps=2", "-o", "run").code == 0
+    cost = json.loads(relp("score", "ioi", *about, "--method", "edge_patch", "--dry-run", "--json").out)
+    assert cost["nodes"] == {"edges": 479}
+    assert cost["forwards"].startswith("3,848 runs")
+    chosen = json.loads(relp("circuit", "run", "--top-k", 40, "--greedy", "--prune", "dangling", "--json").out)
+    assert chosen["n_nodes"] == 40
+    done = relp("evaluate", "run", "--pairs", 6, "--ablation", "counterfactual", "--random", 1, "--json")
+    row = json.loads(done.out)["rows"][0]
+    assert (row["kind"], row["n_nodes"], row["exclude_layers"]) == ("edges", 40, 0)
+    assert relp("report", "run").code == 0
+    for suffix in ("json", "pt"):
+        assert relp("export", "run", f"c.{suffix}").code == 0
+        again = relp("evaluate", "run", "--circuit", f"c.{suffix}", "--pairs", 6, "--ablation", "counterfactual", "--json")
+        assert json.loads(again.out)["rows"][0]["F_C"] == pytest.approx(row["F_C"], rel=1e-5)
+    assert relp("import", "c.pt", "--model", "tiny-qwen2", "-o", "c2.json").code == 0
+    assert json.loads(relp("overlap", "run", "c2.json", "--json").out)["jaccard"] == 1
+    table = relp("evaluate", "run", "--sweep", "fractions:mib", "--pairs", 6, "--random", 0, "--json")
+    assert json.loads(table.out)["rows"][-1]["faithfulness"] == pytest.approx(1)
+    done = relp("compare", "ioi", *about[:4], "--methods", "eap,relp_edges", "--pairs", 4, "-o", "out")
+    assert done.code == 0, done.err
+    rows = pd.read_csv(tmp_path / "out/compare.csv")
+    assert rows.axis.tolist() == ["edges", "edges"]
+    assert rows.n_nodes.tolist() == [479, 479]
+    bad = relp("score", "ioi", *about, "--method", "relp")
+    assert (bad.code, "methods for edges: edge_patch, eap" in bad.err) == (2, True)
