@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from relp_cli.circuits.circuit import Circuit as Circuit
+    from relp_cli.edges.circuit import EdgeCircuit as EdgeCircuit
+    from relp_cli.edges.neurons import neuron_edges as neuron_edges
     from relp_cli.errors import RelpError as RelpError
     from relp_cli.evaluation.compare import compare as compare
     from relp_cli.evaluation.evaluate import evaluate as evaluate
@@ -31,6 +33,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Circuit": "circuits.circuit",
+    "EdgeCircuit": "edges.circuit",
     "PairBatch": "tasks.pairs",
     "PromptPair": "tasks.pairs",
     "RelpError": "errors",
@@ -40,6 +43,7 @@ _WHERE = {
     "evaluate": "evaluation.evaluate",
     "load_model": "models.load",
     "load_task": "tasks.task",
+    "neuron_edges": "edges.neurons",
     "score": "scoring",
     "select": "selection",
 }
