@@ -31,7 +31,9 @@ def test_task_yaml_is_a_task_that_the_embedded_model_does(tmp_path, relp):
     assert relp("validate", "my_task.yaml").code == 0
     model = relp_cli.load_model("tiny-gpt2")
     (batch,) = relp_cli.load_task(tmp_path / "my_task.yaml").pairs(model, 20)
-    assert [r for r, same in zip(batch.roles, (batch.original == batch.patch).all(0), strict=True) if not same] == ["end"]
+    assert [r for r, same in zip(batch.roles, (batch.original == batch.patch).all(0), strict=True) if not same] == [
+        "end"
+    ]
 
 
 def test_every_command_named_exists(relp):

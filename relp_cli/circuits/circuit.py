@@ -103,7 +103,11 @@ class Circuit:
             raise RelpError(f"circuit file {path}: {error.strerror or error}") from error
         except ValueError as error:
             raise RunFailed(f"circuit file {path} is not valid JSON ({error})") from error
-        if not isinstance(content, dict) or content.get("schema") != SCHEMA or not {"nodes", "labels", "meta"} <= set(content):
+        if (
+            not isinstance(content, dict)
+            or content.get("schema") != SCHEMA
+            or not {"nodes", "labels", "meta"} <= set(content)
+        ):
             raise RelpError(f"circuit file {path}: expected a relp node circuit (schema {SCHEMA})")
         masks = {}
         for kind, columns in content["nodes"].items():

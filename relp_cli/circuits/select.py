@@ -93,9 +93,7 @@ def _strength(scores: NodeScores, sign: str, aggregate: str, union: bool) -> Ten
     return torch.where(signed > 0, signed, -torch.inf).amax(0)
 
 
-def _cut(
-    strengths: Mapping[str, Tensor], how: Mapping[str, Any], meta: Mapping[str, Any]
-) -> tuple[float, int | None]:
+def _cut(strengths: Mapping[str, Tensor], how: Mapping[str, Any], meta: Mapping[str, Any]) -> tuple[float, int | None]:
     """τ, and for top-k and top-p how many nodes to keep."""
     (name, value), total = next(iter(how.items())), sum(s.numel() for s in strengths.values())
     if value != value:

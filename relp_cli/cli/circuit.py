@@ -32,7 +32,7 @@ def command(
         float | None, typer.Option(help="--verify keeps |exact effect| > this (default: the selection's τ).")
     ] = None,
     resamples: Annotated[
-        int, typer.Option("--stability", help="Select again from that many bootstrap resamples of the pairs.")
+        int, typer.Option("--stability", min=0, help="Select again from that many bootstrap resamples of the pairs.")
     ] = 0,
     errors: Annotated[
         str | None, typer.Option(help="Error terms of feature circuits: all, residual (not of attention, MLP), none.")
@@ -46,6 +46,9 @@ def command(
     Example: relp circuit runs/ioi --threshold 0.005
     """
     from relp_cli.runs.scoring import open_run
+
+    if confirm is not None and not verify:
+        raise RelpError("--confirm belongs to --verify")
     from relp_cli.selection import select
 
     run_dir, _, scores = open_run(run)

@@ -24,9 +24,9 @@ def command(
     only_correct: Annotated[bool, typer.Option(help="Keep the pairs that the model gets right.")] = False,
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for tables, figures and scores.")] = Path(
-        "runs/compare"
-    ),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder (default: runs/compare-TASKS-MODELS).")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Agreement of methods with exact patching: the paper's Table 5 and the heatmaps of its Figure 2.
@@ -40,6 +40,9 @@ def command(
         models=comma(model), methods=comma(methods), nodes=comma(nodes), pairs=pairs, seed=seed, metric=metric,
         direction=direction, reference=reference, top_k=top_k, only_correct=only_correct, dtype=dtype,
     )  # fmt: skip
+    if output is None:
+        names = [*(Path(t).stem for t in targets), *(Path(m).name for m in comma(model))]
+        output = Path("runs") / "-".join(["compare", *names])[:120]
     with progress() as bar:
         if all(RunDir(Path(t)).exists() for t in targets):
             result = compare_runs([Path(t) for t in targets], options, output)

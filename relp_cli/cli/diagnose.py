@@ -11,8 +11,12 @@ from relp_cli.cli.common import DeviceOption, DtypeOption, JsonFlag, note, out, 
 
 def command(
     task: Annotated[str, typer.Argument(help="A shipped task (relp ls tasks), a task YAML, or a file of pairs.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="Embedded name, local folder, or hub name.")] = "tiny-gpt2",
-    method: Annotated[str, typer.Option(help="What to diagnose: atp, atp_star, relp, relp+two_point, ig_inputs.")] = "atp",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Embedded name, local folder, or hub name.")
+    ] = "tiny-gpt2",
+    method: Annotated[
+        str, typer.Option(help="What to diagnose: atp, atp_star, relp, relp+two_point, ig_inputs.")
+    ] = "atp",
     pairs: Annotated[int, typer.Option(help="How many prompt pairs.")] = 40,
     seed: Annotated[int, typer.Option(help="Draws the pairs and the control nodes.")] = 0,
     split: Annotated[str, typer.Option(help="discovery, heldout or all.")] = "discovery",
@@ -47,7 +51,12 @@ def command(
     tables = _tables(found, show)
     if json:
         rows = {name: table.to_dict("records") for name, (_, table) in tables.items()}
-        about = {"task": prepared.task.name, "model": prepared.model.name, "direction": direction, "metric": prepared.metric}
+        about = {
+            "task": prepared.task.name,
+            "model": prepared.model.name,
+            "direction": direction,
+            "metric": prepared.metric,
+        }
         print_json(about | {"recommended": found.recommended, "summary": found.summary, "floor": found.floor} | rows)
         return
     from relp_cli.report.tables import show as print_table
@@ -66,7 +75,9 @@ def _tables(found: Any, show: int) -> dict[str, tuple[str, Any]]:
     suspects = found.suspects[found.suspects.exact.notna()].head(show)
     place = ["kind", "layer", "position", "unit", "reason"]
     estimates = [m for m in found.methods.method if m in suspects]
-    attention = found.attention[found.attention[["moved", "moved_by_query"]].max(axis=1) > 0.1].nlargest(show, "max_run")
+    attention = found.attention[found.attention[["moved", "moved_by_query"]].max(axis=1) > 0.1].nlargest(
+        show, "max_run"
+    )
     cancelling = found.cancelling.nlargest(show, "offset")
     cancelling = cancelling[cancelling.offset > 0.1 * found.floor]
     columns = ["kind", "layer", "position", "direct", "indirect", "total", "offset", "share", "main", "opponent"]

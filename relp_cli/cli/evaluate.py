@@ -37,7 +37,7 @@ def command(
     device: DeviceOption = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Job folder (jobs only).")] = None,
     override: Annotated[
-        list[str], typer.Option("--override", help="Override a key of the job: models=[tiny-gpt2]")
+        list[str], typer.Option("--override", help="Override a key of the job: models=\\[tiny-gpt2]")
     ] = [],  # noqa: B006
     engine: Annotated[str, typer.Option(help="local or ray (jobs only).")] = "local",
     dry_run: DryRunFlag = False,

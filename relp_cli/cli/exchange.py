@@ -26,7 +26,9 @@ def export(
 
     run_dir, _, scores = open_run(run)
     if "edges" not in scores:
-        raise RelpError(f"run '{run}' scored {', '.join(scores)}; only edges can be exported (score with --nodes edges)")
+        raise RelpError(
+            f"run '{run}' scored {', '.join(scores)}; only edges can be exported (score with --nodes edges)"
+        )
     edges = scores["edges"]
     circuit = EdgeCircuit.load(run_dir.circuit) if run_dir.circuit.is_file() else None
     export_circuit(file, int(edges.meta["d_model"]), circuit, edges)  # type: ignore[arg-type]

@@ -73,8 +73,16 @@ def _nodes() -> list[dict[str, Any]]:
     ] + [
         {"kind": kind, "axes": axes, "hook": "embedding, attention, MLP, residual stream", "what": what}
         for kind, axes, what in (
-            ("feature", "site, pos, feature", "feature of a sparse autoencoder (--dictionary); its error terms come with it"),
-            ("feature_error", "site, pos", "what the autoencoder leaves out of a site's activation; scored with feature"),
+            (
+                "feature",
+                "site, pos, feature",
+                "feature of a sparse autoencoder (--dictionary); its error terms come with it",
+            ),
+            (
+                "feature_error",
+                "site, pos",
+                "what the autoencoder leaves out of a site's activation; scored with feature",
+            ),
         )
     ]
 

@@ -80,9 +80,10 @@ def command(
         keep_examples=per_example, params=params,
     )  # fmt: skip
     from relp_cli.runs.cost import describe_cost
-    from relp_cli.runs.scoring import Prepared, Session, prepare, score_run
+    from relp_cli.runs.scoring import Prepared, Session, check_request, choice_notes, prepare, score_run
 
     session = Session(device)
+    check_request(spec, output)
     if dry_run:
         prepared = prepare(spec, session)
         cost = describe_cost(prepared.model, prepared.pairs, spec)
@@ -104,6 +105,8 @@ def command(
 
     with progress() as bar:
         run, scores, cached = score_run(spec, session, output, bar, ready)
+    for line in choice_notes(scores):
+        note(line)
     if json:
         print_json({"run": str(run.path), "cached": cached, **run.read()})
         return

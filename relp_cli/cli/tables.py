@@ -30,7 +30,7 @@ def show_evaluation(df: pd.DataFrame, title: str) -> None:
     rows = [
         {
             "τ": "—" if r["tau"] is None else f"{r['tau']:.3g}",
-            "nodes": f"{r['n_nodes']}/{r['n_possible']}",
+            "edges" if r.get("kind") == "edges" else "nodes": f"{r['n_nodes']}/{r['n_possible']}",
             **{
                 n: f"{cell(r[n], 2)} [{r[n + '_lo']:.2f}, {r[n + '_hi']:.2f}]" for n in ("faithfulness", "completeness")
             },
@@ -50,7 +50,8 @@ def show_agreement(df: pd.DataFrame) -> None:
         first, methods = rows.iloc[0], list(dict.fromkeys(rows.method))
         intervals = len(methods) <= 4  # more do not fit beside each other
         table = [
-            {"model": model, "nodes": kind_title(str(kind))} | {str(c.method): _pcc(c, intervals) for c in part.itertuples()}
+            {"model": model, "nodes": kind_title(str(kind))}
+            | {str(c.method): _pcc(c, intervals) for c in part.itertuples()}
             for (model, kind), part in rows.groupby(["model", "kind"], sort=False)
         ]
         about = f"{first.n_pairs} pairs, {first.direction}, {first.metric}"
@@ -63,7 +64,7 @@ def _pcc(row: Any, interval: bool) -> str:
     if row.pcc != row.pcc:
         return f"— ({row.note})"
     return f"{row.pcc:.3f}" + (
-        f" [{row.pcc_lo:.2f}, {row.pcc_hi:.2f}]" if interval and row.pcc_lo == row.pcc_lo else ""
+        f" [{row.pcc_lo:.3f}, {row.pcc_hi:.3f}]" if interval and row.pcc_lo == row.pcc_lo else ""
     )
 
 

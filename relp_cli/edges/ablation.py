@@ -44,7 +44,9 @@ class EdgeAblation:
 
         def runs() -> Iterator[tuple[Written, Tensor]]:
             for chunk in (c.to(model.device) for b in pairs for c in b.split(batch_size)):
-                index = torch.tensor([0 if name == "mean_all" else labels.index(x) for x in chunk.labels], device=model.device)
+                index = torch.tensor(
+                    [0 if name == "mean_all" else labels.index(x) for x in chunk.labels], device=model.device
+                )
                 assert chunk.patch is not None
                 for tokens in [chunk.patch, *([chunk.original] if name == "mean_task" else [])]:
                     yield written(model, tokens)[0], index

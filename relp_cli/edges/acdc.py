@@ -33,7 +33,9 @@ def acdc(setups: Sequence[EdgeSetup], params: AcdcParams, progress: Progress | N
     values = [s.base.prompt_value("run") for s in setups]
     cut = torch.zeros(1, *graph.mask.shape, dtype=torch.bool, device=device)
     scores = [torch.zeros(len(s), *graph.mask.shape, dtype=s.model.dtype, device=device) for s in setups]
-    edges = [(u, v) for v in reversed(range(len(graph.readers))) for u in reversed(graph.mask[:, v].nonzero()[:, 0].tolist())]
+    edges = [
+        (u, v) for v in reversed(range(len(graph.readers))) for u in reversed(graph.mask[:, v].nonzero()[:, 0].tolist())
+    ]
     for done, (u, v) in enumerate(edges):
         cut[0, u, v] = True
         new = []

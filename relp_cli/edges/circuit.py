@@ -45,7 +45,9 @@ class EdgeCircuit:
             )
         wrong = (self.mask & ~self.graph.mask).nonzero()
         if len(wrong):
-            raise RelpError(f"edge circuit: {self.graph.name(*wrong[0, 1:].tolist())} is no edge (reads before it is written)")
+            raise RelpError(
+                f"edge circuit: {self.graph.name(*wrong[0, 1:].tolist())} is no edge (reads before it is written)"
+            )
 
     @classmethod
     def from_mask(cls, graph: Graph, mask: Tensor, labels: Sequence[str] = ANY_POSITION, **meta: Any) -> EdgeCircuit:

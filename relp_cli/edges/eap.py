@@ -39,7 +39,9 @@ def clean_corrupted(setups: Sequence[EdgeSetup], params: Params, progress: Progr
     for setup in setups:
         base = setup.base
         if base.baseline != "patch":
-            raise RelpError(f"clean_corrupted takes its second gradient at a patch prompt, not baseline '{base.baseline}'")
+            raise RelpError(
+                f"clean_corrupted takes its second gradient at a patch prompt, not baseline '{base.baseline}'"
+            )
         ends = [reader_gradients(base, tokens=tokens) for tokens in (base.run, base.source)]
         base.seen["run"], base.seen["source"] = (end.metric for end in ends)
         delta = ends[1].written - ends[0].written

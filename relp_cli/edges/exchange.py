@@ -29,7 +29,9 @@ from relp_cli.models.model import Model
 PT_KEYS = ("cfg", "edges_scores", "edges_in_graph")
 
 
-def export_circuit(path: str | Path, d_model: int, circuit: EdgeCircuit | None = None, scores: EdgeScores | None = None) -> None:
+def export_circuit(
+    path: str | Path, d_model: int, circuit: EdgeCircuit | None = None, scores: EdgeScores | None = None
+) -> None:
     """Write a `.json` or `.pt` file. Without a circuit no edge is in (MIB selects by score); without scores kept edges
     have score 1 and others 0.
 
@@ -82,7 +84,9 @@ def import_circuit(path: str | Path, model: Model | None = None) -> tuple[EdgeCi
     try:
         cfg, kept, values = _from_json(file) if file.suffix == ".json" else _from_pt(file)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise RelpError(f"circuit file {path}: not a circuit file of EAP-IG ({type(error).__name__}: {error})") from error
+        raise RelpError(
+            f"circuit file {path}: not a circuit file of EAP-IG ({type(error).__name__}: {error})"
+        ) from error
     graph = _graph(cfg)
     if model is not None:
         theirs = Graph.of(model.shape)

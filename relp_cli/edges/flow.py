@@ -42,7 +42,9 @@ def _scores(setup: EdgeSetup) -> Tensor:
         outputs = products.deltas(rows)
         for layer in layers:
             columns = graph.readers_of(layer)
-            heads = _shares(outputs[: graph.written_before(layer, "attention")], streams[f"blocks.{layer}.ln1.hook_in"][rows])
+            heads = _shares(
+                outputs[: graph.written_before(layer, "attention")], streams[f"blocks.{layer}.ln1.hook_in"][rows]
+            )
             out[rows, :, : heads.shape[-1], columns.start : columns.stop - 1] = heads[..., None]
             mlp = _shares(outputs[: graph.written_before(layer, "mlp")], streams[f"blocks.{layer}.ln2.hook_in"][rows])
             out[rows, :, : mlp.shape[-1], columns.stop - 1] = mlp

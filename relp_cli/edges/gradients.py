@@ -98,7 +98,9 @@ def reader_gradients(
     refuse_metric(setup, at_run=tokens is None and not clamp)
     model, active = setup.model, parse_rules(list(rules))
     if linear := next((a for a in active if a.rule.site == "linear"), None):
-        raise RelpError(f"edges take no rule on linear layers ('{linear}'): their queries' gradients are pulled back plainly")
+        raise RelpError(
+            f"edges take no rule on linear layers ('{linear}'): their queries' gradients are pulled back plainly"
+        )
     tokens = setup.run if tokens is None else tokens
     taps, recorder = _Taps(model), Recorder(model)
     with torch.enable_grad(), ungrouped(model), model.hooks([*clamp, *taps.fork()]):
@@ -148,7 +150,9 @@ def _readers(
     )
 
 
-def pull_back(model: Model, at: Readers, layer: int, rows: slice, out: Float[Tensor, "reader batch pos d_model"]) -> None:
+def pull_back(
+    model: Model, at: Readers, layer: int, rows: slice, out: Float[Tensor, "reader batch pos d_model"]
+) -> None:
     """∂L/∂(input) of each of a layer's 3·heads head readers, into `out`."""
     heads, name = model.shape.n_heads, f"blocks.{layer}.ln1"
     norm, x = model.component(name), at.x[layer][rows]

@@ -79,7 +79,9 @@ def neuron_edges(
     return [found[t] for t in targets]
 
 
-def _activations(model: Model, tokens: Tensor, stop_below: int | None = None, rules: Sequence[str] = ()) -> list[Tensor]:
+def _activations(
+    model: Model, tokens: Tensor, stop_below: int | None = None, rules: Sequence[str] = ()
+) -> list[Tensor]:
     """Neurons Float[batch, pos, unit] per layer; below `stop_below` they are leaves, and MLPs read a detached stream."""
     values: list[Tensor] = []
 

@@ -105,7 +105,9 @@ def check_once(model: Model, batch: PairBatch) -> None:
     """`gradients.check` on one pair, once per model in a process (its passes are not counted to a method)."""
     if model not in _checked:
         one = replace(batch.rows(slice(0, 1)), patch=None, answer=batch.answer[:1, :1], foil=batch.foil[:1, :1])
-        check(model, reader_gradients(Setup(model, one, METRICS["logit_diff"], (), baseline="zero"), tokens=one.original))
+        check(
+            model, reader_gradients(Setup(model, one, METRICS["logit_diff"], (), baseline="zero"), tokens=one.original)
+        )
         _checked.add(model)
 
 

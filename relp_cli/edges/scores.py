@@ -70,12 +70,21 @@ class EdgeScores:
 
     def flat(self) -> NodeScores:
         """The same numbers as scores of one layer whose units are the edges, for everything that ranks or correlates."""
+
         def edges(t: Tensor) -> Tensor:
             return t.reshape(1, len(self.labels), *self.mask.shape)[..., self.mask]
 
         examples = None if self.examples is None else self.examples[:, None]
         return NodeScores(
-            KIND, edges(self.mean), edges(self.variance), self.n, self.labels, self.axis, examples, self.present, self.meta
+            KIND,
+            edges(self.mean),
+            edges(self.variance),
+            self.n,
+            self.labels,
+            self.axis,
+            examples,
+            self.present,
+            self.meta,
         )
 
     def edge_names(self) -> list[str]:

@@ -185,9 +185,13 @@ def centre(norm: Any, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_m
 def epsilon(model: Model, norm: Any) -> float:
     """What a norm adds to the variance. Raises RelpError for a norm that does not say."""
     original = norm.original_component
-    value = next((getattr(original, n) for n in ("eps", "variance_epsilon") if getattr(original, n, None) is not None), None)
+    value = next(
+        (getattr(original, n) for n in ("eps", "variance_epsilon") if getattr(original, n, None) is not None), None
+    )
     if value is None:
-        raise RelpError(f"model {model.name} ({model.family.name}): norm {type(original).__name__} has no eps that edges know")
+        raise RelpError(
+            f"model {model.name} ({model.family.name}): norm {type(original).__name__} has no eps that edges know"
+        )
     return float(value)
 
 

@@ -19,6 +19,7 @@ class Behaviour:
     """accuracy: share of originals with answer above foil; metric_original, metric_patch: means of the task's metric.
 
     correct: per batch Bool[batch]. at_chance: accuracy is not above 1/2 at the 1 % level (only asked where there is a foil).
+    too_few: there are too few pairs to tell.
     """
 
     accuracy: float
@@ -27,6 +28,7 @@ class Behaviour:
     n: int
     correct: tuple[torch.Tensor, ...]
     at_chance: bool
+    too_few: bool = False
 
     def as_dict(self) -> dict[str, float | int | bool | None]:
         return {
@@ -52,13 +54,15 @@ def behaviour(model: Model, pairs: Sequence[PairBatch], metric: str) -> Behaviou
     hits, n = int(torch.cat(correct).sum()), sum(len(b) for b in pairs)
     has_foil = all((b.foil >= 0).any(-1).all() for b in pairs)
     chance = has_foil and stats.binomtest(hits, n, 0.5, alternative="greater").pvalue > 0.01
+    too_few = has_foil and hits > n / 2 and 0.5**n > 0.01  # not even a perfect score would show
     return Behaviour(
         accuracy=hits / n,
         metric_original=torch.cat(original).mean().item(),
         metric_patch=torch.cat(patch).mean().item() if patch else None,
         n=n,
         correct=tuple(correct),
-        at_chance=bool(chance),
+        at_chance=bool(chance and not too_few),
+        too_few=bool(too_few),
     )
 
 

@@ -36,7 +36,9 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "relp+two_point": ("relp+two_point", {}),
     "ig_inputs": ("ig_inputs", {"steps": 10}),
 }
-THOROUGH: dict[str, tuple[str, dict[str, Any]]] = {"ig_activations": ("ig_activations", {"steps": 5})}  # per layer and kind
+THOROUGH: dict[str, tuple[str, dict[str, Any]]] = {
+    "ig_activations": ("ig_activations", {"steps": 5})
+}  # per layer and kind
 SATURATION, CANCELLATION, FLAT, OTHER = "saturated attention", "cancellation", "flat gradient", "other curvature"
 # What reveals a mode: AtP*'s softmax, and for the others the gradient on the way to the source (GradDrop has no sign).
 REPAIRS = {SATURATION: "atp_star", CANCELLATION: "ig_inputs", FLAT: "ig_inputs", OTHER: "ig_inputs"}
@@ -154,7 +156,10 @@ def _present(
     out: dict[str, dict[str, Tensor]] = {}
     for kind in KINDS:
         shape = base[kind].mean.shape
-        out[kind] = {FLAT: flat.view(-1, *[1] * (len(shape) - 1)).expand(shape), OTHER: torch.ones(shape, dtype=torch.bool)}
+        out[kind] = {
+            FLAT: flat.view(-1, *[1] * (len(shape) - 1)).expand(shape),
+            OTHER: torch.ones(shape, dtype=torch.bool),
+        }
         if kind == "query":
             out[kind][SATURATION] = saturated
         elif kind == "key":  # read by every later query of its group: exposed where any of them is saturated

@@ -53,7 +53,10 @@ def evaluate_edges(
         check_edge_circuit(model, graph, circuit)
     row = METRICS[metric or str(circuits[0].meta.get("metric", "logit_diff"))]
     values_of = EdgeAblation.prepare(model, pairs, ablation)
-    everything = [*circuits, *(c.random_like(seed + i, exclude_layers) for c in circuits for i in range(random_circuits))]
+    everything = [
+        *circuits,
+        *(c.random_like(seed + i, exclude_layers) for c in circuits for i in range(random_circuits)),
+    ]
     counted = counted_edges(graph, exclude_layers)
     values = Values(len(everything))
     chunks = [chunk.to(model.device) for batch in pairs for chunk in batch.split(32)]
@@ -75,8 +78,17 @@ def evaluate_edges(
         if progress:
             progress(done + 1, len(chunks), "evaluate")
     about = [
-        {"n_nodes": int((c.mask & counted).sum()), "n_possible": int(counted.sum()) * len(c.labels), "tau": tau_of(c.meta)}
-        | {"ablation": ablation, "metric": row.name, "exclude_layers": exclude_layers, "note": _pruning_note(c, ablation)}
+        {
+            "n_nodes": int((c.mask & counted).sum()),
+            "n_possible": int(counted.sum()) * len(c.labels),
+            "tau": tau_of(c.meta),
+        }
+        | {
+            "ablation": ablation,
+            "metric": row.name,
+            "exclude_layers": exclude_layers,
+            "note": _pruning_note(c, ablation),
+        }
         for c in circuits
     ]
     return ratio_table(values, about, random_circuits, seed, bootstrap)

@@ -158,7 +158,9 @@ def flat_gradients(
         here_norms, here_values = [], []
         for part, at in along(setup, path, alphas, CHUNK_TOKENS):
             size = (part.stop - part.start, -1)
-            here_norms.append(torch.stack([g.flatten(1).norm(dim=-1).unflatten(0, size) for g in at.grads["resid_pre"]], 1))
+            here_norms.append(
+                torch.stack([g.flatten(1).norm(dim=-1).unflatten(0, size) for g in at.grads["resid_pre"]], 1)
+            )
             here_values.append(at.metric.unflatten(0, size))
         norms.append(torch.cat(here_norms).double().cpu())
         values.append(torch.cat(here_values).double().cpu())
@@ -171,7 +173,9 @@ class _Means:
     def __init__(self, model: Model, pairs: Sequence[PairBatch], names: dict[str, str]) -> None:
         self.axis, labels = position_axis(pairs)
         total = sum(len(b) for b in pairs)
-        self.running = {name: Running(model, NODE_KINDS[kind], labels, total, keep=False) for name, kind in names.items()}
+        self.running = {
+            name: Running(model, NODE_KINDS[kind], labels, total, keep=False) for name, kind in names.items()
+        }
 
     def add(self, name: str, setup: Setup, value: Tensor, average: bool = False) -> None:
         """value: Float[batch, layer, pos or slot, *unit]; average: over positions that share a label (else as it is)."""

@@ -70,7 +70,9 @@ def stability(
     jaccards = []
     for draw in draws:
         weights = torch.as_tensor(draw, dtype=torch.float32)
-        mine = {k: s.resampled(weights) if isinstance(s, EdgeScores) else _resampled(s, weights) for k, s in scores.items()}
+        mine = {
+            k: s.resampled(weights) if isinstance(s, EdgeScores) else _resampled(s, weights) for k, s in scores.items()
+        }
         again = select(mine, **selection)
         jaccards.append(overlap(again, full)["jaccard"])
         for kind, mask in again.masks.items():

@@ -81,7 +81,12 @@ def _agreement(estimate: NodeScores, exact: NodeScores, depth: str, seed: int) -
     ends = {"all": (0, n), "first third": (0, early), "middle third": (early, late), "last third": (late, n)}
     part = slice(*ends[depth])
     a, b = (
-        replace(s, mean=s.mean[part], variance=s.variance[part], examples=None if s.examples is None else s.examples[:, part])
+        replace(
+            s,
+            mean=s.mean[part],
+            variance=s.variance[part],
+            examples=None if s.examples is None else s.examples[:, part],
+        )
         for s in (estimate, exact)
     )
     if int((b.mean.abs() > 1e-6 * exact.mean.abs().max()).sum()) < LEAST_NODES:
@@ -97,7 +102,9 @@ def summarise(rows: pd.DataFrame, depth: str = "all", draws: int = 4000, seed: i
     for direction in (*DIRECTIONS, "both"):
         part = here if direction == "both" else here[here.direction == direction]
         for kind in COMPONENTS:
-            cells = part[part.kind == kind].pivot_table(index=["model", "task", "direction"], columns="rules", values="pcc")
+            cells = part[part.kind == kind].pivot_table(
+                index=["model", "task", "direction"], columns="rules", values="pcc"
+            )
             common = cells.dropna(axis=1, how="all")
             if "preset" not in common:
                 continue

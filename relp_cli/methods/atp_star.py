@@ -66,7 +66,9 @@ def _n_drops(kind: str, n_layers: int) -> int:
     """K of METHODS.md: how many layers can be dropped without dropping the node itself."""
     k = n_layers if kind in BETWEEN_LAYERS else n_layers - 1
     if k == 0:
-        raise RelpError(f"grad_drop: {kind} nodes of a one-layer model have no other layer to drop; use grad_drop=false")
+        raise RelpError(
+            f"grad_drop: {kind} nodes of a one-layer model have no other layer to drop; use grad_drop=false"
+        )
     return k
 
 
@@ -117,7 +119,9 @@ def _gates(setup: Setup, dropping: Collection[int]) -> Iterator[None]:
         return hook
 
     layers = range(setup.model.shape.n_layers)
-    with setup.model.hooks([(f"blocks.{n}.{name}", gate(n)) for n in layers for name in ("hook_attn_out", "hook_mlp_out")]):
+    with setup.model.hooks(
+        [(f"blocks.{n}.{name}", gate(n)) for n in layers for name in ("hook_attn_out", "hook_mlp_out")]
+    ):
         yield
 
 

@@ -105,7 +105,9 @@ def score_auto(model: Model, pairs: Sequence[PairBatch], params: RelpParams, how
             "table": table,
             "pairs_set_aside": sum(len(b) for b in choosing),
             "cost_of_the_choice": cost,
-            "passes_of_the_scoring": [sum(p.meta[k] for p in parts) for k in ("forwards_per_pair", "backwards_per_pair")],
+            "passes_of_the_scoring": [
+                sum(p.meta[k] for p in parts) for k in ("forwards_per_pair", "backwards_per_pair")
+            ],
         },
     }
     scored = {kind: scores for part in parts for kind, scores in part.items()}
@@ -117,7 +119,9 @@ def set_aside(pairs: Sequence[PairBatch], seed: int) -> list[Tensor]:
     """Bool[pair] per batch: the pairs for the choice; at least one pair of every batch stays."""
     total = sum(len(b) for b in pairs)
     if total < LEAST_PAIRS:
-        raise RelpError(f"rules 'auto' sets pairs aside to choose on: expected at least {LEAST_PAIRS} pairs, got {total}")
+        raise RelpError(
+            f"rules 'auto' sets pairs aside to choose on: expected at least {LEAST_PAIRS} pairs, got {total}"
+        )
     wanted = min(32, max(4, total // 4))
     out = [torch.zeros(len(b), dtype=torch.bool) for b in pairs]
     where = [(i, row) for i, b in enumerate(pairs) for row in range(len(b))]
@@ -210,7 +214,9 @@ def exact_cells(
     return out, forwards
 
 
-def _patched(setup: Setup, kind: NodeKind, layer: int, rows: Tensor, places: Sequence[tuple[str, int]], source: Tensor) -> Tensor:
+def _patched(
+    setup: Setup, kind: NodeKind, layer: int, rows: Tensor, places: Sequence[tuple[str, int]], source: Tensor
+) -> Tensor:
     """L of the run's pairs `rows`, each with one node (label, unit) of a layer replaced: Float[row]."""
     model, batch = setup.model, setup.batch.rows(rows)
     where = torch.zeros(len(rows), batch.n_pos, units(model, kind), dtype=torch.bool, device=model.device)
@@ -229,7 +235,9 @@ def _patched(setup: Setup, kind: NodeKind, layer: int, rows: Tensor, places: Seq
         return one.value(logits)
 
 
-def _compare(kind: str, values: Mapping[str, np.ndarray], exact: np.ndarray, seed: int) -> tuple[list[dict[str, Any]], str]:
+def _compare(
+    kind: str, values: Mapping[str, np.ndarray], exact: np.ndarray, seed: int
+) -> tuple[list[dict[str, Any]], str]:
     """One row per candidate (PCC over cells, 95 % bootstrap interval, margin over the preset), and the candidate taken."""
     names = list(values)
     estimates = np.stack([values[name] for name in names])

@@ -99,7 +99,9 @@ class Setup:
         with torch.no_grad():
             return self.model.logits(self.batch.original)
 
-    def value(self, logits: Float[Tensor, "rows vocab"], pairs: Int[Tensor, " rows"] | None = None) -> Float[Tensor, " rows"]:
+    def value(
+        self, logits: Float[Tensor, "rows vocab"], pairs: Int[Tensor, " rows"] | None = None
+    ) -> Float[Tensor, " rows"]:
         """The metric L per row; rows are this batch's pairs, repeated as often as needed, or those that `pairs` numbers."""
         if pairs is None:
             pairs = torch.arange(len(self.batch), device=logits.device).repeat(logits.shape[0] // len(self.batch))

@@ -41,9 +41,11 @@ def load_model(
     whose residual stream is not the sum that every method here assumes.
     """
     torch_dtype = _dtype(dtype)
-    target = (
-        torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    try:
+        target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.empty(1, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise RelpError(f"device '{device}' is not available here ({_first_line(error)})") from error
     folder = _folder(str(name))
     hf, tokenizer = _from_pretrained(str(name), folder, torch_dtype, revision)
     version = _content_hash(folder) if folder else str(getattr(hf.config, "_commit_hash", None) or "unknown")

@@ -177,7 +177,9 @@ def _circuit(circuit: Circuit) -> dict[str, Any]:
             {
                 "kind": kind,
                 "total": int(table.to_numpy().sum()),
-                "possible": circuit.masks[kind].numel() if len(counts) > 1 and isinstance(circuit, Circuit) else circuit.n_possible,
+                "possible": circuit.masks[kind].numel()
+                if len(counts) > 1 and isinstance(circuit, Circuit)
+                else circuit.n_possible,
                 "largest": max(int(table.to_numpy().max()), 1),
                 "labels": list(table.columns),
                 "layers": table.to_numpy().tolist(),

@@ -16,7 +16,16 @@ from relp_cli.methods.scores import Scores
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.report.figures import heatmaps
 from relp_cli.runs.checked import score_spec
-from relp_cli.runs.scoring import Prepared, Session, default_folder, digest_of, open_run, prepare, score_run
+from relp_cli.runs.scoring import (
+    Prepared,
+    Session,
+    check_request,
+    default_folder,
+    digest_of,
+    open_run,
+    prepare,
+    score_run,
+)
 from relp_cli.runs.spec import ScoreSpec
 
 
@@ -52,6 +61,8 @@ def compare_tasks(
     """Score every task × model with every method and the reference; write compare.csv and heatmaps per task × model."""
     options = replace(options, reference=exact_method(options.nodes, options.reference))
     session = Session(device)
+    for task in tasks:
+        session.task(task)  # a misspelt one is found before the first is scored
     specs = [_spec(task, model, options) for task in tasks for model in options.models]
     check_writable(folder)
     tables, files, notes = [], [], []
@@ -101,7 +112,7 @@ def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path) -
 
 def _spec(task: str, model: str, options: CompareOptions) -> ScoreSpec:
     for method in _all_methods(options):
-        score_spec(task=task, method=method)
+        check_request(score_spec(task=task, method=method, nodes=options.nodes))
     return score_spec(
         task=task, model=model, nodes=options.nodes, pairs=options.pairs, seed=options.seed, metric=options.metric,
         direction=options.direction, only_correct=options.only_correct, dtype=options.dtype, keep_examples=True,

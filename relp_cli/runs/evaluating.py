@@ -122,6 +122,8 @@ def evaluate_run(
     run, spec, scores = open_run(path)
     if sweep is not None and circuit is not None:
         raise RelpError("give --sweep or --circuit, not both")
+    if sweep is not None:
+        sweep_points(sweep)  # found to be wrong before a model is loaded
     file = circuit or (run.circuit if run.circuit.is_file() and sweep is None else None)
     prepared = prepare(held_out(spec, pairs, seed, metric), Session(device), at_most=True)
     layers = prepared.model.shape.n_layers
@@ -150,7 +152,9 @@ def evaluate_run(
     return out, table, prepared.notes
 
 
-def read_circuit(path: Path, errors: str | None = None, model: Model | None = None) -> Circuit | EdgeCircuit | FeatureCircuit:
+def read_circuit(
+    path: Path, errors: str | None = None, model: Model | None = None
+) -> Circuit | EdgeCircuit | FeatureCircuit:
     """A circuit file of nodes, features or edges, or one that EAP-IG or MIB wrote (its graph must be the model's).
 
     errors: without some of its error terms (a row of features.circuit.ERRORS).

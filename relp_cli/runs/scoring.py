@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from relp_cli import __version__
@@ -12,7 +13,8 @@ from relp_cli.errors import RelpError
 from relp_cli.evaluation.behaviour import Behaviour, behaviour, keep_correct
 from relp_cli.features.load import Dictionaries, load_dictionaries
 from relp_cli.files import check_writable
-from relp_cli.methods.score import Progress
+from relp_cli.lrp.rules import parse_rules
+from relp_cli.methods.score import Progress, resolve_method
 from relp_cli.methods.scores import Scores
 from relp_cli.models.load import load_model
 from relp_cli.models.model import Model
@@ -88,12 +90,32 @@ def prepare(spec: ScoreSpec, session: Session, at_most: bool = False) -> Prepare
         kept = keep_correct(pairs, seen)
         notes.append(f"only correct: {sum(len(b) for b in kept)} of {seen.n} pairs kept")
         pairs, seen = kept, behaviour(model, kept, metric)
-    if seen.at_chance:
+    if seen.too_few:
+        notes.append(f"{seen.n} pairs are too few to tell accuracy {seen.accuracy:.2f} from chance")
+    elif seen.at_chance:
         notes.append(
             f"WARNING: {model.name} is at chance on {task.name} (accuracy {seen.accuracy:.2f}, n = {seen.n}); "
             "scores explain no behaviour here"
         )
     return Prepared(model, task, pairs, metric, seen, tuple(notes))
+
+
+def check_request(spec: ScoreSpec, folder: Path | None = None) -> None:
+    """What can be known to be wrong before anything is loaded: method, its parameters and rules, the output folder."""
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise RelpError(f"--output {folder} is a file; expected a folder")
+    if spec.nodes != ("edges",) and "feature" not in spec.nodes:
+        # The real preset is the model's; any will do to check names and parameters.
+        family = SimpleNamespace(rules=("ln", "identity"))
+        stand_in: Any = SimpleNamespace(family=family, shape=SimpleNamespace(gated=True))
+        row, params = resolve_method(stand_in, spec.method, dict(spec.params))
+        rules = getattr(params, "rules", None)
+        if rules and rules != ("auto",):
+            parse_rules(list(rules))
+        if row.scope == "edges":
+            raise RelpError(f"method '{row.name}' scores edges; ask for --nodes edges")
+    if spec.metric is not None:
+        METRICS[spec.metric]
 
 
 def digest_of(spec: ScoreSpec, prepared: Prepared, session: Session) -> str:
@@ -125,6 +147,7 @@ def score_run(
 
     Raises: RelpError for bad input (before anything is written), RunFailed where writing fails.
     """
+    check_request(spec, folder)
     prepared = prepare(spec, session)
     digest = digest_of(spec, prepared, session)
     run = RunDir(folder or default_folder(spec, digest))
@@ -157,11 +180,23 @@ def score_run(
             "spec": spec.model_dump(mode="json"),
             "scores": dict(scores.meta),
             "behaviour": prepared.behaviour.as_dict(),
-            "notes": list(prepared.notes),
+            "notes": [*prepared.notes, *choice_notes(scores)],
             "provenance": provenance(),
         }
     )
     return run, scores, False
+
+
+def choice_notes(scores: Scores) -> list[str]:
+    """What `relp+auto` chose, and how many pairs it took to choose."""
+    auto = scores.meta.get("auto")
+    if not auto:
+        return []
+    chosen = "; ".join(f"{kind}: {', '.join(rules) or 'no rules'}" for kind, rules in auto["chosen"].items())
+    aside = auto["pairs_set_aside"]
+    return [
+        f"auto: {aside} of {aside + scores.meta['n_pairs']} pairs were used to choose the rules; chosen for {chosen}"
+    ]
 
 
 def with_meta(scores: Any, prepared: Prepared, spec: ScoreSpec, digest: str) -> Any:

@@ -38,7 +38,9 @@ def verify_circuit(
     kept = replace(circuit, masks=masks, meta={**circuit.meta, "verified": {"method": "act_patch", "confirm": tau}})
     rejected = circuit.n_nodes - kept.n_nodes
     share = rejected / circuit.n_nodes if circuit.n_nodes else 0.0
-    left = missed_effects(prepared.model, prepared.pairs, circuit.masks, scores.meta["metric"], scores.meta["direction"])
+    left = missed_effects(
+        prepared.model, prepared.pairs, circuit.masks, scores.meta["metric"], scores.meta["direction"]
+    )
     return kept, [
         f"exact patching confirms {kept.n_nodes} of {circuit.n_nodes} nodes at |effect| > {tau:g}: "
         f"{rejected} false positives ({share:.0%})",

@@ -206,7 +206,9 @@ def test_edges_from_score_to_export(relp, tmp_path):
     assert relp("report", "run").code == 0
     for suffix in ("json", "pt"):
         assert relp("export", "run", f"c.{suffix}").code == 0
-        again = relp("evaluate", "run", "--circuit", f"c.{suffix}", "--pairs", 6, "--ablation", "counterfactual", "--json")
+        again = relp(
+            "evaluate", "run", "--circuit", f"c.{suffix}", "--pairs", 6, "--ablation", "counterfactual", "--json"
+        )
         assert json.loads(again.out)["rows"][0]["F_C"] == pytest.approx(row["F_C"], rel=1e-5)
     assert relp("import", "c.pt", "--model", "tiny-qwen2", "-o", "c2.json").code == 0
     assert json.loads(relp("overlap", "run", "c2.json", "--json").out)["jaccard"] == 1

@@ -113,8 +113,14 @@ def test_circuits_per_position(shape: str) -> None:
 def test_faithfulness_table(shape: str, ablation: str) -> None:
     c = case(shape)
     graph, kept = graph_of(c), some(graph_of(c))
-    circuits = [EdgeCircuit(graph, graph.mask[None]), EdgeCircuit(graph, torch.zeros_like(kept)), EdgeCircuit(graph, kept)]
-    table = outcome(lambda: relp.evaluate(c.model, [c.batch], circuits, ablation=ablation, bootstrap=20, random_circuits=1))
+    circuits = [
+        EdgeCircuit(graph, graph.mask[None]),
+        EdgeCircuit(graph, torch.zeros_like(kept)),
+        EdgeCircuit(graph, kept),
+    ]
+    table = outcome(
+        lambda: relp.evaluate(c.model, [c.batch], circuits, ablation=ablation, bootstrap=20, random_circuits=1)
+    )
     assert (table.faithfulness[0], table.completeness[0]) == pytest.approx((1, 0), abs=1e-9)
     assert (table.faithfulness[1], table.completeness[1]) == pytest.approx((0, 1), abs=1e-9)
     half = table.iloc[2]
@@ -123,7 +129,9 @@ def test_faithfulness_table(shape: str, ablation: str) -> None:
     nodes = relp.Circuit.from_mask("mlp_out", torch.ones(3, c.batch.n_pos, dtype=torch.bool))
     same = outcome(lambda: relp.evaluate(c.model, [c.batch], nodes, bootstrap=20, random_circuits=1))
     assert list(table.columns) == list(same.columns)
-    other = outcome(lambda: relp.evaluate(c.model, [c.batch], circuits[2].complement(), ablation=ablation, bootstrap=20))
+    other = outcome(
+        lambda: relp.evaluate(c.model, [c.batch], circuits[2].complement(), ablation=ablation, bootstrap=20)
+    )
     assert other.faithfulness[0] == pytest.approx(half.completeness)
 
 
@@ -250,7 +258,9 @@ def test_information_flow_by_hand(shape: str) -> None:
     for v in ("a1.h2<k>", "m2", "logits"):
         column, stream = scores.readers.index(v), streams[v]
         writers = [scores.writers[u] for u in scores.mask[:, column].nonzero()[:, 0].tolist()]
-        near = torch.stack([(stream.abs().sum(-1) - (plain.written[u] - stream).abs().sum(-1)).clamp(min=0) for u in writers])
+        near = torch.stack(
+            [(stream.abs().sum(-1) - (plain.written[u] - stream).abs().sum(-1)).clamp(min=0) for u in writers]
+        )
         share = near / near.sum(0)
         want = share[..., -1] if v == "logits" else share.mean(-1)
         close(scores.mean[scores.mask[:, column], column], want.mean(-1))
@@ -274,7 +284,11 @@ def test_files_and_errors(tmp_path) -> None:
         circuit.save(tmp_path / "c.json")
         again = load_circuit(tmp_path / "c.json")
         assert torch.equal(again.mask, circuit.mask)
-        assert (again.labels, again.graph, again.meta) == (circuit.labels, circuit.graph, json.loads(json.dumps(circuit.meta)))
+        assert (again.labels, again.graph, again.meta) == (
+            circuit.labels,
+            circuit.graph,
+            json.loads(json.dumps(circuit.meta)),
+        )
     (tmp_path / "cut.json").write_text("{")
     with pytest.raises(RunFailed):
         load_circuit(tmp_path / "cut.json")
@@ -302,12 +316,18 @@ def test_exchange(shape: str, suffix: str, tmp_path) -> None:
     assert again.graph == circuit.graph
     close(theirs.mean, scores.mean, 1e-6)
     assert relp.select(theirs, top_k=30).edge_names() == circuit.edge_names()
-    tables = [outcome(lambda x=x: relp.evaluate(c.model, [c.batch], x, ablation="zero", bootstrap=5)) for x in (circuit, again)]
+    tables = [
+        outcome(lambda x=x: relp.evaluate(c.model, [c.batch], x, ablation="zero", bootstrap=5))
+        for x in (circuit, again)
+    ]
     assert tables[0].F_C[0] == tables[1].F_C[0]
     if suffix == "json":
         content = json.loads(path.read_text())
         assert set(content) == {"cfg", "nodes", "edges"}
-        assert content["edges"]["input->m0"] == {"score": scores.mean[0, 12].item(), "in_graph": bool(circuit.mask[0, 0, 12])}
+        assert content["edges"]["input->m0"] == {
+            "score": scores.mean[0, 12].item(),
+            "in_graph": bool(circuit.mask[0, 0, 12]),
+        }
         assert content["nodes"]["logits"] == {"in_graph": True}
     else:
         content = torch.load(path, weights_only=True)
@@ -358,9 +378,17 @@ def test_neuron_edges(shape: str) -> None:
                     x[:, at[0], at[1]] += sign * step
                     return x
 
-                hold = {("mlp_neuron", n): (lambda _, n=n: plain["mlp_neuron"][n].detach()) for n in range(target.layer)}
-                hold["mlp_neuron", layer] = lambda _, layer=layer, nudge=nudge: nudge(plain["mlp_neuron"][layer].detach())
-                ends.append(forward(w, config, original, patch=hold)["mlp_neuron"][target.layer][:, target.position, target.unit])
+                hold = {
+                    ("mlp_neuron", n): (lambda _, n=n: plain["mlp_neuron"][n].detach()) for n in range(target.layer)
+                }
+                hold["mlp_neuron", layer] = lambda _, layer=layer, nudge=nudge: nudge(
+                    plain["mlp_neuron"][layer].detach()
+                )
+                ends.append(
+                    forward(w, config, original, patch=hold)["mlp_neuron"][target.layer][
+                        :, target.position, target.unit
+                    ]
+                )
             close(edges.weights[:, layer, pos, unit], ((ends[0] - ends[1]) / (2 * step)).detach(), 1e-6)
         values = torch.stack([x.detach() for x in plain["mlp_neuron"][: target.layer]], 1)
         close(edges.contributions, edges.weights * values)

@@ -47,7 +47,9 @@ def attributed(c: Case, grads: Mapping[str, Tensor], direction: str = "noising")
     return {(u, v): ((source.written[u] - run_.written[u]) * grads[v]).sum((1, 2)) for u, v in every}
 
 
-def mean_gradients(c: Case, alphas: list[float], direction: str = "noising", rules: set[str] | None = None) -> dict[str, Tensor]:
+def mean_gradients(
+    c: Case, alphas: list[float], direction: str = "noising", rules: set[str] | None = None
+) -> dict[str, Tensor]:
     w, config, original, patch = c.prompts
     start, end = (embed(w, config, ids) for ids in pick(direction, original, patch))
     found = [oracle.reader_gradients(w, config, start + a * (end - start), c.metric, rules or set()) for a in alphas]
@@ -111,9 +113,7 @@ def test_relp_on_edges(shape: str, extra: set[str]) -> None:
     if not extra:
         close(score(c, "relp_edges").mean, got.mean)
         close(score(c, "relp_edges_ig", steps=1, rule="left").mean, got.mean)
-        compare(
-            score(c, "relp_edges_ig", steps=2), attributed(c, mean_gradients(c, [0.25, 0.75], rules=rules))
-        )
+        compare(score(c, "relp_edges_ig", steps=2), attributed(c, mean_gradients(c, [0.25, 0.75], rules=rules)))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -281,7 +281,12 @@ def test_files_round_trip(tmp_path) -> None:
         want = scores["edges"]
         for name in ("mean", "variance", "n", "examples", "present"):
             assert torch.equal(getattr(again, name), getattr(want, name))
-        assert (again.graph, again.labels, again.axis, again.meta["method"]) == (want.graph, want.labels, want.axis, "eap")
+        assert (again.graph, again.labels, again.axis, again.meta["method"]) == (
+            want.graph,
+            want.labels,
+            want.axis,
+            "eap",
+        )
 
 
 def test_what_cannot_be_scored_is_refused() -> None:
@@ -312,7 +317,10 @@ def test_nothing_is_left_behind(shape: str) -> None:
     with pytest.raises(RelpError):
         score(c, "eap", metric="accuracy")
     assert hook_count(c.model) == before
-    groups = [getattr(c.model.component(f"blocks.{n}.attn").original_component, "num_key_value_groups", None) for n in range(3)]
+    groups = [
+        getattr(c.model.component(f"blocks.{n}.attn").original_component, "num_key_value_groups", None)
+        for n in range(3)
+    ]
     assert groups == [None if shape == "gpt2" else 2] * 3
 
 

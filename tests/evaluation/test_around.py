@@ -60,7 +60,9 @@ def test_minimality_drops_one_node_at_a_time():
         for row in table.iloc[[0, -1]].itertuples():
             mask = circuit.masks["head"].clone()
             mask[row.layer, "abcdef".index(row.position), row.unit] = False
-            left = evaluate(c.model, [batch], Circuit.from_mask("head", mask, tuple("abcdef")), exclude_layers=1).iloc[0]
+            left = evaluate(c.model, [batch], Circuit.from_mask("head", mask, tuple("abcdef")), exclude_layers=1).iloc[
+                0
+            ]
             assert row.loss == pytest.approx(whole.F_C - left.F_C, abs=1e-9)
             assert row.loss_faithfulness == pytest.approx(whole.faithfulness - left.faithfulness, abs=1e-9)
 

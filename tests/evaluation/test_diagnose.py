@@ -115,7 +115,9 @@ def test_the_recommendation_follows_from_the_errors_on_patched_nodes():
     rows = patched[patched.kind == "value"]
     labels = [str(i) for i in range(c.batch.n_pos)]
     for row in rows.itertuples():
-        assert row.exact == pytest.approx(exact[row.layer, labels.index(row.position), row.unit].item(), rel=1e-5, abs=1e-6)
+        assert row.exact == pytest.approx(
+            exact[row.layer, labels.index(row.position), row.unit].item(), rel=1e-5, abs=1e-6
+        )
     for row in found.methods.itertuples():
         error = np.abs(patched[row.method] - patched.exact).sum() / patched.exact.abs().sum()
         assert row.error == pytest.approx(error)

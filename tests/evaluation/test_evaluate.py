@@ -315,7 +315,9 @@ def test_resampling_takes_another_pairs_patch_prompt():
 def test_mean_task_is_over_both_prompts():
     c = case("pythia")
     with exact_float64():
-        got = Ablation.prepare(c.model, [c.batch], "mean_task", (NODE_KINDS["head"],)).values(c.model, c.batch, c.batch, 0)
+        got = Ablation.prepare(c.model, [c.batch], "mean_task", (NODE_KINDS["head"],)).values(
+            c.model, c.batch, c.batch, 0
+        )
     traces = [forward(c.weights, c.config, ids)["head"] for ids in (c.batch.original, c.batch.patch)]
     for layer in range(3):
         want = torch.cat([t[layer] for t in traces]).mean(0).flatten(-2).detach()

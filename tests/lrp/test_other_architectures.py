@@ -35,7 +35,9 @@ def bias_free(name, config):
         hf.requires_grad_(False)
         for key, p in hf.named_parameters():
             noise = torch.randn(p.shape, generator=rng, dtype=torch.float64)
-            p.copy_(0 * noise if key.endswith("bias") else 1 + 0.2 * noise if p.ndim == 1 else noise / p.shape[-1] ** 0.5)
+            p.copy_(
+                0 * noise if key.endswith("bias") else 1 + 0.2 * noise if p.ndim == 1 else noise / p.shape[-1] ** 0.5
+            )
         return wrap(hf, None, name)
 
 

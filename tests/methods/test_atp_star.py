@@ -60,7 +60,10 @@ def test_qk_fix_towards_a_baseline(baseline):
                 return t
 
             moved = forward(weights, config, ids, patch={(kind, layer): swap})["pattern"][layer]
-            close(got[kind].examples[:, layer, pos, head], ((moved - base["pattern"][layer]) * slope[layer]).sum((1, 2, 3)))
+            close(
+                got[kind].examples[:, layer, pos, head],
+                ((moved - base["pattern"][layer]) * slope[layer]).sum((1, 2, 3)),
+            )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -90,7 +93,9 @@ def test_grad_drop_equals_detaching_each_layer(shape):
         cut = {(kind, dropped): lambda t: t.detach() for kind in ("attn_out", "mlp_out")}
         grads = S.gradients(forward(weights, config, original, patch=cut), c.metric, S.KINDS)
         for kind in S.KINDS:
-            product = torch.stack([(o - n) * g for o, n, g in zip(other[kind], base[kind], grads[kind], strict=True)], 1)
+            product = torch.stack(
+                [(o - n) * g for o, n, g in zip(other[kind], base[kind], grads[kind], strict=True)], 1
+            )
             value = (product if kind == "mlp_neuron" else product.sum(-1)).detach().abs()
             if kind != "resid_pre":
                 value[:, dropped] = 0
@@ -174,7 +179,9 @@ def attend(model, layer: int, strength: float) -> None:
     """The head of a layer attends to A or B as the query's token asks, and copies feature 1 into feature 3."""
     block, d = model.hf.transformer.h[layer].attn, model.shape.d_model
     attn = getattr(block, "original_component", block)
-    weight = next(p for n, p in attn.named_parameters() if "c_attn" in n and n.endswith("weight") and p.shape == (d, 3 * d))
+    weight = next(
+        p for n, p in attn.named_parameters() if "c_attn" in n and n.endswith("weight") and p.shape == (d, 3 * d)
+    )
     out = next(p for n, p in attn.named_parameters() if "c_proj" in n and n.endswith("weight"))
     weight.data[:, 0] = strength * feature(2)
     weight.data[:, d] = feature(1)
@@ -191,7 +198,9 @@ def test_a_saturated_head_is_invisible_to_atp_and_right_in_atp_star():
     star = score(model, pairs, "atp_star", ["query"], grad_drop=False)["query"].mean[0, 2, 0].item()
     assert abs(exact) > 1
     assert abs(atp) < 1e-6
-    assert star == pytest.approx(exact, rel=1e-2)  # the norms are constant to 1 %, so what follows the pattern is linear
+    assert star == pytest.approx(
+        exact, rel=1e-2
+    )  # the norms are constant to 1 %, so what follows the pattern is linear
 
     swapped = [PairBatch([[A, B, ASK_A]], [[B, A, ASK_A]], [0], [1])]  # a key that no longer matches: attention halves
     exact, atp = (score(model, swapped, m, ["key"])["key"].mean[0, 0, 0].item() for m in ("act_patch", "atp"))

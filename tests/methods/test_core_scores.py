@@ -19,7 +19,9 @@ SHORT, LONG = ("bos", "subject", "end"), ("bos", "subject", "that", "end")
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     batches = [pairs(2, 3, roles=SHORT), pairs(3, 4, roles=LONG)]
-    got = score(case("gpt2", dtype=torch.float32).model, batches, "relp", ["mlp_out", "head"], rules=["ln", "gamma=0.5"])
+    got = score(
+        case("gpt2", dtype=torch.float32).model, batches, "relp", ["mlp_out", "head"], rules=["ln", "gamma=0.5"]
+    )
     path = tmp_path_factory.mktemp("scores") / "deep" / "scores.safetensors"
     got.save(path)
     return got, path

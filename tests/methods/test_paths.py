@@ -155,7 +155,9 @@ def test_conductance_does_not_depend_on_how_the_path_is_cut_into_passes(rule):
 def test_conductance_of_the_inputs_is_ig_inputs():
     c = case("llama")
     for rule in ("left", "midpoint", "trapezoid"):
-        a, b = (run(c, m, ["resid_pre"], steps=5, rule=rule)["resid_pre"].examples for m in ("conductance", "ig_inputs"))
+        a, b = (
+            run(c, m, ["resid_pre"], steps=5, rule=rule)["resid_pre"].examples for m in ("conductance", "ig_inputs")
+        )
         close(a[:, 0], b[:, 0])
 
 

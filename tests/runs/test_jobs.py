@@ -90,7 +90,14 @@ def test_killed_half_way_it_finishes_with_identical_results(relp, job, tmp_path)
 
 
 def test_one_failing_cell_fails_alone_and_is_tried_again(relp, job, tmp_path):
-    overrides = ("--override", "models=[tiny-gpt2, ./copy]", "--override", "methods=[random]", "--override", "agreement=null")
+    overrides = (
+        "--override",
+        "models=[tiny-gpt2, ./copy]",
+        "--override",
+        "methods=[random]",
+        "--override",
+        "agreement=null",
+    )
     done = relp("evaluate", job, *overrides, "-o", "out")
     assert done.code == 1
     assert "2 cells computed, 0 found finished, 2 failed" in done.err
@@ -128,7 +135,13 @@ def test_hash_changes_with_everything_that_changes_numbers(job):
     base = load_job(str(job), [])
     cell = cells(base)[0]
     seen = {cell_hash(base, cell, revision="a")}
-    changes = ("pairs=7", "evaluate.heldout=7", "evaluate.ablation=zero", "exact_candidates=3", "params={relp: {rules: [ln]}}")
+    changes = (
+        "pairs=7",
+        "evaluate.heldout=7",
+        "evaluate.ablation=zero",
+        "exact_candidates=3",
+        "params={relp: {rules: [ln]}}",
+    )
     for override in changes:
         other = load_job(str(job), [override])
         seen.add(cell_hash(other, cells(other)[0], revision="a"))
