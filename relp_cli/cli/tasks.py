@@ -84,7 +84,8 @@ def show(
         note(line)
     for batch in prepared.pairs:
         for original, patch, answer, foil in list(_rows(batch))[:examples]:
-            title = f"{len(batch)} pairs of {batch.n_pos} tokens, such as: answer {_some(words(answer))}, foil {_some(words(foil))}"
+            example = f"answer {_some(words(answer))}, foil {_some(words(foil))}"
+            title = f"{len(batch)} pairs of {batch.n_pos} tokens, such as: {example}"
             table = Table(title=title, title_justify="left")
             for name in ("pos", "role", "original", "patch"):
                 table.add_column(name)
