@@ -52,6 +52,7 @@ def note(text: str) -> None:
 
 
 def print_json(value: Any) -> None:
+    """Print a value as JSON on stdout; tensors and NumPy numbers become plain ones."""
     sys.stdout.write(json.dumps(value, indent=1, default=_plain, ensure_ascii=False) + "\n")
 
 

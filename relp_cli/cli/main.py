@@ -68,5 +68,6 @@ def run() -> None:
 
 
 def fail(message: str, code: int) -> None:
+    """One `error:` line on stderr, and the exit code."""
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     sys.exit(code)

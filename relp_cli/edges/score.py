@@ -93,6 +93,7 @@ def score_edges(
 
 
 def edge_methods() -> list[str]:
+    """Names of the methods that score edges."""
     from relp_cli.methods.table import METHODS
 
     return [name for name, row in METHODS.items() if row.scope == "edges"]

@@ -95,6 +95,7 @@ def counted(circuit: Circuit, exclude: int) -> int:
 
 
 def counted_possible(circuit: Circuit, exclude: int) -> int:
+    """All nodes of its kinds in the layers that are evaluated."""
     return sum(mask[exclude:].numel() for mask in circuit.masks.values())
 
 

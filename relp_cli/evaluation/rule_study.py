@@ -144,6 +144,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the study and print its tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", default=",".join(embedded_names()), help="names or folders, comma-separated")
     parser.add_argument("--tasks", default=",".join(list_tasks()), help="names or files, comma-separated")

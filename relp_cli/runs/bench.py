@@ -63,6 +63,7 @@ def fixture(layers: int = 12) -> Fixture:
 
 
 def plain_forward(f: Fixture) -> None:
+    """One forward pass of the untouched Hugging Face model."""
     with torch.no_grad():
         f.plain(input_ids=f.batch.original, use_cache=False)
 
@@ -77,6 +78,7 @@ def plain_pass(f: Fixture) -> None:
 
 
 def plain_two_forward_one_backward(f: Fixture) -> None:
+    """What attribution patching costs at least."""
     plain_forward(f)
     plain_pass(f)
 

@@ -19,6 +19,7 @@ def score_spec(where: str = "", **values: Any) -> ScoreSpec:
 
 
 def one_line(error: ValidationError) -> str:
+    """The first complaint of a validation error, with the nearest valid name."""
     first = error.errors()[0]
     name = ".".join(str(p) for p in first["loc"])
     if first["type"] == "literal_error":

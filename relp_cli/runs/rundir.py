@@ -81,6 +81,7 @@ class RunDir:
 
 
 def checksum(path: Path) -> str:
+    """sha256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(1 << 22):
@@ -100,6 +101,7 @@ def provenance() -> dict[str, Any]:
 
 
 def package_version(name: str) -> str:
+    """The installed version of a package, or "not installed"."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -119,6 +119,7 @@ def check_request(spec: ScoreSpec, folder: Path | None = None) -> None:
 
 
 def digest_of(spec: ScoreSpec, prepared: Prepared, session: Session) -> str:
+    """The content hash of a run: its spec, and what the names in it stand for."""
     where = spec.params.get("dictionary")
     more = {"dictionary_hash": session.dictionaries(where, prepared.model).digest} if where else {}
     return spec.digest(
