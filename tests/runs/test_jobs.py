@@ -151,7 +151,7 @@ def test_hash_changes_with_everything_that_changes_numbers(job):
 
 
 def test_shipped_jobs_are_valid_and_as_the_paper_says():
-    for name in ("table5", "table5_tiny", "figure3", "figure3_tiny"):
+    for name in ("table5", "table5_tiny", "figure3", "figure3_tiny", "rules", "edges_tiny"):
         assert cells(load_job(name, []))
     figure3 = load_job("figure3", [])
     assert (figure3.pairs, figure3.evaluate.heldout, figure3.evaluate.exclude_layers) == (300, 100, None)
