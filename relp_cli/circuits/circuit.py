@@ -97,12 +97,7 @@ class Circuit:
     @classmethod
     def load(cls, path: str | Path) -> Circuit:
         """Read what `save` wrote. Raises RelpError for a file that is not a circuit, RunFailed for one cut short."""
-        try:
-            content = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise RelpError(f"circuit file {path}: {error.strerror or error}") from error
-        except ValueError as error:
-            raise RunFailed(f"circuit file {path} is not valid JSON ({error})") from error
+        content = read_json(path)
         if (
             not isinstance(content, dict)
             or content.get("schema") != SCHEMA
@@ -124,6 +119,16 @@ class Circuit:
         if isinstance(selection.get("tau"), str):
             selection["tau"] = float(selection["tau"])
         return cls(masks, tuple(content["labels"]), content["meta"])
+
+
+def read_json(path: str | Path) -> Any:
+    """A circuit file of any sort. Raises RelpError for a file that cannot be opened, RunFailed for one that is not JSON."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise RelpError(f"circuit file {path}: {getattr(error, 'strerror', None) or error}") from error
+    except ValueError as error:
+        raise RunFailed(f"circuit file {path} is not valid JSON ({error})") from error
 
 
 def _finite(value: Any) -> Any:

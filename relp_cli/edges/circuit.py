@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from relp_cli.circuits.circuit import ANY_POSITION, Circuit
+from relp_cli.circuits.circuit import ANY_POSITION, Circuit, read_json
 from relp_cli.edges.graph import Graph
 from relp_cli.edges.scores import KIND
-from relp_cli.errors import RelpError, RunFailed
+from relp_cli.errors import RelpError
 from relp_cli.files import write_atomically
 
 SCHEMA = 1
@@ -149,16 +149,6 @@ class EdgeCircuit:
         at = [labels.index(p) for p in columns["pos"]] if "pos" in columns else [0] * len(columns["writer"])
         mask[at, [graph.writer(n) for n in columns["writer"]], [graph.reader(n) for n in columns["reader"]]] = True
         return cls(graph, mask, labels, content["meta"])
-
-
-def read_json(path: str | Path) -> Any:
-    """Raises RelpError for a file that cannot be opened, RunFailed for one that is not JSON."""
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise RelpError(f"circuit file {path}: {getattr(error, 'strerror', None) or error}") from error
-    except ValueError as error:
-        raise RunFailed(f"circuit file {path} is not valid JSON ({error})") from error
 
 
 def load_circuit(path: str | Path) -> Circuit | EdgeCircuit:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relp_cli.circuits.circuit import ANY_POSITION
-from relp_cli.edges.circuit import EdgeCircuit, read_json
+from relp_cli.circuits.circuit import ANY_POSITION, read_json
+from relp_cli.edges.circuit import EdgeCircuit
 from relp_cli.edges.graph import Graph
 from relp_cli.edges.scores import EdgeScores
 from relp_cli.errors import RelpError, RunFailed

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from relp_cli.errors import RelpError, RunFailed
+from relp_cli.circuits.circuit import read_json
+from relp_cli.errors import RelpError
 from relp_cli.features.sites import Site, parse_site
 from relp_cli.files import write_atomically
 
@@ -112,12 +113,7 @@ class FeatureCircuit:
     @classmethod
     def load(cls, path: str | Path) -> FeatureCircuit:
         """Read what `save` wrote. Raises RelpError for a file that is no feature circuit, RunFailed for one cut short."""
-        try:
-            content = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise RelpError(f"circuit file {path}: {error.strerror or error}") from error
-        except ValueError as error:
-            raise RunFailed(f"circuit file {path} is not valid JSON ({error})") from error
+        content = read_json(path)
         if not isinstance(content, dict) or content.get("schema") != SCHEMA or content.get("type") != TYPE:
             raise RelpError(f"circuit file {path}: expected a {TYPE} (schema {SCHEMA})")
         features, errors, labels = {}, {}, tuple(content["labels"])
