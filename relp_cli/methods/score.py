@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -235,11 +234,3 @@ class Running:
         mean = self.sum / n
         variance = (self.squares - n * mean.square()).clamp(min=0) / (n - 1)
         return NodeScores(self.kind.name, mean, variance, self.n, self.labels, axis, self.examples, self.present, meta)
-
-
-def parameters_of(method: str) -> dict[str, str]:
-    """Parameter → its default and documentation, for `relp ls methods`."""
-    _, schema = METHODS[method].load()
-    return {name: f"{f.annotation} = {f.default!r}" for name, f in schema.model_fields.items()} | (
-        {"": inspect.cleandoc(schema.__doc__)} if schema.__doc__ and schema is not Params else {}
-    )

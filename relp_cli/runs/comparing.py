@@ -128,7 +128,7 @@ def _scores(
 ) -> Scores:
     one = spec.model_copy(update={"method": method})
     run_folder = default_folder(one, digest_of(one, prepared, session), folder / "scores")
-    return score_run(one, session, run_folder, progress)[1]
+    return score_run(one, session, run_folder, progress, prepared=prepared)[1]
 
 
 def _figure(prepared: Prepared, scores: dict[str, Scores], options: CompareOptions, folder: Path) -> list[Path]:

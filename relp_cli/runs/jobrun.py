@@ -79,7 +79,7 @@ class GroupRun:
         if key not in self._scores:
             spec = spec.model_copy(update={"nodes": tuple(kinds)})
             folder = default_folder(spec, digest_of(spec, self.prepared(), self.session), self.folder / "scores")
-            self._scores[key] = score_run(spec, self.session, folder)[1]
+            self._scores[key] = score_run(spec, self.session, folder, prepared=self.prepared())[1]
         return self._scores[key]
 
     def _candidates(self, kind: str) -> Scores:

@@ -143,13 +143,15 @@ def score_run(
     folder: Path | None = None,
     progress: Progress | None = None,
     on_ready: Callable[[Prepared], None] | None = None,
+    prepared: Prepared | None = None,
 ) -> tuple[RunDir, Scores, bool]:
     """Score and write a run directory; returns it, its scores, and whether they were there already.
 
+    prepared: the pairs of this spec, where they are drawn already (methods of one comparison or job group share them).
     Raises: RelpError for bad input (before anything is written), RunFailed where writing fails.
     """
     check_request(spec, folder)
-    prepared = prepare(spec, session)
+    prepared = prepared or prepare(spec, session)
     digest = digest_of(spec, prepared, session)
     run = RunDir(folder or default_folder(spec, digest))
     if on_ready:
