@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from relp_cli.evaluation.compare import compare as compare
     from relp_cli.evaluation.evaluate import evaluate as evaluate
     from relp_cli.evaluation.nodes import applied as applied
+    from relp_cli.features.edges import feature_edges as feature_edges
     from relp_cli.methods.scores import Scores as Scores
     from relp_cli.models.load import load_model as load_model
     from relp_cli.scoring import score as score
@@ -41,6 +42,7 @@ _WHERE = {
     "Scores": "methods.scores",
     "compare": "evaluation.compare",
     "evaluate": "evaluation.evaluate",
+    "feature_edges": "features.edges",
     "load_model": "models.load",
     "load_task": "tasks.task",
     "neuron_edges": "edges.neurons",

@@ -37,6 +37,15 @@ def command(
     errors: Annotated[
         str | None, typer.Option(help="Error terms of feature circuits: all, residual (not of attention, MLP), none.")
     ] = None,
+    edge_threshold: Annotated[
+        float | None,
+        typer.Option(
+            "--edge-threshold", "-e", help="Feature circuits: score edges between nodes, keep |score| > this."
+        ),
+    ] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(help="What features mean: JSON lines (default: contexts and promoted tokens).")
+    ] = None,
     device: DeviceOption = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: circuit.json in the run.")] = None,
     json: JsonFlag = False,
@@ -49,6 +58,8 @@ def command(
 
     if confirm is not None and not verify:
         raise RelpError("--confirm belongs to --verify")
+    if annotations is not None and edge_threshold is None:
+        raise RelpError("--annotations belongs to --edge-threshold")
     from relp_cli.selection import select
 
     run_dir, _, scores = open_run(run)
@@ -70,6 +81,14 @@ def command(
             circuit, found = verify_circuit(run, circuit, confirm, device, bar)
         for line in found:
             note(line)
+    session = None
+    if edge_threshold is not None:
+        from relp_cli.runs.features import show_edges, with_edges
+        from relp_cli.runs.scoring import Session
+
+        session = Session(device)
+        with progress() as bar:
+            circuit = with_edges(run, circuit, edge_threshold, session, bar)
     if circuit.n_nodes in (0, circuit.n_possible):
         note(f"WARNING: this threshold keeps {'nothing' if circuit.n_nodes == 0 else 'everything'}")
     path = output or run_dir.circuit
@@ -77,9 +96,12 @@ def command(
         raise RelpError(f"--output {path} is a folder; expected a file name")
     circuit.save(path)
     if json:
-        print_json({"circuit": str(path), "n_nodes": circuit.n_nodes, "n_possible": circuit.n_possible, **circuit.meta})
+        about = {"circuit": str(path), "n_nodes": circuit.n_nodes, "n_possible": circuit.n_possible, **circuit.meta}
+        print_json(about if session is None else {**about, "edges": circuit.edges.columns()})
         return
     out.print(layers_table(circuit))
+    if session is not None:
+        show_edges(run, circuit, annotations, session, out)
     log.print(str(path), highlight=False)
 
 

@@ -17,11 +17,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from relp_cli.circuits.circuit import ANY_POSITION
 from relp_cli.errors import RelpError, unknown
 from relp_cli.evaluation.ratios import Progress, Values, ratio_table, tau_of
 from relp_cli.features.circuit import FeatureCircuit, counted_sites
-from relp_cli.features.load import Dictionaries, load_dictionaries
+from relp_cli.features.load import Dictionaries, dictionaries_of
 from relp_cli.features.sites import Site
 from relp_cli.methods.score import position_axis
 from relp_cli.models.model import Hook, Model
@@ -59,7 +58,7 @@ def evaluate_features(
     exclude = model.shape.n_layers // 3 if exclude_layers is None else exclude_layers
     if not 0 <= exclude < model.shape.n_layers:
         raise RelpError(f"exclude_layers must be from 0 to {model.shape.n_layers - 1}, got {exclude}")
-    dictionaries = _dictionaries(model, circuits, dictionary)
+    dictionaries = dictionaries_of(model, circuits, dictionary)
     row = METRICS[metric or str(circuits[0].meta.get("metric", "logit_diff"))]
     everything = [c.random_like(seed + i, exclude) for c in circuits for i in range(random_circuits)]
     runs = FeatureRuns(model, row, dictionaries, exclude, pairs, ablation)
@@ -72,25 +71,6 @@ def evaluate_features(
     table = ratio_table(values, about, random_circuits, seed, bootstrap)
     table.insert(list(table.columns).index("ablation") + 1, "errors", [c.removed for c in circuits])
     return table
-
-
-def _dictionaries(
-    model: Model, circuits: Sequence[FeatureCircuit], where: str | Path | Dictionaries | None
-) -> Dictionaries:
-    """The circuits' dictionaries, checked against what they were found with."""
-    meta = circuits[0].meta
-    where = where if where is not None else meta.get("dictionary")
-    if where is None:
-        raise RelpError("this circuit does not say its dictionary; give --dictionary PATH")
-    found = where if isinstance(where, Dictionaries) else load_dictionaries(where, model)
-    for c in circuits:
-        for what, mine in (("model", model.name), ("revision", model.revision), ("dictionary_hash", found.digest)):
-            if c.meta.get(what, mine) != mine:
-                raise RelpError(f"this circuit was found with {what.replace('_', ' ')} '{c.meta[what]}', not '{mine}'")
-        sizes = {s: m.shape[1] for s, m in c.features.items()}
-        if sizes != {s: d.n_features for s, d in found.items()}:
-            raise RelpError(f"circuit: its sites and numbers of features are not those of dictionary {found.source}")
-    return found
 
 
 class FeatureRuns:
@@ -195,14 +175,6 @@ class FeatureRuns:
 
 def _masks_at(circuit: FeatureCircuit, site: Site, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """The circuit's masks at the positions of one batch: Bool[pos, feature], Bool[pos, 1]."""
-    if circuit.labels == ANY_POSITION:
-        index = [0] * batch.n_pos
-    else:
-        missing = [label for label in batch.labels if label not in circuit.labels]
-        if missing:
-            raise RelpError(
-                f"the circuit has no position '{missing[0]}' (it has {', '.join(circuit.labels)}), but the pairs to evaluate have"
-            )
-        index = [circuit.labels.index(label) for label in batch.labels]
+    index = circuit.slots(batch)
     device = batch.original.device
     return circuit.features[site][index].to(device), circuit.errors[site][index, None].to(device)

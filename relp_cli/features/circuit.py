@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from relp_cli.circuits.circuit import read_json
+from relp_cli.circuits.circuit import ANY_POSITION, read_json
 from relp_cli.errors import RelpError
+from relp_cli.features.graph import FeatureEdges, FeatureNode
 from relp_cli.features.sites import Site, parse_site
 from relp_cli.files import write_atomically
+from relp_cli.tasks.pairs import PairBatch
 
 SCHEMA = 1
 TYPE = "relp feature circuit"
@@ -35,6 +37,7 @@ class FeatureCircuit:
     features: site → Bool[pos, feature]; errors: site → Bool[pos]; True = in the circuit.
     labels:   one label per position; ("*",) means that a node is in at every position or at none.
     removed:  a row of ERRORS. Removed error terms are in no circuit and are not counted.
+    edges:    between its nodes, where they were scored (`features.edges`); evaluation is of nodes alone.
     """
 
     features: Mapping[Site, Bool[Tensor, "pos feature"]]
@@ -42,6 +45,7 @@ class FeatureCircuit:
     labels: tuple[str, ...]
     removed: str = "all"
     meta: Mapping[str, Any] = field(default_factory=dict)
+    edges: FeatureEdges | None = None
 
     def __post_init__(self) -> None:
         if tuple(self.features) != tuple(self.errors) or tuple(self.features) != tuple(sorted(self.features)):
@@ -69,6 +73,25 @@ class FeatureCircuit:
         sites = counted_sites(tuple(self.features), exclude)
         return sum(self.features[s].numel() + (self.errors[s].numel() if self.has_error(s) else 0) for s in sites)
 
+    def nodes(self) -> tuple[FeatureNode, ...]:
+        """Its nodes in the order of a forward pass: per site features, then error terms."""
+        found = []
+        for site, mask in self.features.items():
+            found += [FeatureNode(site, self.labels[p], unit) for p, unit in mask.nonzero().tolist()]
+            found += [FeatureNode(site, self.labels[p], None) for p in self.errors[site].nonzero()[:, 0].tolist()]
+        return tuple(found)
+
+    def slots(self, batch: PairBatch) -> Int[Tensor, " pos"]:
+        """Per position of a batch, which of the circuit's positions it is. Raises RelpError where it is none."""
+        if self.labels == ANY_POSITION:
+            return torch.zeros(batch.n_pos, dtype=torch.long)
+        missing = [label for label in batch.labels if label not in self.labels]
+        if missing:
+            raise RelpError(
+                f"the circuit has no position '{missing[0]}' (it has {', '.join(self.labels)}), but the pairs have"
+            )
+        return torch.tensor([self.labels.index(label) for label in batch.labels])
+
     @property
     def n_nodes(self) -> int:
         return self.counted()
@@ -79,12 +102,14 @@ class FeatureCircuit:
 
     def without_errors(self, removed: str) -> FeatureCircuit:
         """The same circuit with fewer error terms: "residual" or "none" (a row of ERRORS)."""
-        left = replace(self, removed=removed, errors={s: torch.zeros_like(e) for s, e in self.errors.items()})
+        left = replace(
+            self, removed=removed, edges=None, errors={s: torch.zeros_like(e) for s, e in self.errors.items()}
+        )
         return replace(left, errors={s: e if left.has_error(s) else left.errors[s] for s, e in self.errors.items()})
 
     def complement(self) -> FeatureCircuit:
         errors = {s: ~e if self.has_error(s) else e for s, e in self.errors.items()}
-        return replace(self, features={s: ~f for s, f in self.features.items()}, errors=errors)
+        return replace(self, features={s: ~f for s, f in self.features.items()}, errors=errors, edges=None)
 
     def random_like(self, seed: int, exclude: int = 0) -> FeatureCircuit:
         """As many features and as many error terms, drawn uniformly from the counted sites."""
@@ -97,7 +122,8 @@ class FeatureCircuit:
             drawn[torch.randperm(len(flat), generator=generator)[: int(flat.sum())]] = True
             for site, part in zip(chosen, drawn.split([masks[s].numel() for s in chosen]), strict=True):
                 masks[site] = part.view(masks[site].shape)
-        return replace(self, features=features, errors=errors, meta={**self.meta, "method": "random circuit"})
+        meta = {**self.meta, "method": "random circuit"}
+        return replace(self, features=features, errors=errors, meta=meta, edges=None)
 
     def save(self, path: str | Path) -> None:
         """One JSON file: per site how many features there are, the kept ones as columns, and the kept errors' positions."""
@@ -106,8 +132,10 @@ class FeatureCircuit:
             pos, unit = mask.nonzero().T.tolist()
             errors = self.errors[site].nonzero()[:, 0].tolist()
             sites[site.name] = {"n_features": mask.shape[1], "pos": pos, "feature": unit, "error_pos": errors}
-        content = {"schema": SCHEMA, "type": TYPE, "meta": _written(self.meta), "labels": list(self.labels),
+        content: dict[str, Any] = {"schema": SCHEMA, "type": TYPE, "meta": _written(self.meta), "labels": list(self.labels),
                    "errors": self.removed, "n_nodes": self.n_nodes, "sites": sites}  # fmt: skip
+        if self.edges is not None:
+            content["edges"] = self.edges.columns()
         write_atomically(Path(path), json.dumps(content, indent=1) + "\n")
 
     @classmethod
@@ -130,7 +158,13 @@ class FeatureCircuit:
         meta = content["meta"]
         if isinstance(meta.get("selection", {}).get("tau"), str):
             meta["selection"]["tau"] = float(meta["selection"]["tau"])
-        return cls(features, errors, labels, content["errors"], meta)
+        circuit = cls(features, errors, labels, content["errors"], meta)
+        if "edges" not in content:
+            return circuit
+        try:
+            return replace(circuit, edges=FeatureEdges.from_columns(content["edges"], circuit.nodes()))
+        except RelpError as error:
+            raise RelpError(f"circuit file {path}: {error}") from error
 
 
 def _written(meta: Mapping[str, Any]) -> dict[str, Any]:

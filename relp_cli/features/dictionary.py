@@ -1,12 +1,13 @@
-"""A sparse autoencoder as data: one dataclass for all classes, and a table of the forms their encoders take.
+"""A sparse autoencoder as data: one dataclass for all classes, and a table of when a feature is active.
 
-Every class is brought to x̂ = f·W_dec + b_dec with f = form((x − b_in)·W_enc + b_enc) · f_scale; what the classes do
-differently is the form (a row of `FORMS`) and which of the tensors are there.
+Every class is brought to x̂ = f·W_dec + b_dec with f = value · f_scale where the feature is active and 0 elsewhere; value is
+pre = (x − b_in)·W_enc + b_enc, or pre · mag_scale + mag_bias. What the classes do differently is when a feature is active (a
+row of `ACTIVE`) and which of the tensors are there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,10 +50,24 @@ class Dictionary:
     def n_features(self) -> int:
         return int(self.w_dec.shape[0])
 
-    def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
-        """f(x) ≥ 0."""
-        f = FORMS[self.form]((x - self.b_in) @ self.w_enc + self.b_enc, self)
-        return f if self.f_scale is None else f * self.f_scale
+    def encode(self, x: Float[Tensor, "... d_in"], units: Sequence[int] | None = None) -> Float[Tensor, "... d_sae"]:
+        """f(x) ≥ 0, or of these `units` alone (what is active is decided among all features, as TopK needs it).
+
+        Gradients are those of the linear parts: which features are active is held constant.
+        """
+        pre = (x - self.b_in) @ self.w_enc + self.b_enc
+        active = ACTIVE[self.form](pre, self)
+        chosen = slice(None) if units is None else list(units)
+        if units is not None:  # again, so that a gradient meets these columns of W_enc alone
+            pre, active = (x - self.b_in) @ self.w_enc[:, chosen] + self.b_enc[chosen], active[..., chosen]
+        f = self._value(pre, chosen).masked_fill(~active, 0)
+        return f if self.f_scale is None else f * self.f_scale[chosen]
+
+    def _value(self, pre: Tensor, chosen: slice | list[int] = slice(None)) -> Tensor:
+        """What a feature is where it is active, before f_scale."""
+        if self.mag_scale is None or self.mag_bias is None:
+            return pre
+        return pre * self.mag_scale[chosen] + self.mag_bias[chosen]
 
     def decode(self, f: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_in"]:
         """x̂ = f·W_dec + b_dec."""
@@ -69,28 +84,25 @@ class Dictionary:
 
 
 def _relu(pre: Tensor, d: Dictionary) -> Tensor:  # noqa: ARG001
-    return pre.relu()
+    return pre > 0
 
 
 def _topk(pre: Tensor, d: Dictionary) -> Tensor:
     assert d.k is not None
-    best = pre.topk(d.k, dim=-1)
-    return torch.zeros_like(pre).scatter(-1, best.indices, best.values.relu())
+    return torch.zeros_like(pre, dtype=torch.bool).scatter(-1, pre.topk(d.k, dim=-1).indices, True) & (pre > 0)
 
 
 def _jumprelu(pre: Tensor, d: Dictionary) -> Tensor:
     assert d.threshold is not None
-    return pre.relu() * (pre > d.threshold)
+    return (pre > d.threshold) & (pre > 0)
 
 
 def _gated(pre: Tensor, d: Dictionary) -> Tensor:
     assert d.gate_bias is not None
-    assert d.mag_scale is not None
-    assert d.mag_bias is not None
-    return (pre * d.mag_scale + d.mag_bias).relu() * (pre + d.gate_bias > 0)
+    return (pre + d.gate_bias > 0) & (d._value(pre) > 0)
 
 
-# pre-activations Float[..., d_sae] → features
-FORMS: Registry[Callable[[Tensor, Dictionary], Tensor]] = Registry("dictionary form")
+# pre-activations Float[..., d_sae] → Bool[..., d_sae], which features are active
+ACTIVE: Registry[Callable[[Tensor, Dictionary], Tensor]] = Registry("dictionary form")
 for _name, _form in {"relu": _relu, "topk": _topk, "jumprelu": _jumprelu, "gated": _gated}.items():
-    FORMS.add(_name, _form)
+    ACTIVE.add(_name, _form)

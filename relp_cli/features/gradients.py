@@ -18,6 +18,7 @@ from torch import Tensor
 from relp_cli.errors import RelpError
 from relp_cli.features.dictionary import Dictionary
 from relp_cli.features.sites import Site
+from relp_cli.lrp.context import Recorded
 from relp_cli.methods.core import gradients, refuse_metric
 from relp_cli.methods.path import Path, chunks, mean_gradients, quadrature
 from relp_cli.methods.relp import recorded_source
@@ -35,11 +36,16 @@ class SiteRuns:
 
 @dataclass(frozen=True)
 class SiteGradients:
-    """Per site ∂L/∂x (or its mean over a path) Float[batch, pos, d_model]; applied: rule → layers; meta: more to say."""
+    """Per site ∂L/∂x (or its mean over a path) Float[batch, pos, d_model].
+
+    applied: rule → layers. rules, other: what `lrp` was given. meta: more to say.
+    """
 
     runs: SiteRuns
     grads: Mapping[Site, Tensor]
     applied: dict[str, int] = field(default_factory=dict)
+    rules: tuple[str, ...] = ()
+    other: Recorded | None = None
     meta: dict[str, Any] = field(default_factory=dict)
 
 
@@ -59,7 +65,7 @@ def relp(setup: Setup, sites: Mapping[Site, Dictionary], params: Any) -> SiteGra
     rules = params.rules if params.rules is not None else setup.model.family.rules
     source, other = recorded_source(setup, rules)
     at = gradients(setup, rules, other)
-    return SiteGradients(SiteRuns(at.values, source), _by_site(sites, at.grads), at.applied)
+    return SiteGradients(SiteRuns(at.values, source), _by_site(sites, at.grads), at.applied, rules, other)
 
 
 def ig_inputs(setup: Setup, sites: Mapping[Site, Dictionary], params: Any) -> SiteGradients:

@@ -9,7 +9,7 @@ TransformerLens hook name) and holds `ae.pt` (dictionary_learning) or `cfg.json`
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError, nearest
 from relp_cli.features import dictionary_learning, saelens
+from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.dictionary import Dictionary
 from relp_cli.features.sites import Site, parse_site
 from relp_cli.models.model import Model
@@ -64,6 +65,28 @@ def load_dictionaries(path: str | Path, model: Model) -> Dictionaries:
         for file in sorted(p for p in folder.iterdir() if p.is_file()):
             digest.update(f"{site.name}/{file.name}".encode() + file.read_bytes())
     return Dictionaries({site: d for site, (d, _) in found.items()}, str(path), digest.hexdigest()[:16])
+
+
+def dictionaries_of(
+    model: Model, circuits: Sequence[FeatureCircuit], where: str | Path | Dictionaries | None
+) -> Dictionaries:
+    """The circuits' dictionaries: the given ones, or those that the circuits name.
+
+    Raises: RelpError where they, or the model, are not what the circuits were found with.
+    """
+    meta = circuits[0].meta
+    where = where if where is not None else meta.get("dictionary")
+    if where is None:
+        raise RelpError("this circuit does not say its dictionary; give --dictionary PATH")
+    found = where if isinstance(where, Dictionaries) else load_dictionaries(where, model)
+    for c in circuits:
+        for what, mine in (("model", model.name), ("revision", model.revision), ("dictionary_hash", found.digest)):
+            if c.meta.get(what, mine) != mine:
+                raise RelpError(f"this circuit was found with {what.replace('_', ' ')} '{c.meta[what]}', not '{mine}'")
+        sizes = {s: m.shape[1] for s, m in c.features.items()}
+        if sizes != {s: d.n_features for s, d in found.items()}:
+            raise RelpError(f"circuit: its sites and numbers of features are not those of dictionary {found.source}")
+    return found
 
 
 def _root(path: str | Path) -> Path:

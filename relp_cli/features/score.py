@@ -58,10 +58,7 @@ def score_features(
     row, parsed = resolve_method(model, method, params)
     if row.name not in METHOD_NAMES:
         raise RelpError(f"method '{row.name}' does not score features; methods for features: {', '.join(METHOD_NAMES)}")
-    choices = {"direction": ("noising", "denoising"), "baseline": ("patch", "zero")}
-    for what, value in (("direction", direction), ("baseline", baseline)):
-        if value not in choices[what]:
-            raise unknown(f"{what} for features", value, choices[what])
+    check_choices(direction, baseline)
     axis, labels = position_axis(pairs)
     dictionaries = where if isinstance(where, Dictionaries) else load_dictionaries(where, model)
     kinds = tuple(dict.fromkeys(site.node_kind for site in dictionaries))
@@ -92,6 +89,14 @@ def score_features(
         "dictionary": dictionaries.source, "dictionary_hash": dictionaries.digest, **about,
     }  # fmt: skip
     return Scores({KIND: totals.finish(axis, meta)}, meta)  # type: ignore[dict-item]
+
+
+def check_choices(direction: str, baseline: str) -> None:
+    """Raises RelpError for a direction or baseline that features do not have."""
+    choices = {"direction": (direction, ("noising", "denoising")), "baseline": (baseline, ("patch", "zero"))}
+    for what, (value, known) in choices.items():
+        if value not in known:
+            raise unknown(f"{what} for features", value, known)
 
 
 def one_batch(

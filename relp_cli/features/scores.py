@@ -138,17 +138,18 @@ class Totals:
         rows, means, variances = [], [], []
         for number, (plain, squares) in enumerate(self.features):
             at = (squares > 0).nonzero()
-            mean, variance = _moments(plain, squares, self.n[:, None])
+            mean, variance = moments(plain, squares, self.n[:, None])
             rows.append(torch.cat([torch.full((len(at), 1), number), at], 1))
             means.append(mean[at[:, 0], at[:, 1]])
             variances.append(variance[at[:, 0], at[:, 1]])
-        errors = [_moments(plain, squares, self.n) for plain, squares in self.errors]
+        errors = [moments(plain, squares, self.n) for plain, squares in self.errors]
         return FeatureScores(
             self.sites, self.sizes, torch.cat(rows), torch.cat(means), torch.cat(variances),
             torch.stack([m for m, _ in errors]), torch.stack([v for _, v in errors]), self.n, self.labels, axis, meta,
         )  # fmt: skip
 
 
-def _moments(plain: Tensor, squares: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+def moments(plain: Tensor, squares: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance from a sum and a sum of squares over n examples."""
     mean = plain / n
     return mean, (squares - n * mean.square()).clamp(min=0) / (n - 1)

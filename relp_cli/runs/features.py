@@ -1,18 +1,25 @@
-"""Feature scores of a run, shown with what the features mean."""
+"""Features of a run, shown with what they mean, and the edges of its circuit."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 from rich.console import Console
 
+from relp_cli.errors import RelpError
 from relp_cli.features.annotations import read_annotations
+from relp_cli.features.circuit import FeatureCircuit
+from relp_cli.features.edges import feature_edges
+from relp_cli.features.graph import METRIC, parse_node
 from relp_cli.features.kinds import SCORED
 from relp_cli.features.scores import FeatureScores
 from relp_cli.features.show import described, top_features
+from relp_cli.methods.score import Progress
 from relp_cli.methods.scores import Scores
 from relp_cli.report.tables import show
-from relp_cli.runs.scoring import Session, prepare
+from relp_cli.runs.scoring import Session, open_run, prepare
 from relp_cli.runs.spec import ScoreSpec
 
 
@@ -36,3 +43,51 @@ def show_features(
         f"{meta['method']} on {where}, {meta['direction']}, {meta['metric']}",
         digits=3,
     )
+
+
+def with_edges(
+    path: Path, circuit: FeatureCircuit, threshold: float, session: Session, progress: Progress | None
+) -> FeatureCircuit:
+    """The circuit with the edges among its nodes, and to the metric, whose |score| on the run's own pairs is > threshold.
+
+    Raises: RelpError for circuits of anything but features, and as `relp.feature_edges`.
+    """
+    if not isinstance(circuit, FeatureCircuit):
+        raise RelpError("--edge-threshold is for feature circuits; edges of heads and MLPs: relp score --nodes edges")
+    _, spec, _ = open_run(path)
+    prepared = prepare(spec, session)
+    params = dict(spec.params)
+    dictionary = session.dictionaries(params.pop("dictionary"), prepared.model)
+    edges = feature_edges(
+        prepared.model, prepared.pairs, circuit, spec.method, dictionary=dictionary, batch_size=spec.batch_size,
+        progress=progress, **params,
+    )  # fmt: skip
+    return replace(circuit, edges=edges.above(threshold))
+
+
+def show_edges(
+    path: Path, circuit: FeatureCircuit, annotations: Path | None, session: Session, console: Console, k: int = 10
+) -> None:
+    """The k strongest edges, and what the features at their ends mean."""
+    edges = circuit.edges
+    assert edges is not None
+    title = (
+        f"{len(edges)} of {edges.meta['n_scored']} edges (|score| > {edges.meta['threshold']:g}); "
+        f"{len(edges.reaching())} of {circuit.n_nodes} nodes lead to the metric"
+    )
+    shown = edges.table().head(k)
+    if shown.empty:
+        console.print(title, highlight=False)
+        return
+    show(shown.drop(columns="n"), console, title, digits=3)
+    _, spec, _ = open_run(path)
+    prepared = prepare(spec, session)
+    ends = dict.fromkeys([*shown.source, *shown.target])
+    nodes = sorted((parse_node(n) for n in ends if n != METRIC), key=lambda n: n.site)
+    table = pd.DataFrame({"node": [n.name for n in nodes], "site": [n.site.name for n in nodes]})
+    table["kind"] = ["feature_error" if n.feature is None else "feature" for n in nodes]
+    table["feature"] = pd.array([n.feature for n in nodes], dtype="Int64")
+    notes = read_annotations(annotations) if annotations else None
+    dictionaries = session.dictionaries(spec.params["dictionary"], prepared.model)
+    meaning = described(table, prepared.model, dictionaries, prepared.pairs, notes)
+    show(meaning[["node", "meaning"]], console, "Their nodes")

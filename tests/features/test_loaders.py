@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from oracles.wrapped import case, close
+from torch import Tensor
 
 from relp_cli.errors import RelpError
+from relp_cli.features.dictionary import Dictionary
 from relp_cli.features.load import Dictionaries, load_dictionaries
 from relp_cli.features.saelens import save_saelens
 from relp_cli.features.sites import Site, all_sites, parse_site
@@ -25,6 +28,18 @@ def only(found: Dictionaries):
     return loaded
 
 
+def same_units(d: Dictionary, formula: Callable[[Tensor], Tensor]) -> None:
+    """`encode(x, units)` is those columns, with the formula's own gradient."""
+    units, grads = [3, 0, 17], []
+    for encode in (lambda x: d.encode(x, units), lambda x: d.encode(x)[..., units], lambda x: formula(x)[..., units]):
+        x = X.clone().requires_grad_()
+        close(encode(x), formula(X)[..., units], 1e-12)
+        grads.append(torch.autograd.grad(encode(x).square().sum(), x)[0])
+    assert grads[0].abs().max() > 0
+    close(grads[0], grads[2], 1e-12)
+    close(grads[1], grads[2], 1e-12)
+
+
 @pytest.mark.parametrize("name", LEARNING)
 @pytest.mark.parametrize("below", ["", "10_40"])
 def test_dictionary_learning(tmp_path: Path, name: str, below: str) -> None:
@@ -39,6 +54,7 @@ def test_dictionary_learning(tmp_path: Path, name: str, below: str) -> None:
     close(loaded.decode(loaded.encode(X)), decoded, 1e-12)
     features, error = loaded.split(X)
     close(loaded.decode(features) + error, X, 1e-12)
+    same_units(loaded, lambda x: formula(state, x)[0])
 
 
 @pytest.mark.parametrize(
@@ -59,6 +75,7 @@ def test_saelens(tmp_path: Path, name: str) -> None:
     assert 0 < (f > 0).double().mean() < 1
     close(only(found).encode(X), f, 1e-12)
     close(only(found).decode(f), decoded, 1e-12)
+    same_units(only(found), lambda x: lens(config, state, x)[0])
 
 
 def test_older_saelens_configurations(tmp_path: Path) -> None:

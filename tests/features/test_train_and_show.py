@@ -158,6 +158,19 @@ def test_a_run_is_scored_selected_evaluated_and_reported(tmp_path: Path) -> None
     rows = json.loads(relp("evaluate", run, "--pairs", "8", "--random", "1", "--json"))["rows"]
     assert rows[0]["errors"] == "none"
     assert rows[0]["kind"] == "feature"
+    notes = tmp_path / "notes.jsonl"
+    selected = ("circuit", run, "--top-k", "12", "--edge-threshold", "0.01")
+    edges = json.loads(relp(*selected, "--json"))["edges"]
+    assert 10 < len(edges["score"]) == sum(abs(score) > 0.01 for score in edges["score"])
+    assert json.loads((tmp_path / "run" / "circuit.json").read_text())["edges"] == edges
+    strongest = max(range(len(edges["score"])), key=lambda i: abs(edges["score"][i]))
+    name = edges["source"][strongest].partition("@")[0]
+    notes.write_text(json.dumps({"Name": name, "Annotation": "what it means"}))
+    shown = relp(*selected, "--annotations", str(notes))
+    assert f"{len(edges['score'])} of {edges['meta']['n_scored']} edges (|score| > 0.01)" in " ".join(shown.split())
+    assert edges["source"][strongest] in shown
+    assert "what it means" in shown
+    assert "↑" in shown
     exact = str(tmp_path / "exact")
     relp(*scoring, "--method", "act_patch", "--set", "chunk_tokens=4096", "-o", exact)
     compared = json.loads(relp("compare", exact, run, "-o", str(tmp_path / "compared"), "--json"))
@@ -169,6 +182,8 @@ def test_a_run_is_scored_selected_evaluated_and_reported(tmp_path: Path) -> None
     for wrong, message in (
         (("circuit", run, "--top-k", "5", "--stability", "2"), "not kept of features"),
         (("circuit", run, "--top-k", "5", "--verify"), "--verify is for node circuits"),
+        (("circuit", run, "--top-k", "5", "--annotations", str(notes)), "--annotations belongs to --edge-threshold"),
+        (("circuit", exact, "--top-k", "5", "-e", "0.1"), "not method 'act_patch'"),
         ((*scoring, "--nodes", "feature,mlp_out"), "on their own"),
         (("evaluate", run, "--errors", "some"), "unknown choice of error terms"),
     ):

@@ -1,0 +1,236 @@
+"""Edges of a feature circuit (Marks et al. 2025, appendix A): how one node acts through another, along direct paths alone.
+
+1. A gradient method gives g = ∂L/∂x at every site, and δ = source − run of every feature and error term (as for node scores).
+2. One more forward pass of the run in which the activation of every site is a leaf. What reaches a site is then a function
+   of the other sites' leaves, and its gradient follows paths that cross no third site.
+3. For a node v of the circuit, one backward pass of ∂L/∂v · v (∂L/∂f = W_dec·g, ∂L/∂ε = g, held constant) gives the
+   gradient h at the leaf of every site u before it, and the edges into v: δf_u·(W_dec·h) from features, δε_u·h from errors.
+4. The edge to the metric is what is left of u's effect without other sites: h is the gradient of L itself.
+All paths out of u begin with one of its edges. So the edges from u to *all* features and error terms, and to the metric, sum
+to u's node score, for atp and relp exactly; IG averages g over a path but the slope between sites is taken at the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from relp_cli.errors import RelpError
+from relp_cli.features.circuit import FeatureCircuit
+from relp_cli.features.dictionary import Dictionary
+from relp_cli.features.gradients import GRADIENT_METHODS, SiteGradients
+from relp_cli.features.graph import FeatureEdges, FeatureNode
+from relp_cli.features.load import Dictionaries, dictionaries_of
+from relp_cli.features.score import check_choices, differences
+from relp_cli.features.scores import moments
+from relp_cli.features.sites import Site
+from relp_cli.lrp.context import lrp
+from relp_cli.methods.score import Progress, resolve_method
+from relp_cli.methods.setup import Setup
+from relp_cli.models.model import Hook, Model
+from relp_cli.tasks.metrics import METRICS
+from relp_cli.tasks.pairs import PairBatch
+
+MAX_NODES = 10_000  # one backward pass each, and a matrix of all pairs
+
+
+def feature_edges(
+    model: Model,
+    pairs: Sequence[PairBatch],
+    circuit: FeatureCircuit,
+    method: str | None = None,
+    *,
+    dictionary: str | Path | Dictionaries | None = None,
+    metric: str | None = None,
+    direction: str | None = None,
+    baseline: str | None = None,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+    **params: Any,
+) -> FeatureEdges:
+    """Scores of all edges between a feature circuit's nodes, and from them to the metric; edges that are 0 are left out.
+
+    method, metric, direction, baseline, params: None (and no params) for what the circuit was found with.
+    dictionary: as for `relp.score`; None for the one that the circuit was found with.
+    Sign and units are those of node scores. Cost per batch: the method's, 1 forward, 1 backward (as far as the next sites)
+    per node.
+    Raises: RelpError for methods without gradients, other dictionaries, positions that the circuit has not, and circuits of
+    more than MAX_NODES nodes.
+    """
+    found = dictionaries_of(model, (circuit,), dictionary)
+    asked = {"method": method, "metric": metric, "direction": direction, "baseline": baseline}
+    default = {"method": "relp", "metric": "logit_diff", "direction": "noising", "baseline": "patch"}
+    how = {k: v or circuit.meta.get(k, default[k]) for k, v in asked.items()}
+    if method is None and not params:
+        params = dict(circuit.meta.get("params", {}))
+    row, parsed = resolve_method(model, how["method"], params)
+    if row.name not in GRADIENT_METHODS:
+        raise RelpError(f"edges of features need gradients ({', '.join(GRADIENT_METHODS)}), not method '{row.name}'")
+    check_choices(how["direction"], how["baseline"])
+    nodes = circuit.nodes()
+    if len(nodes) > MAX_NODES:
+        raise RelpError(
+            f"this circuit has {len(nodes)} nodes; edges are scored among at most {MAX_NODES}: select fewer of them"
+        )
+    totals = _Totals(nodes, circuit.labels)
+    chunks = [small.to(model.device) for batch in pairs for small in batch.split(batch_size)]
+    kinds = tuple(dict.fromkeys(site.node_kind for site in found))
+    steps = len(nodes) + 1
+    for done, chunk in enumerate(chunks):
+        setup = Setup(model, chunk, METRICS[how["metric"]], kinds, how["direction"], how["baseline"])  # type: ignore[arg-type]
+        at = GRADIENT_METHODS[row.name](setup, found, parsed)
+        slots = circuit.slots(chunk).to(model.device)
+        for target, first, scores in _Batch(setup, found, nodes, circuit.labels, slots, at).edges():
+            totals.add(target, first, scores)
+            if progress:
+                progress(done * steps + target + 1, len(chunks) * steps, "edges")
+        totals.count(slots, len(chunk))
+    about = {**how, "rules": at.applied, "n_pairs": sum(map(len, chunks)), "n_nodes": len(nodes)}
+    return totals.finish(about)
+
+
+@dataclass(frozen=True)
+class _Here:
+    """The circuit's nodes at one site in one batch, features first; node = feature or error at one slot.
+
+    first:   number of the first of them. units: the features' numbers. at: Float[pos, node], 1 where a node's slot is.
+    delta_f: Float[batch, pos, feature node], delta_e: Float[batch, pos, d_model]: source − run.
+    """
+
+    site: Site
+    d: Dictionary
+    first: int
+    units: list[int]
+    at: Tensor
+    delta_f: Tensor
+    delta_e: Tensor
+
+    def scores(self, h: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch node"]:
+        """Σ over a node's positions of δ·∂/∂node, for a gradient h at the site."""
+        features = self.delta_f * (h @ self.d.w_dec[self.units].T)
+        errors = (self.delta_e * h).sum(-1, keepdim=True).expand(-1, -1, self.at.shape[1] - len(self.units))
+        return torch.einsum("bpn,pn->bn", torch.cat([features, errors], -1), self.at)
+
+    def weighed(self, x: Tensor, g: Tensor) -> list[Tensor]:
+        """Per node ∂L/∂node · node, summed over examples and positions, as a function of the site's activation x."""
+        features = self.d.encode(x, self.units) * (g @ self.d.w_dec[self.units].T)
+        values = [features]
+        n_errors = self.at.shape[1] - len(self.units)
+        if n_errors:
+            values.append((self.d.split(x)[1] * g).sum(-1, keepdim=True).expand(-1, -1, n_errors))
+        return list(torch.einsum("bpn,pn->n", torch.cat(values, -1), self.at))
+
+
+class _Batch:
+    """Edges of one batch of pairs."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        dictionaries: Dictionaries,
+        nodes: Sequence[FeatureNode],
+        labels: Sequence[str],
+        slots: Tensor,
+        at: SiteGradients,
+    ) -> None:
+        self.setup, self.at = setup, at
+        self.sites = tuple(dictionaries)
+        self.here: dict[Site, _Here] = {}
+        of_node = torch.tensor([labels.index(node.position) for node in nodes], device=slots.device)
+        masks = (slots[:, None] == of_node[None]).to(setup.model.dtype)  # [pos, node]
+        for site, d in dictionaries.items():
+            mine = [i for i, node in enumerate(nodes) if node.site == site]
+            if not mine:
+                continue
+            units = [f for i in mine if (f := nodes[i].feature) is not None]
+            delta_f, delta_e = differences(setup, site, d, at.runs)
+            self.here[site] = _Here(
+                site, d, mine[0], units, masks[:, mine[0] : mine[-1] + 1], delta_f[..., units], delta_e
+            )
+
+    def edges(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Per target and site before it: the target's number (the metric is the last), the number of the site's first node,
+        Float[batch, node] scores of the edges from the site's nodes.
+        """
+        leaves, reached, metric = self._linked()
+        for v, here in self.here.items():
+            before = [u for u in self.here if u < v]
+            if not before or not reached[v].requires_grad:
+                continue
+            with torch.enable_grad():
+                values = here.weighed(reached[v], self.at.grads[v])
+            for i, value in enumerate(values):
+                grads = torch.autograd.grad(value, [leaves[u] for u in before], retain_graph=True, allow_unused=True)
+                yield from self._from(before, grads, here.first + i)
+        sources = list(self.here)
+        direct = list(torch.autograd.grad(metric.sum(), [leaves[u] for u in sources], allow_unused=True))
+        if sources and sources[-1] == self.sites[-1]:  # behind the last site all paths are direct: the method's own
+            direct[-1] = self.at.grads[sources[-1]]
+        yield from self._from(sources, direct, sum(h.at.shape[1] for h in self.here.values()))
+
+    def _from(
+        self, sites: Sequence[Site], grads: Sequence[Tensor | None], target: int
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        for site, h in zip(sites, grads, strict=True):
+            if h is not None:
+                yield target, self.here[site].first, self.here[site].scores(h)
+
+    def _linked(self) -> tuple[dict[Site, Tensor], dict[Site, Tensor], Tensor]:
+        """Step 2: per site its leaf and what reaches it from the leaves before it; L Float[batch]."""
+        setup = self.setup
+        leaves: dict[Site, Tensor] = {}
+        reached: dict[Site, Tensor] = {}
+
+        def link(site: Site) -> Hook:
+            def hook(x: Tensor) -> Tensor:
+                reached[site] = x
+                leaves[site] = x.detach().requires_grad_(True)
+                return leaves[site]
+
+            return hook
+
+        with torch.enable_grad():
+            with (
+                lrp(setup.model, self.at.rules, self.at.other),
+                setup.model.hooks({s.point: link(s) for s in self.sites}),
+            ):
+                logits = setup.model.logits(setup.run)
+            return leaves, reached, setup.value(logits)
+
+
+class _Totals:
+    """Sums over examples in float64: Float[node, node + 1], the metric as the last target."""
+
+    def __init__(self, nodes: tuple[FeatureNode, ...], labels: tuple[str, ...]) -> None:
+        self.nodes = nodes
+        self.plain, self.squares = (torch.zeros(len(nodes), len(nodes) + 1, dtype=torch.float64) for _ in range(2))
+        self.seen = torch.zeros(len(labels), len(labels), dtype=torch.long)  # examples that have both labels
+        self.at = torch.tensor([labels.index(node.position) for node in nodes], dtype=torch.long)
+
+    def add(self, target: int, first: int, scores: Float[Tensor, "batch node"]) -> None:
+        if not torch.isfinite(scores).all():
+            raise RelpError("edge scores are not finite (dtype too narrow?)")
+        scores = scores.detach().double()
+        rows = slice(first, first + scores.shape[1])
+        self.plain[rows, target] += scores.sum(0).cpu()
+        self.squares[rows, target] += scores.square().sum(0).cpu()
+
+    def count(self, slots: Tensor, examples: int) -> None:
+        present = slots.unique().cpu()
+        self.seen[present[:, None], present[None]] += examples
+
+    def finish(self, meta: dict[str, Any]) -> FeatureEdges:
+        index = self.squares.nonzero()
+        source, target = index.unbind(1)
+        at = torch.cat([self.at, self.at[:1]])  # the metric needs the source's position only
+        n = torch.where(
+            target == len(self.nodes), self.seen.diagonal()[self.at[source]], self.seen[self.at[source], at[target]]
+        )
+        mean, variance = moments(self.plain[source, target], self.squares[source, target], n)
+        return FeatureEdges(self.nodes, index, mean, variance, n, meta)
