@@ -112,7 +112,8 @@ def layers_table(circuit):  # type: ignore[no-untyped-def]
     tau = circuit.meta.get("selection", {}).get("tau")
     if hasattr(circuit, "features"):
         return _sites_table(circuit, tau)
-    table = Table(title=f"{circuit.n_nodes} of {circuit.n_possible} nodes (τ = {tau:g})", title_justify="left")
+    noun = "edges" if hasattr(circuit, "graph") else "nodes"
+    table = Table(title=f"{circuit.n_nodes} of {circuit.n_possible} {noun} (τ = {tau:g})", title_justify="left")
     table.add_column("kind")
     n_layers = max(mask.shape[0] for mask in circuit.masks.values())
     for layer in range(n_layers):

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from relp_cli.errors import RelpError
 from relp_cli.report.canvas import LIGHT, Theme, bare, method_colors, new_figure, save_figure, themed
 from relp_cli.report.curves import curve, mean_curve
-from relp_cli.report.names import kind_title, model_title, need, varying
+from relp_cli.report.names import counted, kind_title, model_title, need, varying
 
 MEASURES = ("faithfulness", "completeness")
 
@@ -99,7 +99,8 @@ def _curves_panel(
         axes.annotate(
             label, (1.01, level), xycoords=("axes fraction", "data"), va="center", fontsize=7, color=theme.soft
         )
-    _scale_x(axes, rows[x], x, zero, theme)
+    label = f"number of {counted(rows.get('kind', ()))}" if x == "n_nodes" else x.replace("_", " ")
+    _scale_x(axes, rows[x], label, zero, theme)
     _scale_y(axes, rows[y].astype(float).to_numpy(), np.concatenate(bold), theme)
     axes.set_ylabel(y)
     bare(axes)
@@ -120,7 +121,7 @@ def _zero_place(values: pd.Series) -> float:
     return float(positive.min() / max(2.0, (positive.max() / positive.min()) ** 0.12))
 
 
-def _scale_x(axes: Axes, values: pd.Series, name: str, zero: float, theme: Theme) -> None:
+def _scale_x(axes: Axes, values: pd.Series, label: str, zero: float, theme: Theme) -> None:
     """A log axis with plain labels; left of a thin line, the place of 0 nodes."""
     positive = values[values > 0].astype(float)
     low, high = (positive.min(), positive.max()) if len(positive) else (1.0, 1.0)
@@ -138,7 +139,7 @@ def _scale_x(axes: Axes, values: pd.Series, name: str, zero: float, theme: Theme
         axes.set_xlim(low / ((high / low) ** 0.04 * 1.05), right)
     axes.set_xticks(ticks, labels)
     axes.set_xticks([], minor=True)
-    axes.set_xlabel({"n_nodes": "number of nodes"}.get(name, name.replace("_", " ")))
+    axes.set_xlabel(label)
 
 
 def _scale_y(axes: Axes, values: np.ndarray, bold: np.ndarray, theme: Theme) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from relp_cli.circuits.circuit import Circuit
+from relp_cli.edges.circuit import EdgeCircuit
 from relp_cli.edges.scores import EdgeScores
 from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.scores import FeatureScores
@@ -52,7 +53,7 @@ def _top_of(scores: NodeScores | EdgeScores | FeatureScores, k: int) -> list[tup
     return found
 
 
-def circuit_counts(circuit: Circuit | FeatureCircuit) -> dict[str, pd.DataFrame]:
+def circuit_counts(circuit: Circuit | EdgeCircuit | FeatureCircuit) -> dict[str, pd.DataFrame]:
     """Node kind → how many nodes the circuit keeps, Int[layer, position], with position labels as columns. Of a circuit
     that holds at any position there is one column, "any"."""
     labels = ["any" if label == "*" else label for label in circuit.labels]

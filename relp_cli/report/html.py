@@ -14,18 +14,25 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from relp_cli.circuits.circuit import Circuit
+from relp_cli.edges.circuit import EdgeCircuit
+from relp_cli.edges.scores import KIND
 from relp_cli.errors import RelpError
+from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.files import write_atomically
 from relp_cli.methods.scores import SIGN, Scores
 from relp_cli.report.canvas import DARK, LIGHT, Theme, rendered, save_figure
 from relp_cli.report.curve_plot import curves_figure
 from relp_cli.report.digest import circuit_counts, top_nodes
+from relp_cli.report.graph import MOST_EDGES, circuit_figure
 from relp_cli.report.heatmap import Over, heatmap_figure
-from relp_cli.report.names import kind_title
+from relp_cli.report.names import counted, kind_title
 from relp_cli.report.tables import cell, is_numeric
 
 MAX_HEADS = 128
 CSS_DPI = 96
+SIGNS = "Blue: negative scores, red: positive; widths are proportional to |score|."
+FEATURE_CAPTION = f"{SIGNS} Squares (ε): error terms."
+EDGE_CAPTION = f"{SIGNS} Dashed: into queries; dotted: into keys; solid: into values, MLPs and logits."
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ def write_html(
     run_folder: Path,
     record: Mapping[str, Any],
     scores: Mapping[str, Scores],
-    circuit: Circuit | None = None,
+    circuit: Circuit | EdgeCircuit | FeatureCircuit | None = None,
     evaluation: pd.DataFrame | None = None,
     tokens: Sequence[str] | None = None,
     output: Path | None = None,
@@ -68,7 +75,7 @@ def write_html(
     """
     if not scores:
         raise RelpError(f"report of {run_folder}: no scores")
-    pictures = _pictures(scores, evaluation, tokens)
+    pictures = _pictures(scores, circuit, evaluation, tokens)
     written = []
     for picture in pictures:
         written.append(run_folder / f"{picture.name}.png")
@@ -83,7 +90,7 @@ def render_page(
     record: Mapping[str, Any],
     scores: Scores,
     pictures: Sequence[Picture],
-    circuit: Circuit | None = None,
+    circuit: Circuit | EdgeCircuit | FeatureCircuit | None = None,
     evaluation: pd.DataFrame | None = None,
     tokens: Sequence[str] | None = None,
     top: int = 10,
@@ -117,6 +124,7 @@ def render_page(
 
 def _pictures(
     scores: Mapping[str, Scores],
+    circuit: Circuit | EdgeCircuit | FeatureCircuit | None,
     evaluation: pd.DataFrame | None,
     tokens: Sequence[str] | None,
 ) -> list[Picture]:
@@ -136,6 +144,8 @@ def _pictures(
     for kind in heads:
         caption = f"Mean score per layer and {'head' if kind == 'head' else 'unit'}, added up over positions."
         pictures.append(maps(f"heatmap-{kind}", caption, [kind], "positions", None))
+    if drawn := _graph(circuit, own, tokens):
+        pictures.append(drawn)
     if evaluation is not None and evaluation.get("n_nodes", pd.Series(dtype=int)).nunique() > 1:
         table = evaluation.assign(**{k: str(own.meta.get(k, "?")) for k in ("task", "method") if k not in evaluation})
         if table[["faithfulness", "completeness"]].notna().any(axis=None):
@@ -146,6 +156,22 @@ def _pictures(
 
             pictures.append(Picture("curves", caption, draw(LIGHT), draw(DARK)))
     return pictures
+
+
+def _graph(
+    circuit: Circuit | EdgeCircuit | FeatureCircuit | None, scores: Scores, tokens: Sequence[str] | None
+) -> Picture | None:
+    """A picture of circuits that have edges."""
+    if isinstance(circuit, EdgeCircuit) and KIND in scores.kinds:
+        count, caption = circuit.n_edges, EDGE_CAPTION
+    elif isinstance(circuit, FeatureCircuit) and circuit.edges is not None:
+        count, caption = len(circuit.edges), FEATURE_CAPTION
+    else:
+        return None
+    words = dict(zip(next(iter(scores.values())).labels, tokens, strict=True)) if tokens else None
+    edges: Any = scores.kinds.get(KIND)
+    light, dark = (circuit_figure(circuit, edges, words, theme) for theme in (LIGHT, DARK))
+    return Picture("circuit", f"The {min(count, MOST_EDGES)} strongest of {count} edges. {caption}", light, dark)
 
 
 def _top_tables(scores: Scores, top: int) -> list[dict[str, Any]]:
@@ -164,13 +190,14 @@ def _top_tables(scores: Scores, top: int) -> list[dict[str, Any]]:
     return tables
 
 
-def _circuit(circuit: Circuit) -> dict[str, Any]:
+def _circuit(circuit: Circuit | EdgeCircuit | FeatureCircuit) -> dict[str, Any]:
     counts = circuit_counts(circuit)
     selection = {k: v for k, v in (circuit.meta.get("selection") or {}).items() if v not in (None, False, "none", 0)}
     if selection.get("tau") == selection.get("threshold"):
         selection.pop("tau", None)
     return {
         "n_nodes": circuit.n_nodes,
+        "noun": "edges" if isinstance(circuit, EdgeCircuit) else "nodes",
         "n_possible": circuit.n_possible,
         "selection": ", ".join(f"{k} = {v:g}" if isinstance(v, float) else f"{k} = {v}" for k, v in selection.items()),
         "kinds": [
@@ -191,6 +218,7 @@ def _circuit(circuit: Circuit) -> dict[str, Any]:
 
 def _evaluation(table: pd.DataFrame) -> dict[str, Any]:
     """The columns that differ between rows, as text; what is the same for all rows is said once."""
+    noun = counted(table.get("kind", ()))
     hidden = {"task", "model", "method", "kind", "direction"}
     table = table.drop(columns=[c for c in table.columns if c in hidden])
     if "note" in table.columns and not table["note"].fillna("").astype(str).str.strip().any():
@@ -206,7 +234,7 @@ def _evaluation(table: pd.DataFrame) -> dict[str, Any]:
         out[name] = (column, is_numeric(table[name]))
     same = {k: v[0][0] for k, v in out.items() if len(table) > 1 and len(set(v[0])) == 1 and k != "n_nodes"}
     shown = {k: v for k, v in out.items() if k not in same}
-    names = {"tau": "τ", "n_nodes": "nodes", "n_possible": "possible nodes", "F_complement": "F(M∖C)", "F_C": "F(C)"}
+    names = {"tau": "τ", "n_nodes": noun, "n_possible": f"possible {noun}", "F_complement": "F(M∖C)", "F_C": "F(C)"}
     names |= {
         "F_M": "F(M)",
         "F_empty": "F(∅)",

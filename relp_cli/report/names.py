@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -26,6 +26,11 @@ def kind_title(kind: str) -> str:
         return KIND_TITLES[kind]
     parts = str(kind).split("+")
     return " + ".join(KIND_TITLES.get(part, part) for part in parts) if len(parts) < 3 else f"{len(parts)} node kinds"
+
+
+def counted(kinds: Iterable[str]) -> str:
+    """What a circuit of these kinds consists of: "edges" or "nodes"."""
+    return "edges" if set(kinds) == {"edges"} else "nodes"
 
 
 def model_title(model: str) -> str:
