@@ -46,7 +46,7 @@ def score(
     if tuple(nodes) == ("edges",):
         return score_edges(model, pairs, method, *how, keep_examples, progress, **params)
     if tuple(nodes) in FEATURES:
-        return score_features(model, pairs, method, *how, progress, **params)
+        return score_features(model, pairs, method, *how, keep_examples, progress, **params)
     row, parsed = resolve_method(model, method, params)
     if getattr(parsed, "rules", None) != ("auto",):
         return score_nodes(model, pairs, method, nodes, *how, keep_examples, progress, **params)

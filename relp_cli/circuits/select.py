@@ -13,6 +13,7 @@ from relp_cli.errors import RelpError, unknown
 from relp_cli.methods.scores import NodeScores
 
 SIGNS = ("absolute", "positive", "negative")
+NO_EXAMPLES = "union over examples needs per-example scores; score again with --per-example"
 AGGREGATIONS = ("none", "sum")
 KEPT_META = (
     "method",
@@ -63,13 +64,7 @@ def choose(
 
     allowed: Bool[unit], units that may be kept at all.
     """
-    if len(how) != 1:
-        raise RelpError(f"select by exactly one of threshold, fraction, top_k, top_p; got {', '.join(how) or 'none'}")
-    for what, value, known in (("sign", sign, SIGNS), ("aggregate", aggregate, AGGREGATIONS)):
-        if value not in known:
-            raise unknown(what, value, known)
-    if union and how.keys() & {"top_k", "top_p"}:
-        raise RelpError("union over examples needs a threshold or fraction, not top_k or top_p")
+    check_how(how, sign, aggregate, union)
     strengths = {kind: _strength(s, sign, aggregate, union) for kind, s in kinds.items()}
     for s in strengths.values():
         s[:from_layer] = -torch.inf
@@ -79,10 +74,21 @@ def choose(
     return _masks(strengths, cut, keep), cut, strengths
 
 
+def check_how(how: Mapping[str, Any], sign: str, aggregate: str, union: bool) -> None:
+    """Raises RelpError for ways of selecting that do not exist or do not go together."""
+    if len(how) != 1:
+        raise RelpError(f"select by exactly one of threshold, fraction, top_k, top_p; got {', '.join(how) or 'none'}")
+    for what, value, known in (("sign", sign, SIGNS), ("aggregate", aggregate, AGGREGATIONS)):
+        if value not in known:
+            raise unknown(what, value, known)
+    if union and how.keys() & {"top_k", "top_p"}:
+        raise RelpError("union over examples needs a threshold or fraction, not top_k or top_p")
+
+
 def _strength(scores: NodeScores, sign: str, aggregate: str, union: bool) -> Tensor:
     """What is compared with τ: Float[layer, pos, *unit], −inf where the sign is not wanted."""
     if union and scores.examples is None:
-        raise RelpError("union over examples needs per-example scores; score again with --per-example")
+        raise RelpError(NO_EXAMPLES)
     values = scores.examples if union and scores.examples is not None else scores.mean[None]
     if aggregate == "sum":
         values = values.sum(2, keepdim=True)

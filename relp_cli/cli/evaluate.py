@@ -20,7 +20,7 @@ def command(
     ablation: Annotated[str, typer.Option(help="mean, mean_task, zero, counterfactual, resample or corpus.")] = "mean",
     corpus: Annotated[Path | None, typer.Option(help="A text file, for --ablation corpus.")] = None,
     minimality: Annotated[
-        bool, typer.Option("--minimality", help="Also drop the circuit's nodes one by one (minimality.csv).")
+        bool, typer.Option("--minimality", help="Also drop the circuit's nodes or edges one by one (minimality.csv).")
     ] = False,
     exclude_layers: Annotated[
         int | None, typer.Option(help="First layers left unablated (default: a third; 0: none).")
@@ -77,7 +77,9 @@ def command(
         from relp_cli.runs.evaluating import minimality_of_run
 
         with progress() as bar:
-            path, losses = minimality_of_run(Path(target), circuit, ablation, exclude_layers, pairs, seed, device, bar)
+            path, losses = minimality_of_run(
+                Path(target), circuit, ablation, exclude_layers, pairs, seed, device, errors, bar
+            )
         useless = int((losses.loss <= 0).sum())
-        show(losses.head(20), out, f"dropping one node: {useless} of {len(losses)} nodes could go at no loss")
+        show(losses.head(20), out, f"dropped one by one: {useless} of {len(losses)} could go at no loss")
         log.print(str(path), highlight=False)

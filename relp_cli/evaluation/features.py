@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from relp_cli.circuits.circuit import ANY_POSITION
 from relp_cli.errors import RelpError, unknown
 from relp_cli.evaluation.ratios import Progress, Values, ratio_table, tau_of
 from relp_cli.features.circuit import FeatureCircuit, counted_sites
@@ -60,8 +61,13 @@ def evaluate_features(
         raise RelpError(f"exclude_layers must be from 0 to {model.shape.n_layers - 1}, got {exclude}")
     dictionaries = dictionaries_of(model, circuits, dictionary)
     row = METRICS[metric or str(circuits[0].meta.get("metric", "logit_diff"))]
-    everything = [c.random_like(seed + i, exclude) for c in circuits for i in range(random_circuits)]
     runs = FeatureRuns(model, row, dictionaries, exclude, pairs, ablation)
+    everything = []
+    if random_circuits:
+        active = runs.active()
+        for c in circuits:
+            among = {s: _at_labels(mask, runs.labels, c.labels) for s, mask in active.items()}
+            everything += [c.random_like(seed + i, exclude, among) for i in range(random_circuits)]
     values = runs.all([*circuits, *everything], progress)
     about = [
         {"n_nodes": c.counted(exclude), "n_possible": c.possible(exclude), "tau": tau_of(c.meta), "ablation": ablation}
@@ -122,6 +128,16 @@ class FeatureRuns:
         n = counts[:, None]
         return {s: ((f / n).to(self.model.dtype), (e / n).to(self.model.dtype)) for s, (f, e) in sums.items()}
 
+    def active(self) -> dict[Site, Tensor]:
+        """Bool[label, feature] per site: the features that are active in some original or patch prompt."""
+        seen = {s: torch.zeros(len(self.labels), self.dictionaries[s].n_features, dtype=torch.long) for s in self.sites}
+        for chunk in self.chunks:
+            index = torch.tensor([self.labels.index(label) for label in chunk.labels])
+            for tokens in (chunk.original, chunk.patch):
+                for site, (f, _) in (self.parts(tokens) if tokens is not None else {}).items():
+                    seen[site].index_add_(0, index, (f != 0).sum(0).cpu())
+        return {site: count > 0 for site, count in seen.items()}
+
     def ablated(self, chunk: PairBatch) -> Parts:
         """Ablation values at a batch's positions, with or without a batch axis."""
         if self.means is not None:
@@ -171,6 +187,14 @@ class FeatureRuns:
             return x + (change_f @ d.w_dec + change_e)
 
         return hook
+
+
+def _at_labels(mask: Tensor, labels: Sequence[str], wanted: Sequence[str]) -> Tensor:
+    """Bool[label, feature] at the positions of a circuit; a circuit without positions has what is active at any."""
+    if tuple(wanted) == ANY_POSITION:
+        return mask.any(0, keepdim=True)
+    none = torch.zeros_like(mask[:1])
+    return torch.cat([mask[labels.index(label), None] if label in labels else none for label in wanted])
 
 
 def _masks_at(circuit: FeatureCircuit, site: Site, batch: PairBatch) -> tuple[Tensor, Tensor]:

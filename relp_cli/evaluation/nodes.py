@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 import torch
 
 from relp_cli.circuits.circuit import Circuit
+from relp_cli.edges.circuit import EdgeCircuit, counted_edges
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.ablation import Ablation
-from relp_cli.evaluation.evaluate import Progress, Runs, at_batch, check_circuit, evaluate
+from relp_cli.evaluation.evaluate import AnyCircuit, Progress, Runs, at_batch, check_circuit, evaluate
+from relp_cli.features.circuit import FeatureCircuit, counted_sites
 from relp_cli.models.model import Model
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.tasks.metrics import METRICS
@@ -21,51 +24,84 @@ from relp_cli.tasks.pairs import PairBatch
 MOST_NODES = 2000
 
 
+Drop = tuple[dict[str, Any], AnyCircuit]  # what is dropped, and the circuit without it
+
+
+def _nodes(circuit: Circuit, exclude: int) -> Iterator[Drop]:
+    for kind, mask in circuit.masks.items():
+        for index in (tuple(i) for i in mask.nonzero().tolist() if i[0] >= exclude):
+            left = mask.clone()
+            left[index] = False
+            unit = index[2] if len(index) == 3 else None
+            about = {"kind": kind, "layer": index[0], "position": circuit.labels[index[1]], "unit": unit}
+            yield about, replace(circuit, masks={**circuit.masks, kind: left})
+
+
+def _features(circuit: FeatureCircuit, exclude: int) -> Iterator[Drop]:
+    counted = counted_sites(tuple(circuit.features), exclude)
+    for node in circuit.nodes():
+        if node.site not in counted:
+            continue
+        position = circuit.labels.index(node.position)
+        features, errors = dict(circuit.features), dict(circuit.errors)
+        masks, index = (errors, (position,)) if node.feature is None else (features, (position, node.feature))
+        masks[node.site] = masks[node.site].clone()
+        masks[node.site][index] = False
+        kind = "feature_error" if node.feature is None else "feature"
+        about = {"kind": kind, "layer": node.site.name, "position": node.position, "unit": node.feature}
+        yield about, replace(circuit, features=features, errors=errors, edges=None)
+
+
+def _edges(circuit: EdgeCircuit, exclude: int) -> Iterator[Drop]:
+    counted = counted_edges(circuit.graph, exclude)
+    for position, writer, reader in (circuit.mask & counted).nonzero().tolist():
+        left = circuit.mask.clone()
+        left[position, writer, reader] = False
+        about = {"kind": "edges", "position": circuit.labels[position], "unit": circuit.graph.name(writer, reader)}
+        yield about, replace(circuit, mask=left)
+
+
+_DROPS: Mapping[type, Callable[..., Iterator[Drop]]] = {
+    Circuit: _nodes,
+    FeatureCircuit: _features,
+    EdgeCircuit: _edges,
+}
+
+
 def minimality(
     model: Model,
     pairs: Sequence[PairBatch],
-    circuit: Circuit,
+    circuit: AnyCircuit,
     ablation: str = "mean",
     exclude_layers: int | None = None,
     metric: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    dictionary: Any = None,
 ) -> pd.DataFrame:
-    """Drop each counted node of the circuit on its own: F(C) − F(C∖n), absolute and in faithfulness.
+    """Drop each counted node (of edge circuits: edge) of the circuit on its own: F(C) − F(C∖n), absolute and in
+    faithfulness.
 
-    Returns one row per node (kind, layer, position, unit, loss, loss_faithfulness), largest loss first; a circuit is
-    minimal where every loss is positive. Raises RelpError for circuits of more than 2,000 counted nodes.
+    dictionary: as for `evaluate`.
+    Returns one row per node (kind, layer, position, unit, loss, loss_faithfulness; "layer" of a feature is its site, "unit"
+    of an edge its name), largest loss first; a circuit is minimal where every loss is positive.
+    Raises: RelpError for circuits of more than 2,000 counted nodes.
     """
-    exclude = model.shape.n_layers // 3 if exclude_layers is None else exclude_layers
-    nodes = [
-        (kind, tuple(index))
-        for kind, mask in circuit.masks.items()
-        for index in mask.nonzero().tolist()
-        if index[0] >= exclude
-    ]
-    if not 0 < len(nodes) <= MOST_NODES:
+    default = 0 if isinstance(circuit, EdgeCircuit) else model.shape.n_layers // 3
+    exclude = default if exclude_layers is None else exclude_layers
+    drops = list(_DROPS[type(circuit)](circuit, exclude))
+    if not 0 < len(drops) <= MOST_NODES:
         raise RelpError(
-            f"minimality drops nodes one by one: expected 1 to {MOST_NODES} counted nodes, got {len(nodes)}"
+            f"minimality drops nodes one by one: expected 1 to {MOST_NODES} counted nodes, got {len(drops)}"
         )
-    without = []
-    for kind, index in nodes:
-        mask = circuit.masks[kind].clone()
-        mask[index] = False
-        without.append(replace(circuit, masks={**circuit.masks, kind: mask}))
     table = evaluate(
-        model, pairs, [circuit, *without], ablation, exclude, metric, seed, bootstrap=100, progress=progress
-    )
+        model, pairs, [circuit, *(left for _, left in drops)], ablation, exclude, metric, seed, bootstrap=100,
+        progress=progress, dictionary=dictionary,
+    )  # fmt: skip
     whole = table.iloc[0]
     rows = [
-        {
-            "kind": kind,
-            "layer": index[0],
-            "position": circuit.labels[index[1]],
-            "unit": index[2] if len(index) == 3 else None,
-            "loss": whole.F_C - row.F_C,
-            "loss_faithfulness": whole.faithfulness - row.faithfulness,
-        }
-        for (kind, index), row in zip(nodes, table.iloc[1:].itertuples(), strict=True)
+        {**about, "loss": whole.F_C - row.F_C, "loss_faithfulness": whole.faithfulness - row.faithfulness}
+        for (about, _), row in zip(drops, table.iloc[1:].itertuples(), strict=True)
     ]
     return pd.DataFrame(rows).sort_values("loss", ascending=False, ignore_index=True)
 

@@ -8,13 +8,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from relp_cli.circuits.circuit import Circuit
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.agreement import top
+from relp_cli.features.circuit import FeatureCircuit
+from relp_cli.features.load import Dictionaries
+from relp_cli.features.score import score_features
 from relp_cli.methods.act_patch import ActPatchParams, patch_effects
 from relp_cli.methods.score import Progress, Running, position_axis
 from relp_cli.methods.scores import NodeScores, Scores
@@ -23,6 +28,8 @@ from relp_cli.models.model import Model
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
+
+AnyNodes = TypeVar("AnyNodes", Circuit, FeatureCircuit)
 
 
 def candidates(cheap: Sequence[NodeScores], k: int) -> Tensor:
@@ -78,6 +85,46 @@ def exact_scores(
                 progress(done, total * len(masks), "exact patching of candidates")
         kept[name] = running.finish(axis, {**about, "n_candidates": int(mask.sum())})
     return Scores(kept, about)
+
+
+def confirmed(
+    model: Model,
+    pairs: Sequence[PairBatch],
+    circuit: AnyNodes,
+    tau: float,
+    meta: Mapping[str, Any],
+    dictionary: Dictionaries | None = None,
+    progress: Progress | None = None,
+) -> AnyNodes:
+    """The nodes of a circuit whose |exact effect| is > tau; `meta` has the scores' metric and direction.
+
+    dictionary: of a feature circuit.
+    Raises: RelpError for scores of nodes with a baseline other than the patch prompts.
+    """
+    note = {**circuit.meta, "verified": {"method": "act_patch", "confirm": tau}}
+    if isinstance(circuit, FeatureCircuit):
+        how = {"metric": meta["metric"], "direction": meta["direction"], "baseline": meta["baseline"]}
+        found: Any = score_features(
+            model,
+            pairs,
+            "act_patch",
+            **how,
+            keep_examples=False,
+            progress=progress,
+            only=circuit,
+            dictionary=dictionary,
+        )["feature"]
+        index = [found.labels.index(label) for label in circuit.labels]
+        features = {s: m & (found.dense(s)[index].abs() > tau) for s, m in circuit.features.items()}
+        errors = {s: m & (found.error_mean[found.at(s), index].abs() > tau) for s, m in circuit.errors.items()}
+        return replace(circuit, features=features, errors=errors, edges=None, meta=note)
+    if meta["baseline"] != "patch":
+        raise RelpError(
+            f"nodes are verified with the patch prompts' values; these scores have baseline '{meta['baseline']}'"
+        )
+    exact = exact_scores(model, pairs, circuit.masks, meta, progress)
+    masks = {kind: mask & (exact[kind].mean.abs() > tau) for kind, mask in circuit.masks.items()}
+    return replace(circuit, masks=masks, meta=note)
 
 
 def _effects(setup: Setup, mask: Tensor, labels: tuple[str, ...]) -> Tensor:

@@ -73,6 +73,12 @@ class FeatureCircuit:
         sites = counted_sites(tuple(self.features), exclude)
         return sum(self.features[s].numel() + (self.errors[s].numel() if self.has_error(s) else 0) for s in sites)
 
+    @property
+    def masks(self) -> dict[str, Bool[Tensor, "layer pos unit"]]:
+        """As in node circuits: every site is a kind of one layer, and its error terms another of one unit."""
+        features = {site.name: mask[None] for site, mask in self.features.items()}
+        return features | {f"{site.name}/error": mask[None, :, None] for site, mask in self.errors.items()}
+
     def nodes(self) -> tuple[FeatureNode, ...]:
         """Its nodes in the order of a forward pass: per site features, then error terms."""
         found = []
@@ -111,15 +117,23 @@ class FeatureCircuit:
         errors = {s: ~e if self.has_error(s) else e for s, e in self.errors.items()}
         return replace(self, features={s: ~f for s, f in self.features.items()}, errors=errors, edges=None)
 
-    def random_like(self, seed: int, exclude: int = 0) -> FeatureCircuit:
-        """As many features and as many error terms, drawn uniformly from the counted sites."""
+    def random_like(
+        self, seed: int, exclude: int = 0, among: Mapping[Site, Bool[Tensor, "pos feature"]] | None = None
+    ) -> FeatureCircuit:
+        """As many features and as many error terms, drawn uniformly from the counted sites.
+
+        among: the features that may be drawn; all of them, where they are fewer than the circuit has.
+        """
         generator = torch.Generator().manual_seed(seed)
         features, errors = dict(self.features), dict(self.errors)
         sites = counted_sites(tuple(self.features), exclude)
         for masks, chosen in ((features, sites), (errors, [s for s in sites if self.has_error(s)])):
             flat = torch.cat([masks[s].flatten() for s in chosen]) if chosen else torch.zeros(0, dtype=torch.bool)
             drawn = torch.zeros_like(flat)
-            drawn[torch.randperm(len(flat), generator=generator)[: int(flat.sum())]] = True
+            pool = torch.arange(len(flat))
+            if among is not None and masks is features:
+                pool = torch.cat([among[s].flatten() for s in chosen]).nonzero()[:, 0]
+            drawn[pool[torch.randperm(len(pool), generator=generator)[: int(flat.sum())]]] = True
             for site, part in zip(chosen, drawn.split([masks[s].numel() for s in chosen]), strict=True):
                 masks[site] = part.view(masks[site].shape)
         meta = {**self.meta, "method": "random circuit"}

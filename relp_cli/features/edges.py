@@ -28,8 +28,8 @@ from relp_cli.features.gradients import GRADIENT_METHODS, SiteGradients
 from relp_cli.features.graph import FeatureEdges, FeatureNode
 from relp_cli.features.load import Dictionaries, dictionaries_of
 from relp_cli.features.score import check_choices, differences
-from relp_cli.features.scores import moments
 from relp_cli.features.sites import Site
+from relp_cli.features.totals import moments
 from relp_cli.lrp.context import lrp
 from relp_cli.methods.score import Progress, resolve_method
 from relp_cli.methods.setup import Setup

@@ -28,11 +28,11 @@ def patch_features(
     features = delta_f.new_zeros(len(delta_f), n_slots, d.n_features)
     errors = delta_f.new_zeros(len(delta_f), n_slots)
     size = max(1, chunk_tokens // setup.batch.n_pos)
-    for part in active.split(size):
+    for part in active.split(size) if len(active) else ():
         example, slot, unit = part.unbind(1)
         change = (delta_f[example, :, unit] * by_slot[slot])[..., None] * d.w_dec[unit][:, None]
         features[example, slot, unit] = effects(setup, site, example, change)
-    for part in moved.split(size):
+    for part in moved.split(size) if len(moved) else ():
         example, slot = part.unbind(1)
         errors[example, slot] = effects(setup, site, example, delta_e[example] * by_slot[slot][..., None])
     return features, errors, len(active) + len(moved)

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from relp_cli.errors import RelpError, unknown
+from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.dictionary import Dictionary
 from relp_cli.features.gradients import GRADIENT_METHODS, SiteRuns
 from relp_cli.features.load import Dictionaries, load_dictionaries
 from relp_cli.features.patching import patch_features
-from relp_cli.features.scores import KIND, Totals
+from relp_cli.features.scores import KIND
 from relp_cli.features.sites import Site
+from relp_cli.features.totals import Totals
 from relp_cli.methods.score import Progress, position_axis, resolve_method
 from relp_cli.methods.scores import Scores
 from relp_cli.methods.setup import Passes, Setup
@@ -41,13 +43,16 @@ def score_features(
     direction: str = "noising",
     baseline: str = "patch",
     batch_size: int = 32,
+    keep_examples: bool | None = None,
     progress: Progress | None = None,
+    only: FeatureCircuit | None = None,
     **params: Any,
 ) -> Scores:
     """Score every feature and error term of all sites that have a dictionary. Arguments as for `relp.score`; besides the
     method's own parameters:
 
     dictionary: a path or shipped name (see `features.load`), or Dictionaries that are loaded already.
+    only:       act_patch patches the nodes of this circuit (others have score 0).
 
     Returns Scores with the one kind "feature", whose FeatureScores hold features and error terms.
     Raises: RelpError for methods without a meaning for features, and as `relp.score` and `load_dictionaries`.
@@ -65,12 +70,12 @@ def score_features(
     passes, started = Passes(), time.perf_counter()
     chunks = [small.to(model.device) for batch in pairs for small in batch.split(batch_size)]
     sizes = [d.n_features for d in dictionaries.values()]
-    totals, original, done = Totals(tuple(dictionaries), sizes, labels), [], 0
+    totals, original, done = Totals(tuple(dictionaries), sizes, labels, keep_examples), [], 0
     applied: dict[str, int] = {}
     about: dict[str, Any] = {}
     for chunk in chunks:
         setup = Setup(model, chunk, METRICS[metric], kinds, direction, baseline, passes=passes)  # type: ignore[arg-type]
-        features, errors, applied, more = one_batch(setup, dictionaries, row.name, parsed)
+        features, errors, applied, more = one_batch(setup, dictionaries, row.name, parsed, only)
         totals.add(features, errors, setup.labels)
         about |= {k: about.get(k, 0) + v if isinstance(v, int) else v for k, v in more.items()}
         original.append(setup.prompt_value("run" if direction == "noising" else "source").cpu())
@@ -100,13 +105,15 @@ def check_choices(direction: str, baseline: str) -> None:
 
 
 def one_batch(
-    setup: Setup, dictionaries: Mapping[Site, Dictionary], method: str, params: Any
+    setup: Setup, dictionaries: Mapping[Site, Dictionary], method: str, params: Any, only: FeatureCircuit | None = None
 ) -> tuple[list[Tensor], list[Tensor], dict[str, int], dict[str, Any]]:
     """Scores of one batch: per site Float[batch, slot, feature] and Float[batch, slot], rules applied, more metadata."""
     if method == "act_patch":
         runs = SiteRuns(setup.run_activations(), setup.source_activations())
         found = [
-            patch_features(setup, site, d, *differences(setup, site, d, runs), params.chunk_tokens)
+            patch_features(
+                setup, site, d, *_wanted(setup, site, differences(setup, site, d, runs), only), params.chunk_tokens
+            )
             for site, d in dictionaries.items()
         ]
         more = {"patched_runs": sum(count for *_, count in found)}
@@ -119,6 +126,17 @@ def one_batch(
         features.append(setup.to_slots((delta_f * (g @ d.w_dec.T))[:, None])[:, 0])
         errors.append(setup.to_slots((delta_e * g).sum(-1)[:, None])[:, 0])
     return features, errors, at.applied, at.meta
+
+
+def _wanted(
+    setup: Setup, site: Site, deltas: tuple[Tensor, Tensor], only: FeatureCircuit | None
+) -> tuple[Tensor, Tensor]:
+    """The differences of the circuit's nodes, 0 elsewhere: what does not differ is not patched."""
+    if only is None:
+        return deltas
+    slots = only.slots(setup.batch)
+    features, errors = (m[site][slots].to(setup.model.device) for m in (only.features, only.errors))
+    return deltas[0] * features, deltas[1] * errors[:, None]
 
 
 def differences(setup: Setup, site: Site, d: Dictionary, runs: SiteRuns) -> tuple[Tensor, Tensor]:

@@ -2,19 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from relp_cli.errors import RelpError
 from relp_cli.features.sites import Site, parse_site
+from relp_cli.methods.score import KEEP_LIMIT
 from relp_cli.methods.scores import NodeScores
 
 KIND = "feature"
+_TENSORS = ("index", "mean", "variance", "error_mean", "error_variance", "n")
+_EXAMPLES = "example_"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Scores of single examples, sparse like their means.
+
+    index:   Int[entry, 2], (example, row of the scores' `index`) of what is not 0; values: Float[entry].
+    errors:  Float[example, site, pos]. present: Bool[example, pos], which examples have which positions.
+    """
+
+    index: Int[Tensor, "entry 2"]
+    values: Float[Tensor, " entry"]
+    errors: Float[Tensor, "example site pos"]
+    present: Bool[Tensor, "example pos"]
+
+    def weighed(self, scores: FeatureScores, weights: Float[Tensor, " example"]) -> FeatureScores:
+        """`FeatureScores.resampled`."""
+        weights = weights.double()
+        count = (weights[:, None] * self.present).sum(0).clamp(min=1)
+        total = torch.zeros(len(scores.index), dtype=torch.float64)
+        total.index_add_(0, self.index[:, 1], weights[self.index[:, 0]] * self.values)
+        errors = torch.einsum("n,nsp->sp", weights, self.errors.double()) / count
+        return replace(scores, mean=total / count[scores.index[:, 1]], error_mean=errors)
+
+    def strongest(self, scores: FeatureScores, sign: str, aggregate: str) -> FeatureScores:
+        """Scores whose mean is each node's strongest example of that sign, where there is one (and else 0): what a union
+        over examples ranks. aggregate "sum": of each example's sum over positions, which then stands at the first.
+        """
+        rows, errors = scores.index[self.index[:, 1]], self.errors
+        if aggregate == "sum":
+            rows = rows * torch.tensor([1, 0, 1])
+            errors = torch.zeros_like(errors).index_copy_(2, torch.tensor([0]), errors.sum(2, keepdim=True))
+        each, place = torch.cat([self.index[:, :1], rows], 1).unique(dim=0, return_inverse=True)
+        values = torch.zeros(len(each), dtype=torch.float64).index_add_(0, place, self.values.double())
+        index, place = each[:, 1:].unique(dim=0, return_inverse=True)
+        signs: dict[str, Callable[[Tensor], Tensor]] = {
+            "absolute": torch.abs,
+            "positive": torch.clone,
+            "negative": torch.neg,
+        }
+        strength = signs[sign]
+        best = torch.zeros(len(index), dtype=torch.float64).scatter_reduce(0, place, strength(values), "amax")
+        back = -1 if sign == "negative" else 1
+        worst = strength(errors.double()).amax(0).clamp(min=0)
+        return replace(scores, index=index, mean=back * best, variance=best * float("nan"), error_mean=back * worst)
 
 
 @dataclass(frozen=True)
@@ -26,6 +74,7 @@ class FeatureScores:
     mean, variance: Float[nonzero] over examples (variance unbiased; NaN where n = 1). All other features: 0.
     error_mean, error_variance: Float[site, pos], of the error terms ε = x − x̂.
     n:              Int[pos], how many examples have the position. labels, axis: as in NodeScores.
+    examples:       what `mean` averages, or None where it was not kept.
     """
 
     sites: tuple[Site, ...]
@@ -39,6 +88,7 @@ class FeatureScores:
     labels: tuple[str, ...]
     axis: str
     meta: Mapping[str, Any] = field(default_factory=dict)
+    examples: Examples | None = None
 
     @property
     def kind(self) -> str:
@@ -50,12 +100,14 @@ class FeatureScores:
         return len(self.labels) * (sum(self.sizes) + len(self.sites))
 
     @property
-    def examples(self) -> None:
-        """Never kept: one example of all features would be as large as the dictionaries."""
+    def present(self) -> Bool[Tensor, "example pos"] | None:
+        """Which examples have which positions, where scores were kept per example."""
+        return None if self.examples is None else self.examples.present
 
-    @property
-    def present(self) -> None:
-        """As `examples`."""
+    def resampled(self, weights: Float[Tensor, " example"]) -> FeatureScores:
+        """With each example counted `weights` times; without variances. Needs per-example scores."""
+        assert self.examples is not None
+        return self.examples.weighed(self, weights)
 
     def flat(self) -> NodeScores:
         """The same numbers as scores of one layer whose units are each site's features and error term, zeros included."""
@@ -65,7 +117,15 @@ class FeatureScores:
             return torch.cat(parts, 1)[None]
 
         mean, variance = joined("mean", self.error_mean), joined("variance", self.error_variance)
-        return NodeScores(KIND, mean, variance, self.n, self.labels, self.axis, meta=self.meta)
+        scores = NodeScores(KIND, mean, variance, self.n, self.labels, self.axis, meta=self.meta)
+        if self.examples is None or len(self.examples.present) * mean.numel() > KEEP_LIMIT:
+            return scores
+        start = torch.tensor([0, *self.sizes]).cumsum(0) + torch.arange(len(self.sizes) + 1)  # an error term per site
+        dense = self.examples.values.new_zeros(len(self.examples.present), *mean.shape)
+        site, pos, unit = self.index[self.examples.index[:, 1]].unbind(1)
+        dense[self.examples.index[:, 0], 0, pos, start[site] + unit] = self.examples.values
+        dense[:, 0, :, start[1:] - 1] = self.examples.errors.transpose(1, 2)
+        return replace(scores, examples=dense, present=self.examples.present)
 
     def at(self, site: Site | str) -> int:
         """A site's number. Raises RelpError for a site that has no scores."""
@@ -89,6 +149,8 @@ class FeatureScores:
     def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and header of one entry of a score file."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
+        if self.examples is not None:
+            tensors |= {f"{_EXAMPLES}{name}": value for name, value in vars(self.examples).items()}
         header = {"labels": list(self.labels), "axis": self.axis, "sites": [s.name for s in self.sites],
                   "sizes": list(self.sizes)}  # fmt: skip
         return tensors, header
@@ -103,53 +165,9 @@ class FeatureScores:
     ) -> FeatureScores:
         """What `parts` gave."""
         sites = [parse_site(name) for name in header["sites"]]
+        kept = {n.removeprefix(_EXAMPLES): t for n, t in tensors.items() if n.startswith(_EXAMPLES)}
         return cls(
             tuple(s for s in sites if s), tuple(header["sizes"]), **{n: tensors[n] for n in _TENSORS},
             labels=tuple(header["labels"]), axis=header["axis"], meta=meta,
+            examples=Examples(**kept) if kept else None,
         )  # fmt: skip
-
-
-_TENSORS = ("index", "mean", "variance", "error_mean", "error_variance", "n")
-
-
-class Totals:
-    """Sums over examples in float64, aligned on the common labels; dense per site until `finish`."""
-
-    def __init__(self, sites: Sequence[Site], sizes: Sequence[int], labels: tuple[str, ...]) -> None:
-        self.sites, self.sizes, self.labels = tuple(sites), tuple(sizes), labels
-        # [sum, sum of squares] per site: features Float[pos, feature], errors Float[pos]
-        self.features = [[torch.zeros(len(labels), size, dtype=torch.float64) for _ in range(2)] for size in sizes]
-        self.errors = [[torch.zeros(len(labels), dtype=torch.float64) for _ in range(2)] for _ in sizes]
-        self.n = torch.zeros(len(labels), dtype=torch.long)
-
-    def add(self, features: Sequence[Tensor], errors: Sequence[Tensor], labels: Sequence[str]) -> None:
-        """Per site Float[batch, slot, feature] and Float[batch, slot], whose slots carry `labels`."""
-        index = torch.tensor([self.labels.index(label) for label in labels])
-        for totals, values in ((self.features, features), (self.errors, errors)):
-            for (plain, squares), value in zip(totals, values, strict=True):
-                if not torch.isfinite(value).all():
-                    raise RelpError("feature scores are not finite (dtype too narrow?)")
-                value = value.detach().double()
-                plain.index_add_(0, index, value.sum(0).cpu())
-                squares.index_add_(0, index, value.square().sum(0).cpu())
-        self.n.index_add_(0, index, torch.full((len(index),), len(errors[0])))
-
-    def finish(self, axis: str, meta: Mapping[str, Any]) -> FeatureScores:
-        rows, means, variances = [], [], []
-        for number, (plain, squares) in enumerate(self.features):
-            at = (squares > 0).nonzero()
-            mean, variance = moments(plain, squares, self.n[:, None])
-            rows.append(torch.cat([torch.full((len(at), 1), number), at], 1))
-            means.append(mean[at[:, 0], at[:, 1]])
-            variances.append(variance[at[:, 0], at[:, 1]])
-        errors = [moments(plain, squares, self.n) for plain, squares in self.errors]
-        return FeatureScores(
-            self.sites, self.sizes, torch.cat(rows), torch.cat(means), torch.cat(variances),
-            torch.stack([m for m, _ in errors]), torch.stack([v for _, v in errors]), self.n, self.labels, axis, meta,
-        )  # fmt: skip
-
-
-def moments(plain: Tensor, squares: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance from a sum and a sum of squares over n examples."""
-    mean = plain / n
-    return mean, (squares - n * mean.square()).clamp(min=0) / (n - 1)

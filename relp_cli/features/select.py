@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from relp_cli.circuits.circuit import ANY_POSITION, tensor_hash
-from relp_cli.circuits.select import KEPT_META, choose
+from relp_cli.circuits.select import KEPT_META, NO_EXAMPLES, check_how, choose
 from relp_cli.errors import RelpError, unknown
 from relp_cli.features.circuit import ERRORS, FeatureCircuit, counted_sites
 from relp_cli.features.scores import FeatureScores
@@ -30,26 +30,30 @@ def select_features(
 
     errors: "all", "residual" (error terms of attention and MLP are no nodes) or "none".
 
-    Raises: RelpError as `relp.select`; for `union`, since feature scores keep no single examples.
+    Raises: RelpError as `relp.select`.
     """
     if errors not in ERRORS:
         raise unknown("choice of error terms", errors, ERRORS)
-    if union:
-        raise RelpError("union over examples is not for features: their scores are not kept per example")
     given = {k: v for k, v in {"threshold": threshold, **how}.items() if v is not None}
+    check_how(given, sign, aggregate, union)
+    ranked = scores
+    if union:
+        if scores.examples is None:
+            raise RelpError(NO_EXAMPLES)
+        ranked = scores.examples.strongest(scores, sign, aggregate)
     sites = counted_sites(scores.sites, from_layer)
     empty = FeatureCircuit(
         {s: torch.zeros(len(scores.labels), n, dtype=torch.bool) for s, n in zip(scores.sites, scores.sizes, strict=True)},
         {s: torch.zeros(len(scores.labels), dtype=torch.bool) for s in scores.sites}, scores.labels, errors,
     )  # fmt: skip
     # One entry per site: choose() ranks any number of kinds together and takes layers along the first axis.
-    entries = {f"{s.name}/feature": _as_nodes(scores, scores.dense(s)) for s in sites}
+    entries = {f"{s.name}/feature": _as_nodes(ranked, ranked.dense(s)) for s in sites}
     entries |= {
-        f"{s.name}/error": _as_nodes(scores, scores.error_mean[scores.at(s)][:, None])
+        f"{s.name}/error": _as_nodes(ranked, ranked.error_mean[ranked.at(s)][:, None])
         for s in sites
         if empty.has_error(s)
     }
-    masks, cut, _ = choose(entries, given, sign, aggregate, union)
+    masks, cut, _ = choose(entries, given, sign, aggregate, union=False)
     width = 1 if aggregate == "sum" else len(scores.labels)
     features = {s: masks[f"{s.name}/feature"][0] if s in sites else m[:width] for s, m in empty.features.items()}
     kept = {
@@ -63,6 +67,7 @@ def select_features(
         "tau": cut,
         "sign": sign,
         "aggregate": aggregate,
+        "union": union,
         "from_layer": from_layer,
         "errors": errors,
     }

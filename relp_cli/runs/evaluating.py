@@ -181,15 +181,17 @@ def minimality_of_run(
     pairs: int,
     seed: int,
     device: str | None,
+    errors: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[Path, pd.DataFrame]:
     """Drop the nodes of a run's circuit one by one on held-out pairs and write minimality.csv into the run."""
     run, spec, _ = open_run(path)
     file = circuit or run.circuit
+    if not file.is_file():
+        raise RelpError(f"run '{path}' has no circuit to drop nodes of; run `relp circuit {path} --threshold …`")
     prepared = prepare(held_out(spec, pairs, seed), Session(device), at_most=True)
-    table = minimality(
-        prepared.model, prepared.pairs, Circuit.load(file), ablation, exclude_layers, prepared.metric, seed, progress
-    )
+    found = read_circuit(file, errors, prepared.model)
+    table = minimality(prepared.model, prepared.pairs, found, ablation, exclude_layers, prepared.metric, seed, progress)
     out = run.path / "minimality.csv"
     write_atomically(out, table.to_csv(index=False))
     return out, table

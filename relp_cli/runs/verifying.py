@@ -2,48 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from relp_cli.circuits.circuit import ANY_POSITION, Circuit
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.missed import missed_effects
-from relp_cli.evaluation.verify import exact_scores
+from relp_cli.evaluation.verify import AnyNodes, confirmed
 from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.methods.score import Progress
 from relp_cli.runs.scoring import Session, open_run, prepare
 
 
 def verify_circuit(
-    path: Path, circuit: Circuit, confirm: float | None, device: str | None, progress: Progress | None
-) -> tuple[Circuit, list[str]]:
+    path: Path, circuit: AnyNodes, confirm: float | None, device: str | None, progress: Progress | None
+) -> tuple[AnyNodes, list[str]]:
     """The confirmed part of a circuit: nodes with |exact effect| > `confirm` (default: the selection's τ) on the run's
     own pairs, and sentences on false positives and on what may have been missed (the diagnostic of AtP*, Kramár et al. 2024).
 
     Raises: RelpError for circuits without positions, and where no default for `confirm` exists.
     """
-    if isinstance(circuit, FeatureCircuit):
-        raise RelpError(
-            "--verify is for node circuits; exact scores of features: relp score --method act_patch --dictionary …"
-        )
     _, spec, scores = open_run(path)
-    if not isinstance(circuit, Circuit):
+    if not isinstance(circuit, Circuit | FeatureCircuit):
         raise RelpError("--verify patches nodes; for edges compare with edge_patch (relp compare --nodes edges)")
     if circuit.labels == ANY_POSITION:
         raise RelpError("--verify patches nodes at their positions; select with --aggregate none")
     tau = circuit.meta["selection"]["tau"] if confirm is None else confirm
-    prepared = prepare(spec, Session(device))
-    exact = exact_scores(prepared.model, prepared.pairs, circuit.masks, scores.meta, progress)
-    masks = {kind: mask & (exact[kind].mean.abs() > tau) for kind, mask in circuit.masks.items()}
-    kept = replace(circuit, masks=masks, meta={**circuit.meta, "verified": {"method": "act_patch", "confirm": tau}})
+    session = Session(device)
+    prepared = prepare(spec, session)
+    where = spec.params.get("dictionary")
+    dictionary = session.dictionaries(where, prepared.model) if where else None
+    kept = confirmed(prepared.model, prepared.pairs, circuit, tau, scores.meta, dictionary, progress)
     rejected = circuit.n_nodes - kept.n_nodes
     share = rejected / circuit.n_nodes if circuit.n_nodes else 0.0
-    left = missed_effects(
-        prepared.model, prepared.pairs, circuit.masks, scores.meta["metric"], scores.meta["direction"]
-    )
-    return kept, [
+    said = [
         f"exact patching confirms {kept.n_nodes} of {circuit.n_nodes} nodes at |effect| > {tau:g}: "
-        f"{rejected} false positives ({share:.0%})",
-        f"missed: patching {left.n_subsets} random subsets of the {left.n_unverified} others excludes, at "
-        f"{left.confidence:.0%} confidence, that one of them has an |effect| above {left.bound:.3g} in their company",
+        f"{rejected} false positives ({share:.0%})"
     ]
+    if isinstance(circuit, Circuit):
+        left = missed_effects(
+            prepared.model, prepared.pairs, circuit.masks, scores.meta["metric"], scores.meta["direction"]
+        )
+        said.append(
+            f"missed: patching {left.n_subsets} random subsets of the {left.n_unverified} others excludes, at "
+            f"{left.confidence:.0%} confidence, that one of them has an |effect| above {left.bound:.3g} in their company"
+        )
+    return kept, said

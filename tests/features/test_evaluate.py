@@ -167,8 +167,6 @@ def test_refusals(dicts: Dictionaries, some: Dictionaries) -> None:
         table(circuit, some)
     with pytest.raises(RelpError, match="numbers of features"):
         table(replace(circuit, meta={}), some)
-    with pytest.raises(RelpError, match="union"):
-        select(scores, threshold=0.1, union=True)
     with pytest.raises(RelpError, match="unknown choice of error terms"):
         select(scores, threshold=0.1, errors="some")
     with pytest.raises(RelpError, match="only edge and feature circuits"):

@@ -180,8 +180,7 @@ def test_a_run_is_scored_selected_evaluated_and_reported(tmp_path: Path) -> None
     relp("report", run)
     assert "attn features" in (tmp_path / "run" / "report.html").read_text()
     for wrong, message in (
-        (("circuit", run, "--top-k", "5", "--stability", "2"), "not kept of features"),
-        (("circuit", run, "--top-k", "5", "--verify"), "--verify is for node circuits"),
+        (("circuit", run, "--top-k", "5", "--verify", "--aggregate", "sum"), "at their positions"),
         (("circuit", run, "--top-k", "5", "--annotations", str(notes)), "--annotations belongs to --edge-threshold"),
         (("circuit", exact, "--top-k", "5", "-e", "0.1"), "not method 'act_patch'"),
         ((*scoring, "--nodes", "feature,mlp_out"), "on their own"),

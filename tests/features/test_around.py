@@ -1,0 +1,220 @@
+"""What stands around feature scores and circuits: single examples, unions, verification, random circuits, minimality, overlap."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oracles.make import exact_float64
+from oracles.wrapped import case, close, double_by_default, pairs, run
+from torch import Tensor
+
+from relp_cli.errors import RelpError
+from relp_cli.evaluation.agreement import pearson
+from relp_cli.evaluation.compare import compare
+from relp_cli.evaluation.evaluate import evaluate
+from relp_cli.evaluation.features import FeatureRuns
+from relp_cli.evaluation.nodes import minimality
+from relp_cli.evaluation.overlap import overlap, stability
+from relp_cli.evaluation.verify import confirmed
+from relp_cli.features.circuit import FeatureCircuit
+from relp_cli.features.load import Dictionaries, load_dictionaries
+from relp_cli.features.scores import FeatureScores
+from relp_cli.features.sites import Site
+from relp_cli.methods.scores import Scores
+from relp_cli.selection import select
+from relp_cli.tasks.metrics import METRICS
+
+from .folders import write_all_sites
+
+C = case("pythia")
+ROLES = ("a", "b", "b", "c", "d", "end")
+LONG, SHORT = pairs(roles=ROLES), pairs(n=3, pos=4, seed=7, roles=("a", "b", "c", "end"))
+
+
+@pytest.fixture(scope="module")
+def dicts(tmp_path_factory: pytest.TempPathFactory) -> Dictionaries:
+    return load_dictionaries(write_all_sites(tmp_path_factory.mktemp("dictionaries"), 3, 32, 20), C.model)
+
+
+def scored(found: Dictionaries, method: str = "relp", batches: object = None, **options: object) -> FeatureScores:
+    return run(C, method, ["feature"], batches, dictionary=found, **options)["feature"]  # type: ignore[return-value]
+
+
+def alone(found: Dictionaries) -> list[FeatureScores]:
+    """Every pair scored on its own, in order."""
+    return [scored(found, batches=[b.rows(torch.tensor([i]))]) for b in (LONG, SHORT) for i in range(len(b))]
+
+
+def at(scores: FeatureScores, site: Site, label: str) -> Tensor:
+    """Float[feature + 1] at a label: features and the error term; NaN where the label is missing."""
+    if label not in scores.labels:
+        return torch.full((scores.sizes[0] + 1,), float("nan"), dtype=torch.float64)
+    p = scores.labels.index(label)
+    return torch.cat([scores.dense(site)[p], scores.error_mean[scores.at(site), p, None]]).double()
+
+
+def test_single_examples_are_kept_sparsely(dicts: Dictionaries, tmp_path: Path) -> None:
+    both, each = scored(dicts, batches=[LONG, SHORT]), alone(dicts)
+    flat = both.flat()
+    assert flat.examples is not None
+    assert both.present is not None
+    assert both.present.tolist() == [[True] * 5] * 4 + [[True, True, True, False, True]] * 3
+    for example, one in enumerate(each):
+        for label in both.labels:
+            want = torch.cat([at(one, site, label) for site in dicts]).nan_to_num()
+            close(flat.examples[example, 0, both.labels.index(label)].double(), want, 1e-5)
+    assert both.examples is not None
+    assert len(both.examples.values) < 0.7 * flat.examples.numel()
+    Scores({"feature": both}, both.meta).save(tmp_path / "scores.safetensors")
+    again = Scores.load(tmp_path / "scores.safetensors")["feature"].flat()  # type: ignore[attr-defined]
+    assert torch.equal(again.examples, flat.examples)
+    without = scored(dicts, keep_examples=False)
+    assert without.examples is without.present is without.flat().examples is None
+    Scores({"feature": without}, without.meta).save(tmp_path / "scores.safetensors")
+    assert Scores.load(tmp_path / "scores.safetensors")["feature"].examples is None
+
+
+def test_too_many_examples_are_not_kept_unless_asked_for(dicts: Dictionaries, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relp_cli.features.totals.KEEP_LIMIT", 100)
+    assert scored(dicts).examples is None
+    assert scored(dicts, keep_examples=True).examples is not None
+
+
+def test_resampled_pairs_are_counted_as_often_as_drawn(dicts: Dictionaries) -> None:
+    both, each = scored(dicts, batches=[LONG, SHORT]), alone(dicts)
+    weights = [2, 0, 1, 0, 0, 3, 1]
+    got = both.resampled(torch.tensor(weights).float())
+    for site in dicts:
+        for label in both.labels:
+            rows = [(w, at(one, site, label)) for w, one in zip(weights, each, strict=True) if label in one.labels]
+            close(at(got, site, label), sum(w * v for w, v in rows) / sum(w for w, _ in rows), 1e-5)
+
+
+@pytest.mark.parametrize("aggregate", ["none", "sum"])
+@pytest.mark.parametrize("sign", ["absolute", "positive", "negative"])
+def test_a_union_keeps_what_passes_for_any_example(dicts: Dictionaries, sign: str, aggregate: str) -> None:
+    both, each = scored(dicts, batches=[LONG, SHORT]), alone(dicts)
+    circuit = select(both, threshold=0.02, union=True, sign=sign, aggregate=aggregate)
+    strength = {"absolute": torch.abs, "positive": torch.clone, "negative": torch.neg}[sign]
+    for site in dicts:
+        values = torch.stack(
+            [torch.stack([at(one, site, label) for label in both.labels]).nan_to_num() for one in each]
+        )
+        values = values.sum(1, keepdim=True) if aggregate == "sum" else values
+        want = (strength(values) > 0.02).any(0)
+        assert torch.equal(torch.cat([circuit.features[site], circuit.errors[site][:, None]], 1), want)
+    assert 0 < circuit.n_nodes < circuit.n_possible
+    with pytest.raises(RelpError, match="needs a threshold or fraction"):
+        select(both, top_k=5, union=True)
+    with pytest.raises(RelpError, match="score again with --per-example"):
+        select(scored(dicts, keep_examples=False), threshold=0.1, union=True)
+
+
+def test_agreement_has_intervals_over_pairs(dicts: Dictionaries) -> None:
+    with exact_float64(), double_by_default():
+        rows = compare(C.model, [LONG, SHORT], methods=["relp"], nodes=["feature"], scores={
+            m: run(C, m, ["feature"], [LONG, SHORT], dictionary=dicts) for m in ("relp", "act_patch")
+        })  # fmt: skip
+    (row,) = rows.to_dict("records")
+    assert row["pcc_lo"] < row["pcc"] < row["pcc_hi"]
+    exact = scored(dicts, "act_patch", [LONG, SHORT]).flat()
+    estimate = scored(dicts, batches=[LONG, SHORT]).flat()
+    assert exact.examples is not None
+    assert estimate.examples is not None
+    own = [
+        float(pearson(*(s.examples[i][:, s.present[i]].numpy().ravel() for s in (estimate, exact))))  # type: ignore[index,union-attr]
+        for i in range(7)
+    ]
+    assert row["pcc_per_pair"] == pytest.approx(np.mean(own), abs=1e-5)
+
+
+def test_stability_and_overlap(dicts: Dictionaries) -> None:
+    same = C.batch.rows(torch.tensor([1, 1, 1]))
+    mean, kept = stability({"feature": scored(dicts, batches=[same])}, samples=5, top_k=30)  # type: ignore[dict-item]
+    assert mean == 1
+    assert sum(int((share > 0.999).sum()) for share in kept.values()) == 30
+    scores = scored(dicts)
+    mean, _ = stability({"feature": scores}, samples=20, top_k=30)  # type: ignore[dict-item]
+    assert 0.1 < mean < 1
+    first, second = select(scores, top_k=40), select(scores, top_k=30)
+    got = overlap(first, second)
+    assert (got["kinds"], got["n"], got["n_reference"], got["common"]) == ("feature", 40, 30, 30)
+    assert (got["jaccard"], got["precision"], got["recall"]) == (0.75, 0.75, 1)
+    with pytest.raises(RelpError, match="of different dictionaries"):
+        overlap(first, replace(second, meta={**second.meta, "dictionary_hash": "other"}))
+    with pytest.raises(RelpError, match="a circuit of features and one of other nodes"):
+        overlap(first, select(run(C, "relp", ["mlp_out"])["mlp_out"], top_k=3))
+
+
+@pytest.mark.parametrize("options", [{}, {"direction": "denoising"}, {"baseline": "zero"}])
+def test_verification_patches_the_circuits_nodes_alone(dicts: Dictionaries, options: dict[str, str]) -> None:
+    scores, exact = scored(dicts, **options), scored(dicts, "act_patch", **options)
+    circuit = select(scores, top_k=60)
+    with exact_float64(), double_by_default():
+        kept = confirmed(C.model, [C.batch], circuit, 0.05, scores.meta, dicts)
+    for site in dicts:
+        assert torch.equal(kept.features[site], circuit.features[site] & (exact.dense(site).abs() > 0.05))
+        assert torch.equal(kept.errors[site], circuit.errors[site] & (exact.error_mean[exact.at(site)].abs() > 0.05))
+    assert 0 < kept.n_nodes < 60
+    assert kept.meta["verified"] == {"method": "act_patch", "confirm": 0.05}
+
+
+def test_prompts_that_do_not_differ_have_no_effects(dicts: Dictionaries) -> None:
+    same = replace(C.batch, patch=C.batch.original)
+    found = scored(dicts, "act_patch", [same])
+    assert found.meta["patched_runs"] == 0
+    assert len(found.index) == 0
+    assert not found.error_mean.any()
+
+
+def test_random_circuits_are_drawn_among_active_features(dicts: Dictionaries) -> None:
+    scores = scored(dicts, batches=[LONG, SHORT])
+    with exact_float64(), double_by_default():
+        runs = FeatureRuns(C.model, METRICS["logit_diff"], dicts, 1, [LONG, SHORT], "mean")
+        active = runs.active()
+    assert set(active) == {s for s in dicts if s.layer >= 1}
+    for site, mask in active.items():
+        want = torch.zeros_like(mask)
+        for batch in (LONG, SHORT):
+            for tokens in (batch.original, batch.patch):
+                with exact_float64():
+                    f, _ = runs.parts(tokens)[site]  # type: ignore[arg-type]
+                for p, label in enumerate(batch.labels):
+                    want[runs.labels.index(label)] |= (f[:, p] > 0).any(0)
+        assert torch.equal(mask, want)
+        assert not mask.all()
+    circuit = select(scores, top_k=50, from_layer=1)
+    random = circuit.random_like(0, 1, active)
+    assert random.counted(1) == 50
+    assert all(not (random.features[s] & ~active[s]).any() for s in active)
+    few = {s: m & (torch.arange(m.shape[1]) == 0) for s, m in active.items()}
+    drawn = circuit.random_like(0, 1, few)
+    assert sum(int(m.sum()) for m in drawn.features.values()) == sum(int(m.sum()) for m in few.values())
+
+
+def test_minimality_drops_one_feature_or_error_at_a_time(dicts: Dictionaries) -> None:
+    circuit = select(scored(dicts), top_k=12, from_layer=1)
+    held = pairs(n=5, seed=3)
+    with exact_float64(), double_by_default():
+        table = minimality(C.model, [held], circuit, exclude_layers=1, dictionary=dicts)
+        whole = evaluate(C.model, [held], circuit, exclude_layers=1, dictionary=dicts).iloc[0]
+        assert len(table) == 12
+        assert table.loss.is_monotonic_decreasing
+        for row in table.to_dict("records"):
+            site = next(s for s in dicts if s.name == row["layer"])
+            features, errors = (
+                {s: m.clone() for s, m in masks.items()} for masks in (circuit.features, circuit.errors)
+            )
+            if row["kind"] == "feature":
+                features[site][int(row["position"]), int(row["unit"])] = False
+            else:
+                errors[site][int(row["position"])] = False
+            smaller: FeatureCircuit = replace(circuit, features=features, errors=errors)
+            assert smaller.n_nodes == 11
+            left = evaluate(C.model, [held], smaller, exclude_layers=1, dictionary=dicts).iloc[0]
+            assert row["loss"] == pytest.approx(whole.F_C - left.F_C, abs=1e-9)
+    assert set(table.kind) == {"feature", "feature_error"}
