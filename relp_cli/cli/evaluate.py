@@ -35,7 +35,10 @@ def command(
         str | None, typer.Option(help="Error terms of feature circuits: all, residual (not of attention, MLP), none.")
     ] = None,
     device: DeviceOption = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Job folder (jobs only).")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Job folder; for a run, the table (default: evaluation.csv in it)."),
+    ] = None,
     override: Annotated[
         list[str], typer.Option("--override", help="Override a key of the job: models=\\[tiny-gpt2]")
     ] = [],  # noqa: B006
@@ -58,7 +61,8 @@ def command(
     with progress() as bar:
         path, table, notes = evaluate_run(
             Path(target), sweep=sweep, circuit=circuit, ablation=ablation, exclude_layers=exclude_layers, metric=metric,
-            pairs=pairs, seed=seed, random_circuits=random, device=device, corpus=corpus, errors=errors, progress=bar,
+            pairs=pairs, seed=seed, random_circuits=random, device=device, corpus=corpus, errors=errors, output=output,
+            progress=bar,
         )  # fmt: skip
     for line in notes:
         note(line)

@@ -58,7 +58,9 @@ def run() -> None:
         app(standalone_mode=True)
     except RelpError as error:
         fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code != 130:  # typer turns an interrupt into exit code 130
+            raise
         fail("interrupted; the same command again resumes what was finished", 130)
     except Exception as error:
         if os.environ.get("RELP_DEBUG"):

@@ -112,16 +112,19 @@ def evaluate_run(
     metric: str | None = None,
     device: str | None = None,
     errors: str | None = None,
+    output: Path | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> tuple[Path, pd.DataFrame, tuple[str, ...]]:
-    """Evaluate a run's circuit.json (or a given circuit, or a sweep) and write evaluation.csv into the run.
+    """Evaluate a run's circuit.json (or a given circuit, or a sweep) and write evaluation.csv into the run, or `output`.
 
     Returns the file, the table, and notes for people. Raises RelpError for circuits of another model or task.
     """
     run, spec, scores = open_run(path)
     if sweep is not None and circuit is not None:
         raise RelpError("give --sweep or --circuit, not both")
+    if output is not None and (output.is_dir() or output.suffix != ".csv"):
+        raise RelpError(f"--output {output}: expected the name of a .csv file for a run's evaluation")
     if sweep is not None:
         sweep_points(sweep)  # found to be wrong before a model is loaded
     file = circuit or (run.circuit if run.circuit.is_file() and sweep is None else None)
@@ -142,14 +145,18 @@ def evaluate_run(
     table = evaluate(
         prepared.model, prepared.pairs, circuits, metric=prepared.metric, seed=seed, progress=progress, **options
     )
+    notes, whole = list(prepared.notes), circuits[0].n_nodes
+    if file and whole > table.n_nodes[0]:
+        below = whole - table.n_nodes[0]
+        notes.append(f"{below} of the circuit's {whole} nodes lie in the first {exclude} layers, which are not ablated")
     about = {k: scores.meta[k] for k in ("task", "model", "method", "direction")}
     first = circuits[0]
     about["kind"] = "+".join(scores if isinstance(first, FeatureCircuit) else first.masks)
     for position, (name, value) in enumerate(about.items()):
         table.insert(position, name, value)
-    out = run.path / "evaluation.csv"
+    out = output or run.path / "evaluation.csv"
     write_atomically(out, table.to_csv(index=False))
-    return out, table, prepared.notes
+    return out, table, tuple(notes)
 
 
 def read_circuit(

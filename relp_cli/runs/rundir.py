@@ -44,6 +44,8 @@ class RunDir:
 
     def read(self) -> dict[str, Any]:
         """run.json. Raises RelpError where there is none, RunFailed where it is not readable."""
+        if self.path.is_file():
+            raise RelpError(f"'{self.path}' is a file; expected a run directory, which `relp score` makes")
         if not self.path.is_dir():
             raise RelpError(f"run '{self.path}' does not exist; `relp ls runs` lists runs, `relp score` makes one")
         if not self.record.is_file():

@@ -49,6 +49,29 @@ def test_one_clear_line(relp, tmp_path, case):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupt_says_that_work_resumes(relp, monkeypatch):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("relp_cli.runs.scoring.open_run", interrupted)
+    done = relp("circuit", "run", "-t", "1")
+    assert done.code == 130
+    assert done.err == "error: interrupted; the same command again resumes what was finished\n"
+
+
+def test_a_file_is_no_run_and_a_table_needs_a_name(relp, tmp_path):
+    (tmp_path / "file").write_text("")
+    relp("score", "ioi", "--pairs", 3, "-o", "run")
+    for arguments, expected in (
+        (("circuit", "file", "-t", "1"), "'file' is a file; expected a run directory"),
+        (("evaluate", "run", "-o", "run"), "--output run: expected the name of a .csv file"),
+        (("evaluate", "run", "--minimality", "--sweep", "counts:1"), "has no circuit to drop nodes of"),
+    ):
+        done = relp(*arguments)
+        assert done.code == 2
+        assert expected in done.err
+
+
 def test_unreachable_hub_says_what_to_do(relp, monkeypatch):
     monkeypatch.setattr("relp_cli.models.load._hub_resolves", lambda: False)
     done = relp("score", "ioi", "-m", "tiny-gpt")

@@ -83,6 +83,14 @@ def test_score_circuit_evaluate(relp, tmp_path):
     assert row["faithfulness"] == pytest.approx(want.faithfulness, rel=1e-5)
     assert row["completeness"] == pytest.approx(want.completeness, rel=1e-5)
     assert row["n_nodes"] == int(circuit.masks["mlp_neuron"][1:].sum())
+    below = int(circuit.masks["mlp_neuron"][0].sum())
+    assert f"{below} of the circuit's 25 nodes lie in the first 1 layers" in done.err
+
+    before = (tmp_path / "run/evaluation.csv").read_bytes()
+    elsewhere = relp("evaluate", "run", "--pairs", 10, "--ablation", "zero", "-o", "zero.csv")
+    assert elsewhere.code == 0, elsewhere.err
+    assert (tmp_path / "run/evaluation.csv").read_bytes() == before
+    assert pd.read_csv(tmp_path / "zero.csv").ablation.tolist() == ["zero"]
 
 
 def test_sweep_writes_one_row_per_threshold_and_nested_circuits(relp, tmp_path):
