@@ -119,12 +119,15 @@ class _Here:
 
     def weighed(self, x: Tensor, g: Tensor) -> list[Tensor]:
         """Per node ∂L/∂node · node, summed over examples and positions, as a function of the site's activation x."""
+        count = len(self.units)
         features = self.d.encode(x, self.units) * (g @ self.d.w_dec[self.units].T)
-        values = [features]
-        n_errors = self.at.shape[1] - len(self.units)
-        if n_errors:
-            values.append((self.d.split(x)[1] * g).sum(-1, keepdim=True).expand(-1, -1, n_errors))
-        return list(torch.einsum("bpn,pn->n", torch.cat(values, -1), self.at))
+        values = list(torch.einsum("bpn,pn->n", features, self.at[:, :count]))
+        if (
+            count < self.at.shape[1]
+        ):  # apart from the features, whose gradients need not pass through all of decode(encode)
+            errors = (self.d.split(x)[1] * g).sum(-1)
+            values += list(torch.einsum("bp,pn->n", errors, self.at[:, count:]))
+        return values
 
 
 class _Batch:
