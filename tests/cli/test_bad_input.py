@@ -50,7 +50,7 @@ def test_one_clear_line(relp, tmp_path, case):
 
 
 def test_an_interrupt_says_that_work_resumes(relp, monkeypatch):
-    def interrupted(path):
+    def interrupted(_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("relp_cli.runs.scoring.open_run", interrupted)

@@ -22,6 +22,7 @@ from relp_cli.evaluation.overlap import overlap, stability
 from relp_cli.evaluation.verify import confirmed
 from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.load import Dictionaries, load_dictionaries
+from relp_cli.features.score import score_features
 from relp_cli.features.scores import FeatureScores
 from relp_cli.features.sites import Site
 from relp_cli.methods.scores import Scores
@@ -154,13 +155,20 @@ def test_stability_and_overlap(dicts: Dictionaries) -> None:
 def test_verification_patches_the_circuits_nodes_alone(dicts: Dictionaries, options: dict[str, str]) -> None:
     scores, exact = scored(dicts, **options), scored(dicts, "act_patch", **options)
     circuit = select(scores, top_k=60)
+    errors = torch.stack([exact.error_mean[exact.at(s)] for s in dicts])[
+        torch.stack(list(circuit.errors.values()))
+    ].abs()
+    tau = float(errors.median())
     with exact_float64(), double_by_default():
-        kept = confirmed(C.model, [C.batch], circuit, 0.05, scores.meta, dicts)
+        kept = confirmed(C.model, [C.batch], circuit, tau, scores.meta, dicts)
+        how = {k: scores.meta[k] for k in ("direction", "baseline")}
+        only = score_features(C.model, [C.batch], "act_patch", **how, only=circuit, dictionary=dicts)
+    assert 0 < only.meta["patched_runs"] <= 4 * 60 < exact.meta["patched_runs"]
     for site in dicts:
-        assert torch.equal(kept.features[site], circuit.features[site] & (exact.dense(site).abs() > 0.05))
-        assert torch.equal(kept.errors[site], circuit.errors[site] & (exact.error_mean[exact.at(site)].abs() > 0.05))
+        assert torch.equal(kept.features[site], circuit.features[site] & (exact.dense(site).abs() > tau))
+        assert torch.equal(kept.errors[site], circuit.errors[site] & (exact.error_mean[exact.at(site)].abs() > tau))
     assert 0 < kept.n_nodes < 60
-    assert kept.meta["verified"] == {"method": "act_patch", "confirm": 0.05}
+    assert kept.meta["verified"] == {"method": "act_patch", "confirm": tau}
 
 
 def test_prompts_that_do_not_differ_have_no_effects(dicts: Dictionaries) -> None:

@@ -40,6 +40,14 @@ def same_units(d: Dictionary, formula: Callable[[Tensor], Tensor]) -> None:
     close(grads[1], grads[2], 1e-12)
 
 
+def test_a_negative_threshold_is_a_relu() -> None:
+    """relu(pre) · [pre > threshold], as both packages have it: nothing negative is ever active."""
+    w, b = rand(D_IN, 9, seed=1), rand(9, seed=2)
+    zero = torch.zeros(D_IN, dtype=torch.float64)
+    d = Dictionary("jumprelu", "", w, b, w.T, zero, zero, threshold=torch.full((9,), -0.5, dtype=torch.float64))
+    close(d.encode(X), (X @ w + b).clamp(min=0), 1e-12)
+
+
 @pytest.mark.parametrize("name", LEARNING)
 @pytest.mark.parametrize("below", ["", "10_40"])
 def test_dictionary_learning(tmp_path: Path, name: str, below: str) -> None:
