@@ -8,8 +8,9 @@ from typing import Any
 from relp_cli.edges.score import score_edges
 from relp_cli.errors import RelpError
 from relp_cli.features.score import score_features
-from relp_cli.methods.auto import How, score_auto
-from relp_cli.methods.score import COMPONENTS, Progress, resolve_method, score_nodes
+from relp_cli.methods.auto import score_auto
+from relp_cli.methods.request import Progress, Request
+from relp_cli.methods.score import COMPONENTS, resolve_method, score_nodes
 from relp_cli.methods.scores import Scores
 from relp_cli.models.model import Model
 from relp_cli.tasks.pairs import PairBatch
@@ -42,14 +43,14 @@ def score(
     Returns Scores: kind → mean, variance, n [layer, pos, *unit], per example where it fits (`keep_examples`).
     Raises: RelpError for unknown names, bad parameters, and pairs that share no position axis.
     """
-    how = (metric, direction, baseline, batch_size)
+    request = Request(metric, direction, baseline, batch_size, keep_examples, progress)
     if tuple(nodes) == ("edges",):
-        return score_edges(model, pairs, method, *how, keep_examples, progress, **params)
+        return score_edges(model, pairs, method, request, **params)
     if tuple(nodes) in FEATURES:
-        return score_features(model, pairs, method, *how, keep_examples, progress, **params)
+        return score_features(model, pairs, method, request, **params)
     row, parsed = resolve_method(model, method, params)
     if getattr(parsed, "rules", None) != ("auto",):
-        return score_nodes(model, pairs, method, nodes, *how, keep_examples, progress, **params)
+        return score_nodes(model, pairs, method, nodes, request, **params)
     if row.name != "relp":
         raise RelpError(f"rules 'auto' are chosen for method relp only, got '{method}'")
-    return score_auto(model, pairs, parsed, How(tuple(nodes), *how, keep_examples, progress))  # type: ignore[arg-type]
+    return score_auto(model, pairs, parsed, nodes, request)  # type: ignore[arg-type]

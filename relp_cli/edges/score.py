@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,12 +13,13 @@ from torch import Tensor
 from relp_cli.edges.gradients import check, reader_gradients
 from relp_cli.edges.graph import Graph
 from relp_cli.edges.scores import EVERYWHERE, KIND, EdgeScores
-from relp_cli.edges.setup import EdgeResult, EdgeSetup, Progress
+from relp_cli.edges.setup import EdgeResult, EdgeSetup
 from relp_cli.edges.stream import Written, mean_written, written
 from relp_cli.errors import RelpError, unknown
+from relp_cli.methods.request import Account, Request
 from relp_cli.methods.score import KEEP_LIMIT, position_axis, resolve_method
 from relp_cli.methods.scores import Scores
-from relp_cli.methods.setup import Passes, Setup
+from relp_cli.methods.setup import Setup
 from relp_cli.models.model import Model
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
@@ -27,18 +27,7 @@ from relp_cli.tasks.pairs import PairBatch
 POSITIONS = ("sum", "keep")
 
 
-def score_edges(
-    model: Model,
-    pairs: Sequence[PairBatch],
-    method: str = "eap",
-    metric: str = "logit_diff",
-    direction: str = "noising",
-    baseline: str = "patch",
-    batch_size: int = 32,
-    keep_examples: bool | None = None,
-    progress: Progress | None = None,
-    **params: Any,
-) -> Scores:
+def score_edges(model: Model, pairs: Sequence[PairBatch], method: str, request: Request, **params: Any) -> Scores:
     """Score every edge of a model. Arguments as for `relp.score`; besides the method's own parameters:
 
     positions: "sum" (one score per edge) or "keep" (one per edge and position; the axis is that of node scores).
@@ -46,10 +35,9 @@ def score_edges(
     Returns Scores with the one kind "edges". Raises: RelpError as `relp.score`.
     """
     positions = params.pop("positions", None) or "sum"
-    choices = {"direction": ("noising", "denoising"), "baseline": ("patch", "zero", "mean"), "positions": POSITIONS}
-    for what, value in (("direction", direction), ("baseline", baseline), ("positions", positions)):
-        if value not in choices[what]:
-            raise unknown(what, value, choices[what])
+    if positions not in POSITIONS:
+        raise unknown("positions", positions, POSITIONS)
+    request.check()
     row, parsed = resolve_method(model, method, params)
     if row.scope != "edges":
         raise RelpError(f"method '{row.name}' scores nodes, not edges; methods for edges: {', '.join(edge_methods())}")
@@ -57,37 +45,25 @@ def score_edges(
         raise RelpError("no prompt pairs to score")
     axis, labels = position_axis(pairs) if positions == "keep" else ("all", EVERYWHERE)
     graph = Graph.of(model.shape)
-    passes, started = Passes(), time.perf_counter()
-    chunks = [small.to(model.device) for batch in pairs for small in batch.split(batch_size)]
-    means = _means(model, chunks) if baseline == "mean" else None
+    chunks = request.chunks(model, pairs)
+    account = Account(request, model, chunks, method)
+    means = _means(model, chunks) if request.baseline == "mean" else None
     setups = [
         EdgeSetup(
-            Setup(model, chunk, METRICS[metric], (), direction, baseline, {} if means else None, passes),  # type: ignore[arg-type]
+            request.setup(model, chunk, (), account.passes, {} if means else None),
             graph, positions == "keep", means and _at(means, chunk),
         )
         for chunk in chunks
     ]  # fmt: skip
     check_once(model, chunks[0])
     function: Any = row.load()[0]
-    total, original = Totals(graph, labels, sum(map(len, chunks)), keep_examples), []
+    total = Totals(graph, labels, account.n_pairs, request.keep_examples)
     result = EdgeResult(torch.empty(0))
-    for setup, result in zip(setups, function(setups, parsed, progress), strict=True):
+    for setup, result in zip(setups, function(setups, parsed, request.progress), strict=True):
         total.add(result.scores, setup.base.labels if positions == "keep" else EVERYWHERE)
-        original.append(setup.base.prompt_value("run" if direction == "noising" else "source").cpu())
-        if progress:
-            progress(total.row, len(total), method)
-    mean_size = sum(map(len, chunks)) / len(chunks)
-    meta = {
-        "method": method, "params": parsed.model_dump(mode="json"), "positions": positions, "signed": row.signed,
-        "rules": result.applied, "metric": metric, "direction": direction, "baseline": baseline, "model": model.name,
-        "revision": model.revision, "family": model.family.name, "dtype": str(model.dtype).removeprefix("torch."),
-        "n_pairs": len(total), "axis": axis, "n_edges": graph.n_edges, "d_model": model.shape.d_model,
-        "forwards_per_pair": round(passes.forward / len(total) * mean_size, 3),
-        "backwards_per_pair": round(passes.backward / len(total) * mean_size, 3),
-        "seconds": round(time.perf_counter() - started, 3),
-        "mean_metric": torch.cat(original).mean().item(), "mean_abs_metric": torch.cat(original).abs().mean().item(),
-        **result.meta,
-    }  # fmt: skip
+        account.done(setup.base)
+    about = {"positions": positions, "n_edges": graph.n_edges, "d_model": model.shape.d_model}
+    meta = account.meta(row, parsed, result.applied, axis, **about, **result.meta)
     kinds: dict[str, Any] = {KIND: total.finish(axis, meta)}
     return Scores(kinds, meta)
 

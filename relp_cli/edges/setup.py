@@ -14,10 +14,9 @@ from relp_cli.edges.stream import Recorder, Written
 from relp_cli.errors import RelpError
 from relp_cli.lrp.context import Recorded, recording
 from relp_cli.lrp.rules import parse_rules
+from relp_cli.methods.request import Progress
 from relp_cli.methods.setup import Setup
 from relp_cli.models.model import Model
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from relp_cli.evaluation.agreement import agreement
-from relp_cli.methods.score import COMPONENTS, Progress
+from relp_cli.methods.request import Progress
+from relp_cli.methods.score import COMPONENTS
 from relp_cli.methods.scores import NodeScores, Scores
 from relp_cli.models.model import Model
 from relp_cli.scoring import score

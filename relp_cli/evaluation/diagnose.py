@@ -22,7 +22,8 @@ from torch import Tensor
 from relp_cli.errors import RelpError, unknown
 from relp_cli.evaluation import failure_modes as modes
 from relp_cli.evaluation.verify import exact_scores
-from relp_cli.methods.score import Progress, position_axis
+from relp_cli.methods.request import Progress
+from relp_cli.methods.score import position_axis
 from relp_cli.methods.scores import Scores
 from relp_cli.models.model import Model
 from relp_cli.scoring import score

@@ -23,7 +23,8 @@ from relp_cli.edges.select import select_edges
 from relp_cli.edges.stream import Written
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.areas import MIB_FRACTIONS, areas
-from relp_cli.evaluation.ratios import Progress, Values, ratio_table, tau_of
+from relp_cli.evaluation.ratios import Values, ratio_table, tau_of
+from relp_cli.methods.request import Progress
 from relp_cli.models.model import Model
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch

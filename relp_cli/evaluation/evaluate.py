@@ -23,8 +23,9 @@ from relp_cli.errors import RelpError
 from relp_cli.evaluation.ablation import Ablation
 from relp_cli.evaluation.edges import evaluate_edges
 from relp_cli.evaluation.features import evaluate_features
-from relp_cli.evaluation.ratios import Progress, Values, ratio_table, tau_of
+from relp_cli.evaluation.ratios import Values, ratio_table, tau_of
 from relp_cli.features.circuit import FeatureCircuit
+from relp_cli.methods.request import Progress
 from relp_cli.models.model import Hook, Model
 from relp_cli.nodes.access import Activations, split, units
 from relp_cli.nodes.kinds import NODE_KINDS, NodeKind

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from relp_cli.circuits.circuit import ANY_POSITION
 from relp_cli.errors import RelpError, unknown
-from relp_cli.evaluation.ratios import Progress, Values, ratio_table, tau_of
+from relp_cli.evaluation.ratios import Values, ratio_table, tau_of
 from relp_cli.features.circuit import FeatureCircuit, counted_sites
 from relp_cli.features.load import Dictionaries, dictionaries_of
 from relp_cli.features.sites import Site
+from relp_cli.methods.request import Progress
 from relp_cli.methods.score import position_axis
 from relp_cli.models.model import Hook, Model
 from relp_cli.nodes.access import capture

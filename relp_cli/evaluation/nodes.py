@@ -14,8 +14,9 @@ from relp_cli.circuits.circuit import Circuit
 from relp_cli.edges.circuit import EdgeCircuit, counted_edges
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.ablation import Ablation
-from relp_cli.evaluation.evaluate import AnyCircuit, Progress, Runs, at_batch, check_circuit, evaluate
+from relp_cli.evaluation.evaluate import AnyCircuit, Runs, at_batch, check_circuit, evaluate
 from relp_cli.features.circuit import FeatureCircuit, counted_sites
+from relp_cli.methods.request import Progress
 from relp_cli.models.model import Model
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.tasks.metrics import METRICS

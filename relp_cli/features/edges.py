@@ -27,14 +27,14 @@ from relp_cli.features.dictionary import Dictionary
 from relp_cli.features.gradients import GRADIENT_METHODS, SiteGradients
 from relp_cli.features.graph import FeatureEdges, FeatureNode
 from relp_cli.features.load import Dictionaries, dictionaries_of
-from relp_cli.features.score import check_choices, differences
+from relp_cli.features.score import BASELINES, differences
 from relp_cli.features.sites import Site
 from relp_cli.features.totals import moments
 from relp_cli.lrp.context import lrp
-from relp_cli.methods.score import Progress, resolve_method
-from relp_cli.methods.setup import Setup
+from relp_cli.methods.request import Progress, Request
+from relp_cli.methods.score import resolve_method
+from relp_cli.methods.setup import Passes, Setup
 from relp_cli.models.model import Hook, Model
-from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
 
 MAX_NODES = 10_000  # one backward pass each, and a matrix of all pairs
@@ -72,18 +72,19 @@ def feature_edges(
     row, parsed = resolve_method(model, how["method"], params)
     if row.name not in GRADIENT_METHODS:
         raise RelpError(f"edges of features need gradients ({', '.join(GRADIENT_METHODS)}), not method '{row.name}'")
-    check_choices(how["direction"], how["baseline"])
+    request = Request(how["metric"], how["direction"], how["baseline"], batch_size)
+    request.check(" for features", BASELINES)
     nodes = circuit.nodes()
     if len(nodes) > MAX_NODES:
         raise RelpError(
             f"this circuit has {len(nodes)} nodes; edges are scored among at most {MAX_NODES}: select fewer of them"
         )
     totals = _Totals(nodes, circuit.labels)
-    chunks = [small.to(model.device) for batch in pairs for small in batch.split(batch_size)]
+    chunks = request.chunks(model, pairs)
     kinds = tuple(dict.fromkeys(site.node_kind for site in found))
     steps = len(nodes) + 1
     for done, chunk in enumerate(chunks):
-        setup = Setup(model, chunk, METRICS[how["metric"]], kinds, how["direction"], how["baseline"])  # type: ignore[arg-type]
+        setup = request.setup(model, chunk, kinds, Passes())
         at = GRADIENT_METHODS[row.name](setup, found, parsed)
         slots = circuit.slots(chunk).to(model.device)
         for target, first, scores in _Batch(setup, found, nodes, circuit.labels, slots, at).edges():

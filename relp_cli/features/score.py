@@ -9,14 +9,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from relp_cli.errors import RelpError, unknown
+from relp_cli.errors import RelpError
 from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.dictionary import Dictionary
 from relp_cli.features.gradients import GRADIENT_METHODS, SiteRuns
@@ -25,26 +23,22 @@ from relp_cli.features.patching import patch_features
 from relp_cli.features.scores import KIND
 from relp_cli.features.sites import Site
 from relp_cli.features.totals import Totals
-from relp_cli.methods.score import Progress, position_axis, resolve_method
+from relp_cli.methods.request import Account, Request
+from relp_cli.methods.score import position_axis, resolve_method
 from relp_cli.methods.scores import Scores
-from relp_cli.methods.setup import Passes, Setup
+from relp_cli.methods.setup import Setup
 from relp_cli.models.model import Model
-from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
 
+BASELINES = ("patch", "zero")
 METHOD_NAMES = (*GRADIENT_METHODS, "act_patch")
 
 
 def score_features(
     model: Model,
     pairs: Sequence[PairBatch],
-    method: str = "relp",
-    metric: str = "logit_diff",
-    direction: str = "noising",
-    baseline: str = "patch",
-    batch_size: int = 32,
-    keep_examples: bool | None = None,
-    progress: Progress | None = None,
+    method: str,
+    request: Request,
     only: FeatureCircuit | None = None,
     **params: Any,
 ) -> Scores:
@@ -63,45 +57,24 @@ def score_features(
     row, parsed = resolve_method(model, method, params)
     if row.name not in METHOD_NAMES:
         raise RelpError(f"method '{row.name}' does not score features; methods for features: {', '.join(METHOD_NAMES)}")
-    check_choices(direction, baseline)
+    request.check(" for features", BASELINES)
     axis, labels = position_axis(pairs)
     dictionaries = where if isinstance(where, Dictionaries) else load_dictionaries(where, model)
     kinds = tuple(dict.fromkeys(site.node_kind for site in dictionaries))
-    passes, started = Passes(), time.perf_counter()
-    chunks = [small.to(model.device) for batch in pairs for small in batch.split(batch_size)]
+    chunks = request.chunks(model, pairs)
+    account = Account(request, model, chunks, method)
     sizes = [d.n_features for d in dictionaries.values()]
-    totals, original, done = Totals(tuple(dictionaries), sizes, labels, keep_examples), [], 0
+    totals = Totals(tuple(dictionaries), sizes, labels, request.keep_examples)
     applied: dict[str, int] = {}
-    about: dict[str, Any] = {}
+    about: dict[str, Any] = {"dictionary": dictionaries.source, "dictionary_hash": dictionaries.digest}
     for chunk in chunks:
-        setup = Setup(model, chunk, METRICS[metric], kinds, direction, baseline, passes=passes)  # type: ignore[arg-type]
+        setup = request.setup(model, chunk, kinds, account.passes)
         features, errors, applied, more = one_batch(setup, dictionaries, row.name, parsed, only)
         totals.add(features, errors, setup.labels)
         about |= {k: about.get(k, 0) + v if isinstance(v, int) else v for k, v in more.items()}
-        original.append(setup.prompt_value("run" if direction == "noising" else "source").cpu())
-        done += len(chunk)
-        if progress:
-            progress(done, sum(map(len, chunks)), method)
-    values, size = torch.cat(original), len(torch.cat(original)) / len(chunks)
-    meta = {
-        "method": method, "params": parsed.model_dump(mode="json"), "signed": row.signed, "rules": applied,
-        "metric": metric, "direction": direction, "baseline": baseline, "model": model.name, "revision": model.revision,
-        "family": model.family.name, "dtype": str(model.dtype).removeprefix("torch."), "n_pairs": len(values), "axis": axis,
-        "forwards_per_pair": round(passes.forward / len(values) * size, 3),
-        "backwards_per_pair": round(passes.backward / len(values) * size, 3),
-        "seconds": round(time.perf_counter() - started, 3),
-        "mean_metric": values.mean().item(), "mean_abs_metric": values.abs().mean().item(),
-        "dictionary": dictionaries.source, "dictionary_hash": dictionaries.digest, **about,
-    }  # fmt: skip
+        account.done(setup)
+    meta = account.meta(row, parsed, applied, axis, **about)
     return Scores({KIND: totals.finish(axis, meta)}, meta)  # type: ignore[dict-item]
-
-
-def check_choices(direction: str, baseline: str) -> None:
-    """Raises RelpError for a direction or baseline that features do not have."""
-    choices = {"direction": (direction, ("noising", "denoising")), "baseline": (baseline, ("patch", "zero"))}
-    for what, (value, known) in choices.items():
-        if value not in known:
-            raise unknown(f"{what} for features", value, known)
 
 
 def one_batch(

@@ -25,7 +25,6 @@ from relp_cli.features.sites import Site
 from relp_cli.models.model import Hook, Model
 from relp_cli.nodes.access import capture
 
-Progress = Callable[[int, int, str], None]
 HELDOUT = 10  # every 10th line is held out
 
 

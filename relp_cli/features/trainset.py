@@ -14,8 +14,9 @@ import pandas as pd
 from relp_cli.errors import RelpError
 from relp_cli.features.saelens import load_saelens, save_saelens
 from relp_cli.features.sites import Site
-from relp_cli.features.train import Progress, Text, TrainSpec, activations_at, quality, train_dictionary
+from relp_cli.features.train import Text, TrainSpec, activations_at, quality, train_dictionary
 from relp_cli.files import check_writable, write_atomically
+from relp_cli.methods.request import Progress
 from relp_cli.models.model import Model
 from relp_cli.models.training.corpus import sentences
 

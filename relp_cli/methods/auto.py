@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,37 +22,18 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError
 from relp_cli.methods.relp import RelpParams, with_extra_rules
-from relp_cli.methods.score import Progress, mean_activations, score_nodes
+from relp_cli.methods.request import Request
+from relp_cli.methods.score import mean_activations, score_nodes
 from relp_cli.methods.scores import NodeScores, Scores
-from relp_cli.methods.setup import Setup
+from relp_cli.methods.setup import Passes, Setup
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import split, units
 from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
-from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
 
 Rules = tuple[str, ...]
 Cells = dict[str, np.ndarray]  # node kind → Int[cell, (pair, layer, label, unit)]
 LEAST_PAIRS, DRAWS, ROWS = 8, 2000, 128
-
-
-@dataclass(frozen=True)
-class How:
-    """What `score` was asked for, besides method and pairs."""
-
-    nodes: tuple[str, ...]
-    metric: str
-    direction: str
-    baseline: str
-    batch_size: int
-    keep_examples: bool | None
-    progress: Progress | None
-
-    def score(
-        self, model: Model, pairs: Sequence[PairBatch], rules: Rules, nodes: Sequence[str], keep: bool | None
-    ) -> Scores:
-        how = (self.metric, self.direction, self.baseline, self.batch_size)
-        return score_nodes(model, pairs, "relp", nodes, *how, keep, self.progress, rules=rules)
 
 
 def candidates(model: Model, nodes: Sequence[str], baseline: str = "patch") -> dict[str, Rules]:
@@ -72,7 +53,9 @@ def candidates(model: Model, nodes: Sequence[str], baseline: str = "patch") -> d
     return out
 
 
-def score_auto(model: Model, pairs: Sequence[PairBatch], params: RelpParams, how: How) -> Scores:
+def score_auto(
+    model: Model, pairs: Sequence[PairBatch], params: RelpParams, nodes: Sequence[str], request: Request
+) -> Scores:
     """Choose rules per node kind on pairs set aside, and score the others. See the module's docstring.
 
     Raises: RelpError for fewer than 8 pairs.
@@ -80,11 +63,11 @@ def score_auto(model: Model, pairs: Sequence[PairBatch], params: RelpParams, how
     aside = set_aside(pairs, params.auto_seed)
     choosing = [b.rows(rows) for b, rows in zip(pairs, aside, strict=True) if rows.any()]
     scoring = [b.rows(~rows) for b, rows in zip(pairs, aside, strict=True)]
-    table, chosen, cost = choose(model, choosing, params, how)
+    table, chosen, cost = choose(model, choosing, params, nodes, request)
     by_rules: dict[Rules, list[str]] = {}
-    for kind in how.nodes:
+    for kind in nodes:
         by_rules.setdefault(chosen[kind], []).append(kind)
-    parts = [how.score(model, scoring, rules, kinds, how.keep_examples) for rules, kinds in by_rules.items()]
+    parts = [score_nodes(model, scoring, "relp", kinds, request, rules=rules) for rules, kinds in by_rules.items()]
     n_scored = sum(len(b) for b in scoring)
     several = len(by_rules) > 1
     applied = {
@@ -112,7 +95,7 @@ def score_auto(model: Model, pairs: Sequence[PairBatch], params: RelpParams, how
     }
     scored = {kind: scores for part in parts for kind, scores in part.items()}
     keep = ~torch.cat(aside)
-    return Scores({kind: _with_gaps(scored[kind], keep, meta) for kind in how.nodes}, meta)
+    return Scores({kind: _with_gaps(scored[kind], keep, meta) for kind in nodes}, meta)
 
 
 def set_aside(pairs: Sequence[PairBatch], seed: int) -> list[Tensor]:
@@ -134,18 +117,19 @@ def set_aside(pairs: Sequence[PairBatch], seed: int) -> list[Tensor]:
 
 
 def choose(
-    model: Model, pairs: Sequence[PairBatch], params: RelpParams, how: How
+    model: Model, pairs: Sequence[PairBatch], params: RelpParams, nodes: Sequence[str], request: Request
 ) -> tuple[list[dict[str, Any]], dict[str, Rules], dict[str, Any]]:
     """(table, kind → rules, cost): one row per kind and candidate; forwards and backwards are over one pair."""
     import time
 
     started = time.perf_counter()
-    sets = candidates(model, how.nodes, how.baseline)
-    estimates = {name: how.score(model, pairs, rules, how.nodes, True) for name, rules in sets.items()}
-    cells = {kind: _sample(kind, [e[kind] for e in estimates.values()], params) for kind in how.nodes}
-    exact, forwards = exact_cells(model, pairs, cells, next(iter(estimates.values())), how)
+    sets = candidates(model, nodes, request.baseline)
+    kept = replace(request, keep_examples=True)
+    estimates = {name: score_nodes(model, pairs, "relp", nodes, kept, rules=rules) for name, rules in sets.items()}
+    cells = {kind: _sample(kind, [e[kind] for e in estimates.values()], params) for kind in nodes}
+    exact, forwards = exact_cells(model, pairs, cells, next(iter(estimates.values())), request)
     table, chosen = [], {}
-    for kind in how.nodes:
+    for kind in nodes:
         values = {name: _at(e[kind], cells[kind]) for name, e in estimates.items()}
         rows, best = _compare(kind, values, exact[kind], params.auto_seed)
         table += [row | {"rules": list(sets[row["candidate"]])} for row in rows]
@@ -182,7 +166,7 @@ def _at(scores: NodeScores, cells: np.ndarray) -> np.ndarray:
 
 
 def exact_cells(
-    model: Model, pairs: Sequence[PairBatch], cells: Cells, like: Scores, how: How
+    model: Model, pairs: Sequence[PairBatch], cells: Cells, like: Scores, request: Request
 ) -> tuple[dict[str, np.ndarray], int]:
     """L(run | node ← source) − L(run) of single (pair, node) cells, and the forward passes spent on it.
 
@@ -192,11 +176,10 @@ def exact_cells(
     first = forwards = 0
     kinds = tuple(NODE_KINDS[k] for k in cells)
     means = None
-    if how.baseline == "mean":
+    if request.baseline == "mean":
         means = mean_activations(model, pairs, kinds)
     for batch in (b.to(model.device) for b in pairs):
-        at_batch = means and means.at(batch)
-        setup = Setup(model, batch, METRICS[how.metric], kinds, how.direction, how.baseline, at_batch)  # type: ignore[arg-type]
+        setup = request.setup(model, batch, kinds, Passes(), None if means is None else means.at(batch))
         source, before = setup.source_activations(), setup.prompt_value("run")
         for kind in kinds:
             mine = cells[kind.name]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,34 +10,23 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from relp_cli.errors import RelpError, nearest, unknown
+from relp_cli.errors import RelpError, nearest
 from relp_cli.methods.relp import with_extra_rules
+from relp_cli.methods.request import Account, Request
 from relp_cli.methods.scores import NodeScores, Scores
-from relp_cli.methods.setup import Means, Passes, Setup
+from relp_cli.methods.setup import Means
 from relp_cli.methods.table import METHODS, Method, Params, Result
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import activations, units
 from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
-from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
 
-Progress = Callable[[int, int, str], None]  # (pairs done, pairs in all, what)
 COMPONENTS = ("resid_pre", "attn_out", "mlp_out")
 KEEP_LIMIT = 1 << 26  # per-example scores are kept up to this many numbers a kind, unless asked for
 
 
 def score_nodes(
-    model: Model,
-    pairs: Sequence[PairBatch],
-    method: str,
-    nodes: Sequence[str],
-    metric: str = "logit_diff",
-    direction: str = "noising",
-    baseline: str = "patch",
-    batch_size: int = 32,
-    keep_examples: bool | None = None,
-    progress: Progress | None = None,
-    **params: Any,
+    model: Model, pairs: Sequence[PairBatch], method: str, nodes: Sequence[str], request: Request, **params: Any
 ) -> Scores:
     """`relp.score` for the kinds of `NODE_KINDS` and one fixed set of rules; see there for arguments and errors."""
     row, parsed = resolve_method(model, method, params)
@@ -48,58 +36,25 @@ def score_nodes(
     if not kinds or len(set(nodes)) != len(nodes):
         raise RelpError(f"expected node kinds, each once, got {list(nodes)}; known: {', '.join(NODE_KINDS)}")
     axis, labels = position_axis(pairs)
-    choices = {"direction": ("noising", "denoising"), "baseline": ("patch", "zero", "mean")}
-    for what, value in (("direction", direction), ("baseline", baseline)):
-        if value not in choices[what]:
-            raise unknown(what, value, choices[what])
+    request.check()
     function, _ = row.load()
-    chunks = [small.to(model.device) for batch in pairs for small in batch.split(batch_size)]
-    total = sum(len(c) for c in chunks)
-    passes, started = Passes(), time.perf_counter()
-    with_inputs = dict.fromkeys((*kinds, NODE_KINDS["resid_pre"]))  # integrated gradients need the mean embeddings
-    means = mean_activations(model, pairs, tuple(with_inputs), batch_size) if baseline == "mean" else None
-    passes.forward += len(chunks) if means else 0
-    sums = {k.name: Running(model, k, labels, total, keep_examples) for k in kinds}
-    result, original = Result({}), []
+    chunks = request.chunks(model, pairs)
+    account = Account(request, model, chunks, method)
+    means = None
+    if request.baseline == "mean":
+        with_inputs = dict.fromkeys((*kinds, NODE_KINDS["resid_pre"]))  # integrated gradients need the mean embeddings
+        means = mean_activations(model, pairs, tuple(with_inputs), request.batch_size)
+        account.passes.forward += len(chunks)
+    sums = {k.name: Running(model, k, labels, account.n_pairs, request.keep_examples) for k in kinds}
+    result = Result({})
     for chunk in chunks:
-        at = None if means is None else means.at(chunk)
-        setup = Setup(model, chunk, METRICS[metric], kinds, direction, baseline, at, passes)  # type: ignore[arg-type]
+        setup = request.setup(model, chunk, kinds, account.passes, None if means is None else means.at(chunk))
         result = function(setup, parsed)
         for kind in kinds:
             sums[kind.name].add(result.scores[kind.name], setup.labels)
-        original.append(setup.prompt_value("run" if direction == "noising" else "source").cpu())
-        if progress:
-            progress(sum(len(o) for o in original), total, method)
-    values, share = torch.cat(original), total / len(chunks) / total  # passes count chunks, of this share of the pairs
-    meta = {
-        "method": method,
-        "params": parsed.model_dump(mode="json"),
-        "signed": row.signed,
-        "rules": result.applied,
-        "metric": metric,
-        "direction": direction,
-        "baseline": baseline,
-        **model_meta(model),
-        "n_pairs": total,
-        "axis": axis,
-        "forwards_per_pair": round(passes.forward * share, 3),
-        "backwards_per_pair": round(passes.backward * share, 3),
-        "seconds": round(time.perf_counter() - started, 3),
-        "mean_metric": values.mean().item(),
-        "mean_abs_metric": values.abs().mean().item(),
-        **result.meta,
-    }
+        account.done(setup)
+    meta = account.meta(row, parsed, result.applied, axis, **result.meta)
     return Scores({k.name: sums[k.name].finish(axis, meta) for k in kinds}, meta)
-
-
-def model_meta(model: Model) -> dict[str, str]:
-    """What every result says of the model it came from."""
-    return {
-        "model": model.name,
-        "revision": model.revision,
-        "family": model.family.name,
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
 
 
 def resolve_method(model: Model, method: str, params: dict[str, Any]) -> tuple[Method, Params]:

@@ -11,7 +11,7 @@ import pandas as pd
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.compare import exact_method, run_comparison
 from relp_cli.files import check_writable, write_atomically
-from relp_cli.methods.score import Progress
+from relp_cli.methods.request import Progress
 from relp_cli.methods.scores import Scores
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.report.figures import heatmaps

@@ -23,7 +23,7 @@ from relp_cli.features.circuit import TYPE as FEATURES
 from relp_cli.features.kinds import SCORED
 from relp_cli.features.scores import FeatureScores
 from relp_cli.files import write_atomically
-from relp_cli.methods.score import Progress
+from relp_cli.methods.request import Progress
 from relp_cli.models.model import Model
 from relp_cli.runs.scoring import Session, open_run, prepare
 from relp_cli.runs.spec import ScoreSpec

@@ -16,7 +16,7 @@ from relp_cli.features.graph import METRIC, parse_node
 from relp_cli.features.kinds import SCORED
 from relp_cli.features.scores import FeatureScores
 from relp_cli.features.show import described, top_features
-from relp_cli.methods.score import Progress
+from relp_cli.methods.request import Progress
 from relp_cli.methods.scores import Scores
 from relp_cli.report.tables import show
 from relp_cli.runs.scoring import Session, open_run, prepare

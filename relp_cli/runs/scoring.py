@@ -14,7 +14,8 @@ from relp_cli.evaluation.behaviour import Behaviour, behaviour, keep_correct
 from relp_cli.features.load import Dictionaries, load_dictionaries
 from relp_cli.files import check_writable
 from relp_cli.lrp.rules import parse_rules
-from relp_cli.methods.score import Progress, resolve_method
+from relp_cli.methods.request import Progress
+from relp_cli.methods.score import resolve_method
 from relp_cli.methods.scores import Scores
 from relp_cli.models.load import load_model
 from relp_cli.models.model import Model

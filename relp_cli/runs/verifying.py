@@ -9,7 +9,7 @@ from relp_cli.errors import RelpError
 from relp_cli.evaluation.missed import missed_effects
 from relp_cli.evaluation.verify import AnyNodes, confirmed
 from relp_cli.features.circuit import FeatureCircuit
-from relp_cli.methods.score import Progress
+from relp_cli.methods.request import Progress
 from relp_cli.runs.scoring import Session, open_run, prepare
 
 

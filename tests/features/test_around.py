@@ -25,6 +25,7 @@ from relp_cli.features.load import Dictionaries, load_dictionaries
 from relp_cli.features.score import score_features
 from relp_cli.features.scores import FeatureScores
 from relp_cli.features.sites import Site
+from relp_cli.methods.request import Request
 from relp_cli.methods.scores import Scores
 from relp_cli.selection import select
 from relp_cli.tasks.metrics import METRICS
@@ -161,8 +162,8 @@ def test_verification_patches_the_circuits_nodes_alone(dicts: Dictionaries, opti
     tau = float(errors.median())
     with exact_float64(), double_by_default():
         kept = confirmed(C.model, [C.batch], circuit, tau, scores.meta, dicts)
-        how = {k: scores.meta[k] for k in ("direction", "baseline")}
-        only = score_features(C.model, [C.batch], "act_patch", **how, only=circuit, dictionary=dicts)
+        request = Request("logit_diff", scores.meta["direction"], scores.meta["baseline"])
+        only = score_features(C.model, [C.batch], "act_patch", request, only=circuit, dictionary=dicts)
     assert 0 < only.meta["patched_runs"] <= 4 * 60 < exact.meta["patched_runs"]
     for site in dicts:
         assert torch.equal(kept.features[site], circuit.features[site] & (exact.dense(site).abs() > tau))

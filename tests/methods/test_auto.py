@@ -7,7 +7,8 @@ from oracles.wrapped import case, close, double_by_default, exact_float64, pairs
 
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.compare import run_comparison
-from relp_cli.methods.auto import How, _compare, candidates, exact_cells, set_aside
+from relp_cli.methods.auto import _compare, candidates, exact_cells, set_aside
+from relp_cli.methods.request import Request
 from relp_cli.tasks.pairs import PairBatch
 
 KINDS = ("attn_out", "mlp_out", "head")
@@ -37,9 +38,9 @@ def test_exact_cells_are_act_patch(direction, baseline):
         drawn = here[rng.permutation(len(here))[:40]]
         unit = torch.randint(4 if kind == "head" else 1, (len(drawn), 1))
         cells[kind] = torch.cat([drawn, unit], 1).numpy()
-    how = How(KINDS, "logit_diff", direction, baseline, 32, True, None)
+    request = Request("logit_diff", direction, baseline)
     with exact_float64(), double_by_default():
-        got, forwards = exact_cells(c.model, given, cells, exact, how)
+        got, forwards = exact_cells(c.model, given, cells, exact, request)
     for kind in KINDS:
         at = cells[kind] if kind == "head" else cells[kind][:, :3]
         close(torch.from_numpy(got[kind]), exact[kind].examples.double()[tuple(at.T)])

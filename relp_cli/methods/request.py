@@ -1,0 +1,103 @@
+"""What a scoring was asked for, and what it says of itself afterwards: the same for nodes, edges and features."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relp_cli.errors import unknown
+from relp_cli.methods.setup import Means, Passes, Setup
+from relp_cli.methods.table import Method, Params
+from relp_cli.models.model import Model
+from relp_cli.nodes.kinds import NodeKind
+from relp_cli.tasks.metrics import METRICS
+from relp_cli.tasks.pairs import PairBatch
+
+Progress = Callable[[int, int, str], None]  # (steps done, steps in all, what)
+DIRECTIONS = ("noising", "denoising")
+BASELINES = ("patch", "zero", "mean")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `relp.score` was asked for besides the model, the pairs, the method and the nodes; see there for meanings."""
+
+    metric: str = "logit_diff"
+    direction: str = "noising"
+    baseline: str = "patch"
+    batch_size: int = 32
+    keep_examples: bool | None = None
+    progress: Progress | None = None
+
+    def check(self, of: str = "", baselines: Sequence[str] = BASELINES) -> None:
+        """Raises RelpError for a metric, direction or baseline that does not exist (`of` features, say)."""
+        METRICS[self.metric]
+        for what, value, known in (("direction", self.direction, DIRECTIONS), ("baseline", self.baseline, baselines)):
+            if value not in known:
+                raise unknown(f"{what}{of}", value, known)
+
+    def setup(
+        self, model: Model, batch: PairBatch, kinds: tuple[NodeKind, ...], passes: Passes, means: Means | None = None
+    ) -> Setup:
+        """One batch made ready. `means`: for baseline mean."""
+        direction: Any = self.direction
+        baseline: Any = self.baseline
+        return Setup(model, batch, METRICS[self.metric], kinds, direction, baseline, means, passes)
+
+    def chunks(self, model: Model, pairs: Sequence[PairBatch]) -> list[PairBatch]:
+        """The pairs in batches of at most `batch_size`, on the model's device."""
+        return [small.to(model.device) for batch in pairs for small in batch.split(self.batch_size)]
+
+
+class Account:
+    """Passes, seconds and the metric on the original prompts, while a method works through its batches."""
+
+    def __init__(self, request: Request, model: Model, chunks: Sequence[PairBatch], method: str) -> None:
+        self.request, self.model, self.method = request, model, method
+        self.n_batches, self.n_pairs = len(chunks), sum(map(len, chunks))
+        self.passes, self.started = Passes(), time.perf_counter()
+        self.values: list[Tensor] = []
+
+    def done(self, setup: Setup) -> None:
+        """One batch is scored."""
+        original = setup.prompt_value("run" if self.request.direction == "noising" else "source")
+        self.values.append(original.cpu())
+        if self.request.progress:
+            self.request.progress(sum(map(len, self.values)), self.n_pairs, self.method)
+
+    def meta(self, row: Method, params: Params, rules: Mapping[str, int], axis: str, **more: Any) -> dict[str, Any]:
+        """What the result says of how it came about; passes are per pair, a pass over a batch counting for all its pairs."""
+        values = torch.cat(self.values)
+        return {
+            "method": self.method,
+            "params": params.model_dump(mode="json"),
+            "signed": row.signed,
+            "rules": dict(rules),
+            "metric": self.request.metric,
+            "direction": self.request.direction,
+            "baseline": self.request.baseline,
+            **model_meta(self.model),
+            "n_pairs": self.n_pairs,
+            "axis": axis,
+            "forwards_per_pair": round(self.passes.forward / self.n_batches, 3),
+            "backwards_per_pair": round(self.passes.backward / self.n_batches, 3),
+            "seconds": round(time.perf_counter() - self.started, 3),
+            "mean_metric": values.mean().item(),
+            "mean_abs_metric": values.abs().mean().item(),
+            **more,
+        }
+
+
+def model_meta(model: Model) -> dict[str, str]:
+    """What every result says of the model it came from."""
+    return {
+        "model": model.name,
+        "revision": model.revision,
+        "family": model.family.name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
