@@ -5,14 +5,15 @@
    of the other sites' leaves, and its gradient follows paths that cross no third site.
 3. For a node v of the circuit, one backward pass of ∂L/∂v · v (∂L/∂f = W_dec·g, ∂L/∂ε = g, held constant) gives the
    gradient h at the leaf of every site u before it, and the edges into v: δf_u·(W_dec·h) from features, δε_u·h from errors.
-4. The edge to the metric is what is left of u's effect without other sites: h is the gradient of L itself.
+4. The edge to the metric is what is left of u's effect without other sites: h is the gradient of L itself, taken where the
+   method takes g (for IG: averaged over its path).
 All paths out of u begin with one of its edges. So the edges from u to *all* features and error terms, and to the metric, sum
 to u's node score, for atp and relp exactly; IG averages g over a path but the slope between sites is taken at the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor
 from relp_cli.errors import RelpError
 from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.dictionary import Dictionary
-from relp_cli.features.gradients import GRADIENT_METHODS, SiteGradients
+from relp_cli.features.gradients import GRADIENT_METHODS, Point, SiteGradients
 from relp_cli.features.graph import FeatureEdges, FeatureNode
 from relp_cli.features.load import Dictionaries, dictionaries_of
 from relp_cli.features.score import BASELINES, differences
@@ -75,6 +76,9 @@ def feature_edges(
     request = Request(how["metric"], how["direction"], how["baseline"], batch_size)
     request.check(" for features", BASELINES)
     nodes = circuit.nodes()
+    if not nodes:
+        none = torch.zeros(0, dtype=torch.float64)
+        return FeatureEdges((), torch.zeros(0, 2, dtype=torch.long), none, none, torch.zeros(0, dtype=torch.long), how)
     if len(nodes) > MAX_NODES:
         raise RelpError(
             f"this circuit has {len(nodes)} nodes; edges are scored among at most {MAX_NODES}: select fewer of them"
@@ -162,7 +166,7 @@ class _Batch:
         """Per target and site before it: the target's number (the metric is the last), the number of the site's first node,
         Float[batch, node] scores of the edges from the site's nodes.
         """
-        leaves, reached, metric = self._linked()
+        leaves, reached, metric = self._linked({}, 1)
         for v, here in self.here.items():
             before = [u for u in self.here if u < v]
             if not before or not reached[v].requires_grad:
@@ -172,11 +176,26 @@ class _Batch:
             for i, value in enumerate(values):
                 grads = torch.autograd.grad(value, [leaves[u] for u in before], retain_graph=True, allow_unused=True)
                 yield from self._from(before, grads, here.first + i)
-        sources = list(self.here)
-        direct = list(torch.autograd.grad(metric.sum(), [leaves[u] for u in sources], allow_unused=True))
-        if sources and sources[-1] == self.sites[-1]:  # behind the last site all paths are direct: the method's own
-            direct[-1] = self.at.grads[sources[-1]]
-        yield from self._from(sources, direct, sum(h.at.shape[1] for h in self.here.values()))
+        direct = self._direct(leaves, metric)
+        yield from self._from(list(direct), list(direct.values()), sum(h.at.shape[1] for h in self.here.values()))
+
+    def _direct(self, leaves: Mapping[Site, Tensor], metric: Tensor) -> dict[Site, Tensor]:
+        """Per site of the circuit from which L is reached directly: that gradient Float[batch, pos, d_model]."""
+        run = Point(metric.new_ones(1), {}, self.sites)
+        found: dict[Site, Tensor] = {}
+        for point in self.at.points or (run,):
+            sites, copies = [s for s in point.sites if s in self.here], len(point.weights)
+            if not sites:
+                continue
+            if point is not run:
+                leaves, _, metric = self._linked(point.put, copies)
+            for site, grad in zip(
+                sites, torch.autograd.grad(metric.sum(), [leaves[s] for s in sites], allow_unused=True), strict=True
+            ):
+                if grad is not None:
+                    mean = torch.einsum("a,ab...->b...", point.weights, grad.unflatten(0, (copies, -1)))
+                    found[site] = found[site] + mean if site in found else mean
+        return found
 
     def _from(
         self, sites: Sequence[Site], grads: Sequence[Tensor | None], target: int
@@ -185,8 +204,11 @@ class _Batch:
             if h is not None:
                 yield target, self.here[site].first, self.here[site].scores(h)
 
-    def _linked(self) -> tuple[dict[Site, Tensor], dict[Site, Tensor], Tensor]:
-        """Step 2: per site its leaf and what reaches it from the leaves before it; L Float[batch]."""
+    def _linked(self, put: Mapping[str, Tensor], copies: int) -> tuple[dict[Site, Tensor], dict[Site, Tensor], Tensor]:
+        """Step 2 for copies of the batch: per site its leaf and what reaches it from the leaves before it; L Float[rows].
+
+        put: hook point → what stands there instead of the running value.
+        """
         setup = self.setup
         leaves: dict[Site, Tensor] = {}
         reached: dict[Site, Tensor] = {}
@@ -200,11 +222,10 @@ class _Batch:
             return hook
 
         with torch.enable_grad():
-            with (
-                lrp(setup.model, self.at.rules, self.at.other),
-                setup.model.hooks({s.point: link(s) for s in self.sites}),
-            ):
-                logits = setup.model.logits(setup.run)
+            replaced: list[tuple[str, Hook]] = [(name, lambda _, value=value: value) for name, value in put.items()]  # type: ignore[misc]
+            links = [(site.point, link(site)) for site in self.sites]
+            with lrp(setup.model, self.at.rules, self.at.other), setup.model.hooks([*replaced, *links]):
+                logits = setup.model.logits(setup.run.repeat(copies, 1))
             return leaves, reached, setup.value(logits)
 
 

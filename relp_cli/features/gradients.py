@@ -7,7 +7,7 @@ as in Marks et al. (their pass-through gradients), so one plain backward pass se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from relp_cli.features.dictionary import Dictionary
 from relp_cli.features.sites import Site
 from relp_cli.lrp.context import Recorded
 from relp_cli.methods.core import gradients, refuse_metric
-from relp_cli.methods.path import Path, chunks, mean_gradients, quadrature
+from relp_cli.methods.path import RESID, Path, chunks, mean_gradients, quadrature
 from relp_cli.methods.relp import recorded_source
 from relp_cli.methods.setup import Setup
 from relp_cli.nodes.access import Activations
@@ -35,10 +35,22 @@ class SiteRuns:
 
 
 @dataclass(frozen=True)
+class Point:
+    """Where on a path gradients are taken, several points at once: rows of a forward pass are [point, batch] flattened.
+
+    put: hook point → what stands there instead of the running value. sites: whose gradients this is for.
+    """
+
+    weights: Float[Tensor, " point"]
+    put: Mapping[str, Tensor]
+    sites: Sequence[Site]
+
+
+@dataclass(frozen=True)
 class SiteGradients:
     """Per site ∂L/∂x (or its mean over a path) Float[batch, pos, d_model].
 
-    applied: rule → layers. rules, other: what `lrp` was given. meta: more to say.
+    applied: rule → layers. rules, other: what `lrp` was given. points: the path; () at the run. meta: more to say.
     """
 
     runs: SiteRuns
@@ -46,6 +58,7 @@ class SiteGradients:
     applied: dict[str, int] = field(default_factory=dict)
     rules: tuple[str, ...] = ()
     other: Recorded | None = None
+    points: Sequence[Point] = ()
     meta: dict[str, Any] = field(default_factory=dict)
 
 
@@ -72,7 +85,12 @@ def ig_inputs(setup: Setup, sites: Mapping[Site, Dictionary], params: Any) -> Si
     """Gradients averaged while the embeddings move from run to source: `steps` forward + backward, and 2 forward."""
     path = Path.of(setup)
     mean, _ = mean_gradients(setup, path, params)
-    return SiteGradients(SiteRuns(path.values, path.source), _by_site(sites, mean))
+    alphas, weights = quadrature(params.rule, params.steps)
+    points = [
+        Point(path.start.new_tensor(weights[part]), {RESID.point(0): path.at(alphas[part])}, tuple(sites))
+        for part in chunks(len(alphas), setup, params.chunk_tokens)
+    ]
+    return SiteGradients(SiteRuns(path.values, path.source), _by_site(sites, mean), points=points)
 
 
 def ig_activations(setup: Setup, sites: Mapping[Site, Dictionary], params: Any) -> SiteGradients:
@@ -84,32 +102,41 @@ def ig_activations(setup: Setup, sites: Mapping[Site, Dictionary], params: Any) 
     if params.exact:
         raise RelpError("ig_activations moves the features and error of one site jointly; 'exact' is not for features")
     source, run = setup.source_activations(), setup.run_activations()
-    runs, grads = SiteRuns(run, source), {}
+    refuse_metric(setup, at_run=False)
+    grads, points = {}, []
     for site, dictionary in sites.items():
         x, end = run[site.node_kind.name][site.at], source[site.node_kind.name][site.at]
         if setup.baseline == "zero":  # f = 0 and ε = 0
             end = dictionary.b_dec.expand_as(x)
-        grads[site] = _along_site(setup, site, x, end - x, params)
-    return SiteGradients(runs, grads, meta={"interpolation": "joint (features and error of one site at once)"})
+        points += _along_site(setup, site, x, end - x, params)
+        grads[site] = _mean_over(setup, points, site)
+    meta = {"interpolation": "joint (features and error of one site at once)"}
+    return SiteGradients(SiteRuns(run, source), grads, points=points, meta=meta)
 
 
-def _along_site(setup: Setup, site: Site, x: Tensor, delta: Tensor, params: Any) -> Float[Tensor, "batch pos d_model"]:
-    """Mean over the path of ∂L/∂x with x clamped to x + α·δ at this site."""
-    refuse_metric(setup, at_run=False)
+def _along_site(setup: Setup, site: Site, x: Tensor, delta: Tensor, params: Any) -> list[Point]:
+    """x clamped to x + α·δ at this site."""
     alphas, weights = (
         torch.as_tensor(v, dtype=x.dtype, device=x.device) for v in quadrature(params.rule, params.steps)
     )
-    total = torch.zeros_like(x)
-    for part in chunks(len(alphas), setup, params.chunk_tokens):
-        leaf = (x + alphas[part].view(-1, 1, 1, 1) * delta).flatten(0, 1).requires_grad_(True)
-        copies = part.stop - part.start
+    return [
+        Point(weights[part], {site.point: (x + alphas[part].view(-1, 1, 1, 1) * delta).flatten(0, 1)}, (site,))
+        for part in chunks(len(alphas), setup, params.chunk_tokens)
+    ]
+
+
+def _mean_over(setup: Setup, points: Sequence[Point], site: Site) -> Float[Tensor, "batch pos d_model"]:
+    """Mean over a site's points of ∂L/∂x."""
+    total = torch.zeros(())
+    for point in (p for p in points if p.sites == (site,)):
+        leaf, copies = point.put[site.point].clone().requires_grad_(True), len(point.weights)
         with torch.enable_grad():
             with setup.model.hooks({site.point: lambda _, leaf=leaf: leaf}):  # type: ignore[misc]
                 logits = setup.model.logits(setup.run.repeat(copies, 1))
             (grad,) = torch.autograd.grad(setup.value(logits).sum(), leaf)
         setup.passes.forward += copies
         setup.passes.backward += copies
-        total += torch.einsum("a,ab...->b...", weights[part], grad.unflatten(0, (copies, -1)))
+        total = total + torch.einsum("a,ab...->b...", point.weights, grad.unflatten(0, (copies, -1)))
     return total
 
 

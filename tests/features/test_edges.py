@@ -64,6 +64,10 @@ def found_edges(shape: str, circuit: FeatureCircuit, method: str, batches: Any =
         return feature_edges(c.model, batches or [c.batch], circuit, method, **options)
 
 
+def scores_of(found: Dictionaries) -> FeatureScores:
+    return run(case("pythia"), "atp", ["feature"], dictionary=found)["feature"]  # type: ignore[return-value]
+
+
 def some_nodes(found: Dictionaries, per_site: int = 9) -> FeatureCircuit:
     """A few features at several positions and an error term of every site."""
     circuit = everything(found, positions())
@@ -99,6 +103,7 @@ class Oracle:
             self.g = {s: self.g[s] + g / len(runs) for s, g in zip(found, grads, strict=True)}
         self.leaves: dict[Site, Tensor] = {}
         self.reached: dict[Site, Tensor] = {}
+        self.direct = {site: torch.zeros(()) for site in found}
 
         def link(site: Site) -> Callable[[Tensor], Tensor]:
             def swap(x: Tensor) -> Tensor:
@@ -107,8 +112,16 @@ class Oracle:
 
             return swap
 
-        linked = forward(c.weights, c.config, ids, rules, {self.name(s): link(s) for s in found})
-        self.loss = c.metric(linked.logits)
+        for tokens in [*runs, ids]:  # the last one stays
+            linked = forward(c.weights, c.config, tokens, rules, {self.name(s): link(s) for s in found})
+            ends = list(self.leaves.values())
+            grads = torch.autograd.grad(
+                c.metric(linked.logits).sum(), ends, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            if tokens is not ids or runs[0] is ids:
+                self.direct = {s: self.direct[s] + g / len(runs) for s, g in zip(self.leaves, grads, strict=True)}
+            if runs[0] is ids:
+                break
 
     def name(self, site: Site) -> tuple[str, int]:
         return ("resid_pre", site.layer + 1) if site.kind == "resid" else (f"{site.kind}_out", site.layer)
@@ -126,16 +139,16 @@ class Oracle:
         """Per example; None: the metric."""
         p = int(u.position)
         if v is None:
-            value = self.loss.sum()
+            h = self.direct[u.site]
         else:
             q, (f, e), g = int(v.position), self.parts(v.site, self.reached[v.site]), self.g[v.site]
             if v.feature is None:
                 value = (e[:, q] * g[:, q]).sum()
             else:
                 value = (f[:, q, v.feature] * (g[:, q] @ self.found[v.site].w_dec[v.feature])).sum()
-        (h,) = torch.autograd.grad(
-            value, self.leaves[u.site], retain_graph=True, allow_unused=True, materialize_grads=True
-        )
+            (h,) = torch.autograd.grad(
+                value, self.leaves[u.site], retain_graph=True, allow_unused=True, materialize_grads=True
+            )
         delta_f, delta_e = self.delta[u.site]
         if u.feature is None:
             return (delta_e[:, p] * h[:, p]).sum(-1)
@@ -165,13 +178,7 @@ def test_edges_against_the_oracle(
     nodes = circuit.nodes()
     for u in nodes:
         for v in (*nodes, None):
-            if v is None and method == "ig_inputs" and u.site == list(circuit.features)[-1]:
-                g = oracle.g[u.site][:, int(u.position)]
-                delta = [t[:, int(u.position)] for t in oracle.delta[u.site]]
-                w = oracle.found[u.site].w_dec
-                want = (delta[1] * g).sum(-1) if u.feature is None else delta[0][:, u.feature] * (g @ w[u.feature])
-            else:
-                want = oracle.edge(u, v) if v is None or u.site < v.site else torch.zeros(4)
+            want = oracle.edge(u, v) if v is None or u.site < v.site else torch.zeros(4)
             mean, variance = names.get((u.name, METRIC if v is None else v.name), (torch.zeros(()), torch.zeros(())))
             close(mean, want.mean())
             close(variance, want.var())
@@ -195,6 +202,24 @@ def test_edges_out_of_a_node_sum_to_its_score(dicts: Callable[..., Dictionaries]
     assert {parse_node(name).site for name in direct} == {
         Site("resid", 2)
     }  # the residual stream stands in every other path
+
+
+@pytest.mark.parametrize("method", ["ig_inputs", "ig_activations"])
+def test_behind_the_last_site_an_edge_to_the_metric_is_the_node_score(
+    dicts: Callable[..., Dictionaries], method: str
+) -> None:
+    """Whatever a method's gradient is, it is the same along direct paths; with these sites only the last one has all."""
+    found = dicts("pythia", ("attn_out_layer0", "resid_out_layer1", "mlp_out_layer2", "resid_out_layer2"), 10)
+    options = {"steps": 3, "chunk_tokens": 60}  # two points at once, then one
+    scores = run(case("pythia"), method, ["feature"], dictionary=found, **options)["feature"]
+    assert isinstance(scores, FeatureScores)
+    edges = found_edges("pythia", everything(found, positions()), method, dictionary=found, **options)
+    direct = {u: score for (u, v), score in zip(edges.names(), edges.mean, strict=True) if v == METRIC}
+    assert {parse_node(name).site for name in direct} == {Site("resid", 2)}
+    for name, score in direct.items():
+        node = parse_node(name)
+        p = int(node.position)
+        close(score, scores.error_mean[-1, p] if node.feature is None else scores.dense(node.site)[p, node.feature])
 
 
 @pytest.mark.parametrize("shape", ["pythia", "gpt2"])
@@ -355,6 +380,8 @@ def test_refusals(dicts: Callable[..., Dictionaries], monkeypatch: pytest.Monkey
         found_edges("pythia", circuit, "atp", dictionary=found, direction="noise")
     with pytest.raises(RelpError, match="the circuit has no position 'a'"):
         found_edges("pythia", circuit, "atp", [pairs(roles=("a", *"12345"))], dictionary=found)
+    nothing = found_edges("pythia", select(scores_of(found), top_k=0), "atp", dictionary=found)
+    assert (len(nothing), len(nothing.above(0).table()), nothing.reaching()) == (0, 0, set())
     with pytest.raises(RelpError, match="does not say its dictionary"):
         found_edges("pythia", circuit, "atp")
     monkeypatch.setattr("relp_cli.features.edges.MAX_NODES", 3)
