@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,8 +59,14 @@ def command(
 
     if confirm is not None and not verify:
         raise RelpError("--confirm belongs to --verify")
-    if annotations is not None and edge_threshold is None:
-        raise RelpError("--annotations belongs to --edge-threshold")
+    if annotations is not None:
+        from relp_cli.features.annotations import read_annotations
+
+        if edge_threshold is None:
+            raise RelpError("--annotations belongs to --edge-threshold")
+        read_annotations(annotations)
+    if edge_threshold is not None and not math.isfinite(edge_threshold):
+        raise RelpError(f"--edge-threshold: expected a number, got {edge_threshold}")
     from relp_cli.selection import select
 
     run_dir, _, scores = open_run(run)

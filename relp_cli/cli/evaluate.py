@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from relp_cli.cli.common import DeviceOption, DryRunFlag, JsonFlag, log, note, out, print_json, progress
+from relp_cli.errors import RelpError
 
 
 def command(
@@ -17,7 +18,9 @@ def command(
         typer.Option(help="log:1e-4:1:15 (thresholds), or counts:1,10,100. Default: circuit.json, else log:1e-4:1:15."),
     ] = None,
     circuit: Annotated[Path | None, typer.Option(help="Evaluate this circuit file instead.")] = None,
-    ablation: Annotated[str, typer.Option(help="mean, mean_task, zero, counterfactual, resample or corpus.")] = "mean",
+    ablation: Annotated[
+        str, typer.Option(help="mean, mean_task, zero, counterfactual; nodes: resample, corpus.")
+    ] = "mean",
     corpus: Annotated[Path | None, typer.Option(help="A text file, for --ablation corpus.")] = None,
     minimality: Annotated[
         bool, typer.Option("--minimality", help="Also drop the circuit's nodes or edges one by one (minimality.csv).")
@@ -54,6 +57,14 @@ def command(
         from relp_cli.cli.job import run_job
 
         run_job(target, override, output, engine, device, dry_run, json)
+        return
+    if override or engine != "local":
+        raise RelpError(f"{'--override' if override else '--engine'} is for jobs; '{target}' is a run")
+    if dry_run:
+        from relp_cli.runs.evaluating import evaluation_cost
+
+        cost = evaluation_cost(Path(target), sweep, circuit, pairs, random)
+        print_json(cost) if json else out.print("\n".join(f"{k}: {v}" for k, v in cost.items()), highlight=False)
         return
     from relp_cli.cli.tables import show_evaluation
     from relp_cli.runs.evaluating import evaluate_run

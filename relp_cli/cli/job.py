@@ -44,7 +44,10 @@ def run_job(
 
     if not Path(name).exists() and "/" in name and not name.endswith((".yaml", ".yml")):
         raise RelpError(f"run '{name}' does not exist; `relp ls runs` lists runs, `relp score` makes one")
+    from relp_cli.runs.jobrun import check_job, collect
+
     job = load_job(name, overrides)
+    check_job(job)
     folder = output or Path("runs") / job.name
     if dry_run:
         grid = cells(job)
@@ -58,7 +61,6 @@ def run_job(
         print_json(summary) if json else out.print("\n".join(f"{k}: {v}" for k, v in summary.items()), highlight=False)
         return
     from relp_cli.runs.engines import ENGINES
-    from relp_cli.runs.jobrun import collect
     from relp_cli.runs.summary import summarise
 
     with progress() as bar:

@@ -12,6 +12,9 @@ from relp_cli.cli.common import log
 
 def command(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
+    annotations: Annotated[
+        Path | None, typer.Option(help="What features mean: JSON lines (default: contexts and promoted tokens).")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: report.html in the run.")] = None,
 ) -> None:
     """Figures and one self-contained HTML page of a run.
@@ -20,5 +23,5 @@ def command(
     """
     from relp_cli.runs.reporting import report_run
 
-    for path in report_run(run, output):
+    for path in report_run(run, output, annotations):
         log.print(str(path), highlight=False)

@@ -72,7 +72,10 @@ def command(
     if rules is not None:
         params["rules"] = rules if rules == "auto" else list(comma(rules))
     if dictionary is not None:
-        params["dictionary"] = dictionary
+        # A run can be evaluated from another folder than it was scored in.
+        params["dictionary"] = (
+            str(Path(dictionary).resolve()) if dictionary and Path(dictionary).is_dir() else dictionary
+        )
         nodes = "feature" if nodes == COMPONENTS else nodes
     spec = score_spec(
         task=task, model=model, method=method, nodes=comma(nodes), pairs=pairs, seed=seed, split=split, metric=metric,
@@ -80,10 +83,14 @@ def command(
         keep_examples=per_example, params=params,
     )  # fmt: skip
     from relp_cli.runs.cost import describe_cost
-    from relp_cli.runs.scoring import Prepared, Session, check_request, choice_notes, prepare, score_run
+    from relp_cli.runs.scoring import Prepared, Session, check_request, prepare, score_run, scoring_notes
 
     session = Session(device)
     check_request(spec, output)
+    if annotations is not None:
+        from relp_cli.features.annotations import read_annotations
+
+        read_annotations(annotations)
     if dry_run:
         prepared = prepare(spec, session)
         cost = describe_cost(prepared.model, prepared.pairs, spec)
@@ -105,7 +112,7 @@ def command(
 
     with progress() as bar:
         run, scores, cached = score_run(spec, session, output, bar, ready)
-    for line in choice_notes(scores):
+    for line in scoring_notes(scores):
         note(line)
     if json:
         print_json({"run": str(run.path), "cached": cached, **run.read()})

@@ -47,6 +47,6 @@ def _entry(row: Mapping[str, object]) -> tuple[tuple[Site, int] | None, str]:
     else:
         where, number, text = str(row.get("site")), str(row.get("feature")), row.get("annotation")
     site = parse_site(where)
-    if site is None or not number.isdigit() or text is None:
+    if site is None or not number.isdigit() or not isinstance(text, str):
         return None, ""
-    return (site, int(number)), str(text)
+    return (site, int(number)), text

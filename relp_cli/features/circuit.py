@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from torch import Tensor
 
 from relp_cli.circuits.circuit import ANY_POSITION, read_json
-from relp_cli.errors import RelpError
-from relp_cli.features.graph import FeatureEdges, FeatureNode
+from relp_cli.errors import RelpError, unknown
+from relp_cli.features.graph import EdgeColumns, FeatureEdges, FeatureNode
 from relp_cli.features.sites import Site, parse_site
 from relp_cli.files import write_atomically
 from relp_cli.tasks.pairs import PairBatch
@@ -158,27 +159,70 @@ class FeatureCircuit:
         content = read_json(path)
         if not isinstance(content, dict) or content.get("schema") != SCHEMA or content.get("type") != TYPE:
             raise RelpError(f"circuit file {path}: expected a {TYPE} (schema {SCHEMA})")
-        features, errors, labels = {}, {}, tuple(content["labels"])
-        for name, about in content["sites"].items():
-            site = parse_site(name)
-            if site is None:
-                raise RelpError(f"circuit file {path}: unknown site '{name}'")
-            features[site] = torch.zeros(len(labels), about["n_features"], dtype=torch.bool)
-            features[site][
-                torch.tensor(about["pos"], dtype=torch.long), torch.tensor(about["feature"], dtype=torch.long)
-            ] = True
-            errors[site] = torch.zeros(len(labels), dtype=torch.bool)
-            errors[site][torch.tensor(about["error_pos"], dtype=torch.long)] = True
-        meta = content["meta"]
-        if isinstance(meta.get("selection", {}).get("tau"), str):
-            meta["selection"]["tau"] = float(meta["selection"]["tau"])
-        circuit = cls(features, errors, labels, content["errors"], meta)
-        if "edges" not in content:
-            return circuit
         try:
-            return replace(circuit, edges=FeatureEdges.from_columns(content["edges"], circuit.nodes()))
+            return _File.model_validate(content).circuit()
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "content"
+            raise RelpError(f"circuit file {path}: {where}: {first['msg']}") from error
         except RelpError as error:
             raise RelpError(f"circuit file {path}: {error}") from error
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _SiteFile(_Strict):
+    """One site in a file: the kept features as columns (position, feature), and the kept errors' positions."""
+
+    n_features: PositiveInt
+    pos: list[NonNegativeInt]
+    feature: list[NonNegativeInt]
+    error_pos: list[NonNegativeInt]
+
+    def masks(self, name: str, n_pos: int) -> tuple[Tensor, Tensor]:
+        if len(self.pos) != len(self.feature):
+            raise RelpError(f"sites.{name}: {len(self.pos)} positions for {len(self.feature)} features")
+        if max((*self.pos, *self.error_pos), default=0) >= n_pos or max(self.feature, default=0) >= self.n_features:
+            raise RelpError(f"sites.{name}: expected positions below {n_pos} and features below {self.n_features}")
+        features = torch.zeros(n_pos, self.n_features, dtype=torch.bool)
+        features[torch.tensor(self.pos, dtype=torch.long), torch.tensor(self.feature, dtype=torch.long)] = True
+        errors = torch.zeros(n_pos, dtype=torch.bool)
+        errors[torch.tensor(self.error_pos, dtype=torch.long)] = True
+        return features, errors
+
+
+class _File(_Strict):
+    """A circuit file, as `save` writes it."""
+
+    schema_: int = Field(alias="schema")
+    type: str
+    meta: dict[str, Any]
+    labels: list[str]
+    errors: str
+    n_nodes: int
+    sites: dict[str, _SiteFile]
+    edges: EdgeColumns | None = None
+
+    def circuit(self) -> FeatureCircuit:
+        if self.errors not in ERRORS:
+            raise unknown("choice of error terms", self.errors, ERRORS)
+        masks: dict[Site, tuple[Tensor, Tensor]] = {}
+        for name, about in self.sites.items():
+            site = parse_site(name)
+            if site is None or site in masks:
+                raise RelpError(f"sites: '{name}' is {'no site' if site is None else 'there twice'}")
+            masks[site] = about.masks(name, len(self.labels))
+        meta = dict(self.meta)
+        selection = meta.get("selection")
+        if isinstance(selection, dict) and isinstance(selection.get("tau"), str):
+            meta["selection"] = {**selection, "tau": float(selection["tau"])}
+        features, errors = ({s: pair[i] for s, pair in masks.items()} for i in (0, 1))
+        circuit = FeatureCircuit(features, errors, tuple(self.labels), self.errors, meta)
+        if circuit.n_nodes != self.n_nodes:
+            raise RelpError(f"n_nodes says {self.n_nodes}, but there are {circuit.n_nodes}")
+        return circuit if self.edges is None else replace(circuit, edges=self.edges.edges(circuit.nodes()))
 
 
 def _written(meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ Formulas: https://github.com/saprmarks/dictionary_learning, `dictionary.py` and 
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +59,14 @@ def _gated(s: State) -> Dictionary:
 
 def _top_k(s: State) -> Dictionary:
     common = {**_linear(s), "b_enc": s["encoder.bias"], "b_dec": s["b_dec"], "b_in": s["b_dec"]}
-    return Dictionary("topk", "AutoEncoderTopK", **common, k=int(s["k"]))
+    return Dictionary("topk", "AutoEncoderTopK", **common, k=_whole(s["k"]))
+
+
+def _whole(k: Tensor) -> int:
+    """Raises RelpError for a k that is no single whole number."""
+    if k.numel() != 1 or k.item() != int(k.item()):
+        raise RelpError(f"AutoEncoderTopK: expected one whole number k, got {k.tolist()}")
+    return int(k.item())
 
 
 def _batch_top_k(s: State) -> Dictionary:
@@ -117,9 +123,9 @@ def load_dictionary_learning(folder: Path) -> Dictionary:
     path = folder / WEIGHTS
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch raises whatever the bytes lead it to
         raise RelpError(
-            f"dictionary {path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}"
+            f"dictionary {path} is not a state dict of tensors saved by torch ({type(error).__name__})"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise RelpError(f"dictionary {path}: expected a state dict of tensors")

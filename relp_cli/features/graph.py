@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from relp_cli.circuits.circuit import ANY_POSITION
@@ -117,20 +119,38 @@ class FeatureEdges:
             "n": self.n.tolist(),
         }  # fmt: skip
 
-    @classmethod
-    def from_columns(cls, content: Mapping[str, Any], nodes: tuple[FeatureNode, ...]) -> FeatureEdges:
-        """What `columns` gave, among the nodes of the circuit. Raises RelpError for edges of other nodes."""
-        number = {node: i for i, node in enumerate(nodes)}
 
-        def at(name: str) -> int:
-            found = len(nodes) if name == METRIC else number.get(parse_node(name))
-            if found is None:
-                raise RelpError(f"edge to or from '{name}', which is no node of the circuit")
-            return found
+class EdgeColumns(BaseModel):
+    """Edges in a circuit file, as `FeatureEdges.columns` writes them."""
 
-        ends = [[at(name) for name in content[end]] for end in ("source", "target")]
-        variance = [float("nan") if v is None else v for v in content["variance"]]
-        return cls(
-            nodes, torch.tensor(ends, dtype=torch.long).T, torch.tensor(content["score"], dtype=torch.float64),
-            torch.tensor(variance, dtype=torch.float64), torch.tensor(content["n"], dtype=torch.long), content["meta"],
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    meta: dict[str, Any]
+    source: list[str]
+    target: list[str]
+    score: list[FiniteFloat]
+    variance: list[NonNegativeFloat | None]
+    n: list[PositiveInt]
+
+    def edges(self, nodes: tuple[FeatureNode, ...]) -> FeatureEdges:
+        """Among the nodes of the circuit. Raises RelpError for columns of several lengths, edges of other nodes, and edges
+        that do not lead onwards.
+        """
+        if len({len(column) for column in (self.source, self.target, self.score, self.variance, self.n)}) != 1:
+            raise RelpError("edges: columns of different lengths")
+        number = {node.name: i for i, node in enumerate(nodes)} | {METRIC: len(nodes)}
+        ends = []
+        for names in zip(self.source, self.target, strict=True):
+            if missing := [name for name in names if name not in number]:
+                raise RelpError(f"edges: '{missing[0]}' is no node of the circuit")
+            u, v = (number[name] for name in names)
+            if u == len(nodes) or (v < len(nodes) and not nodes[u].site < nodes[v].site):
+                raise RelpError(f"edges: {names[0]} → {names[1]} does not lead to a later site")
+            ends.append((u, v))
+        if len(set(ends)) < len(ends):
+            raise RelpError("edges: some are there twice")
+        variance = [math.nan if v is None else v for v in self.variance]
+        return FeatureEdges(
+            nodes, torch.tensor(ends, dtype=torch.long).view(-1, 2), torch.tensor(self.score, dtype=torch.float64),
+            torch.tensor(variance, dtype=torch.float64), torch.tensor(self.n, dtype=torch.long), self.meta,
         )  # fmt: skip

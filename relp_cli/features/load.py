@@ -27,11 +27,15 @@ SHIPPED = Path(__file__).parent / "dictionaries"
 
 @dataclass(frozen=True, eq=False)
 class Dictionaries(Mapping[Site, Dictionary]):
-    """Site → dictionary, in the order of a forward pass. source: the path that was asked for; digest: of their files."""
+    """Site → dictionary, in the order of a forward pass.
+
+    source: the path that was asked for; digest: of their files; model: whose they say they are, where that is another one.
+    """
 
     by_site: Mapping[Site, Dictionary]
     source: str
     digest: str
+    model: str | None = None
 
     def __getitem__(self, site: Site) -> Dictionary:
         return self.by_site[site]
@@ -57,14 +61,24 @@ def load_dictionaries(path: str | Path, model: Model) -> Dictionaries:
     root = _root(path)
     digest = hashlib.sha256()
     found: dict[Site, tuple[Dictionary, Path]] = {}
+    others: list[str] = []
     for folder in dictionary_folders(root):
         site, loaded = load_one(folder, root, model)
         if site in found:
             raise RelpError(f"dictionary {root}: {found[site][1]} and {folder} are both for site {site.name}")
         found[site] = (loaded.to(model.device, model.dtype), folder)
+        others += saelens.other_model(folder, model)
         for file in sorted(p for p in folder.iterdir() if p.is_file()):
             digest.update(f"{site.name}/{file.name}".encode() + file.read_bytes())
-    return Dictionaries({site: d for site, (d, _) in found.items()}, str(path), digest.hexdigest()[:16])
+    by_site = {site: d for site, (d, _) in found.items()}
+    return Dictionaries(by_site, str(path), digest.hexdigest()[:16], others[0] if others else None)
+
+
+def check_dictionary(path: str | Path | None) -> None:
+    """What can be known to be wrong before a model is loaded. Raises RelpError for no path, or one without dictionaries."""
+    if path is None:
+        raise RelpError("features need --dictionary PATH (a folder of sparse autoencoders, or a shipped name)")
+    dictionary_folders(_root(path))
 
 
 def dictionaries_of(
@@ -92,6 +106,10 @@ def dictionaries_of(
 def _root(path: str | Path) -> Path:
     if str(path) in shipped_dictionaries():
         return SHIPPED / str(path)
+    if not str(path):
+        raise RelpError(
+            f"dictionary: expected a folder or one of {', '.join(shipped_dictionaries())}, got an empty name"
+        )
     root = Path(path).expanduser()
     if not root.is_dir():
         raise RelpError(
@@ -125,9 +143,12 @@ def load_one(folder: Path, root: Path, model: Model) -> tuple[Site, Dictionary]:
             loaded = dictionary_learning.load_dictionary_learning(folder)
         else:
             loaded, hook = saelens.load_saelens(folder)
-    except (RuntimeError, IndexError) as error:
+    except RelpError:
+        raise
+    except Exception as error:  # files from anywhere: whatever does not fit is the folder's fault, and is said of it
+        reason = (str(error).splitlines() or [""])[0]
         raise RelpError(
-            f"dictionary {folder}: its tensors do not fit together ({str(error).splitlines()[0]})"
+            f"dictionary {folder}: its files do not fit together ({type(error).__name__}: {reason})"
         ) from error
     by_hook = parse_site(hook) if hook else None
     if site and by_hook and site != by_hook:
@@ -162,5 +183,11 @@ def _check(folder: Path, site: Site, d: Dictionary, model: Model) -> None:
                 f"dictionary {folder}: {name} has shape {list(tensor.shape)}, site {site.name} of model {model.name} "
                 f"needs {list(shape)} (d_model {want})"
             )
-    if d.k is not None and d.k > width:
-        raise RelpError(f"dictionary {folder}: k = {d.k} is more than its {width} features")
+    if not width:
+        raise RelpError(f"dictionary {folder} has no features")
+    if d.k is not None and not 0 < d.k <= width:
+        raise RelpError(f"dictionary {folder}: k = {d.k}, expected 1 to {width} (its number of features)")
+    broken = [n for n, t in vars(d).items() if isinstance(t, Tensor) and t.isnan().any()]
+    broken += [n for n in ("w_enc", "w_dec", "b_dec", "b_in") if n not in broken and not getattr(d, n).isfinite().all()]
+    if broken:
+        raise RelpError(f"dictionary {folder}: {broken[0]} holds values that are not finite")

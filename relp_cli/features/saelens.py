@@ -17,8 +17,9 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError, unknown
 from relp_cli.features.dictionary import Dictionary
-from relp_cli.features.sites import Site, parse_site
+from relp_cli.features.sites import parse_site
 from relp_cli.files import write_atomically
+from relp_cli.models.model import Model
 
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
 # architecture → form of the encoder; BatchTopK keeps what is above one threshold once it is trained
@@ -63,6 +64,22 @@ def load_saelens(folder: Path) -> tuple[Dictionary, str | None]:
     return Dictionary(FORMS[architecture], f"SAELens {architecture}", **common, **parts), hook
 
 
+def other_model(folder: Path, model: Model) -> list[str]:
+    """[the model that a folder's metadata names], where that is not this one; [] for folders that do not say.
+
+    Ours say their model's revision. Others' names are matched loosely ("gpt2-small" and "gpt2" are the same).
+    """
+    if not (folder / CONFIG).is_file():
+        return []
+    config = _config(folder)
+    about = {**config, **(config.get("metadata") or {})}
+    name = str(about.get("model_name") or "")
+    if about.get("revision"):
+        return [name] if about["revision"] != model.revision else []
+    theirs, mine = (n.rpartition("/")[2].lower() for n in (name, model.name))
+    return [name] if theirs and theirs not in mine and mine not in theirs else []
+
+
 def _config(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / CONFIG).read_text())
@@ -86,7 +103,7 @@ def _architecture(folder: Path, config: Mapping[str, Any]) -> tuple[str, int | N
     if architecture != "topk":
         return architecture, None
     k = config.get("k", (config.get("activation_fn_kwargs") or {}).get("k"))
-    if not isinstance(k, int) or k < 1:
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise RelpError(f"{folder / CONFIG}: a topk SAE needs a whole number k ≥ 1, got {k!r}")
     return architecture, k
 
@@ -153,13 +170,13 @@ def _common(
     return {"w_enc": w_enc, "b_enc": b_enc, "w_dec": w_dec, "b_dec": b_dec, "b_in": b_in}
 
 
-def save_saelens(folder: Path, d: Dictionary, site: Site, model_name: str, about: Mapping[str, Any]) -> None:
+def save_saelens(folder: Path, d: Dictionary, hook: str, model_name: str, about: Mapping[str, Any]) -> None:
     """Write a relu or topk dictionary (b_in = b_dec) as SAELens does, in half precision; `about` goes into the metadata."""
     architecture = {"relu": "standard", "topk": "topk"}[d.form]
     config: dict[str, Any] = {
         "architecture": architecture, "d_in": d.d_in, "d_sae": d.n_features, "dtype": "float32", "device": "cpu",
         "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
-        "metadata": {"model_name": model_name, "hook_name": site.hook, "sae_lens_version": "6.0.0", **about},
+        "metadata": {"model_name": model_name, "hook_name": hook, "sae_lens_version": "6.0.0", **about},
     }  # fmt: skip
     if d.k is not None:
         config |= {"k": d.k, "rescale_acts_by_decoder_norm": False}

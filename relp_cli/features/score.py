@@ -53,10 +53,11 @@ def score_features(
     """
     where = params.pop("dictionary", None)
     if where is None:
-        raise RelpError("nodes=feature need --dictionary PATH (a folder of sparse autoencoders, or a shipped name)")
+        raise RelpError(
+            "features need --dictionary PATH (dictionary=: a folder of sparse autoencoders, or a shipped name)"
+        )
     row, parsed = resolve_method(model, method, params)
-    if row.name not in METHOD_NAMES:
-        raise RelpError(f"method '{row.name}' does not score features; methods for features: {', '.join(METHOD_NAMES)}")
+    check_method(row.name, parsed)
     request.check(" for features", BASELINES)
     axis, labels = position_axis(pairs)
     dictionaries = where if isinstance(where, Dictionaries) else load_dictionaries(where, model)
@@ -67,6 +68,8 @@ def score_features(
     totals = Totals(tuple(dictionaries), sizes, labels, request.keep_examples)
     applied: dict[str, int] = {}
     about: dict[str, Any] = {"dictionary": dictionaries.source, "dictionary_hash": dictionaries.digest}
+    if dictionaries.model:
+        about["dictionary_of"] = dictionaries.model
     for chunk in chunks:
         setup = request.setup(model, chunk, kinds, account.passes)
         features, errors, applied, more = one_batch(setup, dictionaries, row.name, parsed, only)
@@ -75,6 +78,14 @@ def score_features(
         account.done(setup)
     meta = account.meta(row, parsed, applied, axis, **about)
     return Scores({KIND: totals.finish(axis, meta)}, meta)  # type: ignore[dict-item]
+
+
+def check_method(name: str, params: Any) -> None:
+    """Raises RelpError for methods, and rules, that features cannot be scored with."""
+    if name not in METHOD_NAMES:
+        raise RelpError(f"method '{name}' does not score features; methods for features: {', '.join(METHOD_NAMES)}")
+    if getattr(params, "rules", None) == ("auto",):
+        raise RelpError("rules are chosen automatically for node kinds, not for features; give --rules by name")
 
 
 def one_batch(

@@ -32,6 +32,8 @@ def select_features(
 
     Raises: RelpError as `relp.select`.
     """
+    if edges := [name for name in ("greedy", "prune") if name in how]:
+        raise RelpError(f"--{edges[0]} is for edge circuits")
     if errors not in ERRORS:
         raise unknown("choice of error terms", errors, ERRORS)
     given = {k: v for k, v in {"threshold": threshold, **how}.items() if v is not None}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from relp_cli.errors import RelpError
+from relp_cli.errors import RelpError, RunFailed
 from relp_cli.features.saelens import load_saelens, save_saelens
 from relp_cli.features.sites import Site
 from relp_cli.features.train import Text, TrainSpec, activations_at, quality, train_dictionary
@@ -48,9 +48,12 @@ def train_dictionaries(
 
     Quality is measured on the saved file, in half precision. Raises: RelpError where the folder cannot be written to.
     """
+    card = folder / CARD
+    if card.is_file() and json.loads(card.read_text()).get("revision") != model.revision:
+        raise RelpError(f"{folder} holds dictionaries of another model; choose another --output")
     check_writable(folder)
-    text, rows, total = Text.of(model, lines), [], len(sites) * spec.steps
-    for number, site in enumerate(sites):
+    text, rows, total = Text.of(model, lines), [], len(set(sites)) * spec.steps
+    for number, site in enumerate(dict.fromkeys(sites)):
         x = activations_at(model, text.train, [site], text.skip)[site]
 
         def report(step: int, before: int = number * spec.steps) -> None:
@@ -58,15 +61,21 @@ def train_dictionaries(
                 progress(before + step, total, "train-dictionary")
 
         found = train_dictionary(x, spec, report)
-        save_saelens(folder / site.name, found, site, model.name, {"revision": model.revision, "seed": spec.seed})
+        if not all(t.isfinite().all() for t in (found.w_enc, found.b_enc, found.w_dec, found.b_dec)):
+            raise RunFailed(
+                f"training diverged at {site.name}: weights are not finite; try a smaller --lr than {spec.lr:g}"
+            )
+        # What enters the first block is the embedding only where no positions are added to it.
+        hook = "blocks.0.hook_resid_pre" if site.kind == "embed" and "pos_embed.hook_out" in model.points else site.hook
+        save_saelens(folder / site.name, found, hook, model.name, {"revision": model.revision, "seed": spec.seed})
         measured = quality(model, site, load_saelens(folder / site.name)[0], text)
         rows.append({"site": site.name, "features": spec.features, **measured.as_dict(), "tokens": len(x)})
-    card = {
+    content = {
         "model": model.name,
         "revision": model.revision,
         "spec": spec.model_dump(),
         "lines": len(lines),
         "sites": rows,
     }
-    write_atomically(folder / CARD, json.dumps(card, indent=1) + "\n")
+    write_atomically(card, json.dumps(content, indent=1) + "\n")
     return pd.DataFrame(rows)

@@ -12,6 +12,7 @@ from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.scores import FeatureScores
 from relp_cli.features.show import top_features
 from relp_cli.methods.scores import NodeScores, Scores
+from relp_cli.report.names import SITE_TITLES
 
 
 def top_nodes(scores: Scores, k: int = 10) -> pd.DataFrame:
@@ -61,10 +62,20 @@ def circuit_counts(circuit: Circuit | EdgeCircuit | FeatureCircuit) -> dict[str,
         kinds = dict.fromkeys(site.kind for site in circuit.features)
         kept = {site: mask.sum(1) + circuit.errors[site] for site, mask in circuit.features.items()}
         return {
-            f"{kind} features": pd.DataFrame([n.tolist() for s, n in kept.items() if s.kind == kind], columns=labels)
+            f"{SITE_TITLES[kind]}: features and error terms": pd.DataFrame(
+                [n.tolist() for site, n in kept.items() if site.kind == kind], columns=labels
+            )
             for kind in kinds
         }
     return {
         kind: pd.DataFrame(mask.reshape(*mask.shape[:2], -1).sum(-1).numpy(), columns=labels)
         for kind, mask in circuit.masks.items()
     }
+
+
+def possible(circuit: Circuit | EdgeCircuit | FeatureCircuit, kind: str) -> int:
+    """How many nodes a circuit could keep of one of `circuit_counts`' kinds."""
+    if isinstance(circuit, FeatureCircuit):
+        sites = [s for s in circuit.features if kind.startswith(f"{SITE_TITLES[s.kind]}:")]
+        return sum(circuit.features[s].numel() + circuit.has_error(s) * len(circuit.labels) for s in sites)
+    return circuit.masks[kind].numel() if isinstance(circuit, Circuit) else circuit.n_possible

@@ -15,11 +15,11 @@ from relp_cli.edges.circuit import EdgeCircuit
 from relp_cli.edges.scores import EdgeScores
 from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.report.canvas import LIGHT, Theme, new_figure, one_line, themed
+from relp_cli.report.names import SITE_TITLES
 
 MOST_EDGES = 300  # the strongest; more are a grey area
 MOST_NAMES = 90  # nodes beyond which none is named
 STYLES = {"q": (0, (4, 2)), "k": (0, (1, 1.5))}  # values, MLPs and logits: solid
-SITE_TITLES = {"embed": "embedding", "attn": "attention", "mlp": "MLP", "resid": "residual"}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from relp_cli.files import write_atomically
 from relp_cli.methods.scores import SIGN, Scores
 from relp_cli.report.canvas import DARK, LIGHT, Theme, rendered, save_figure
 from relp_cli.report.curve_plot import curves_figure
-from relp_cli.report.digest import circuit_counts, top_nodes
+from relp_cli.report.digest import circuit_counts, possible, top_nodes
 from relp_cli.report.graph import MOST_EDGES, circuit_figure
 from relp_cli.report.heatmap import Over, heatmap_figure
 from relp_cli.report.names import counted, kind_title
@@ -64,6 +64,7 @@ def write_html(
     tokens: Sequence[str] | None = None,
     output: Path | None = None,
     top: int = 10,
+    meanings: pd.DataFrame | None = None,
 ) -> list[Path]:
     """Write the run's figures (PNG) into its folder and one page, `report.html` or `output`; returns what was written.
 
@@ -71,6 +72,7 @@ def write_html(
     scores:     method → Scores; the first is the run's own, others (such as act_patch) stand beside it in the heatmaps.
     circuit, evaluation: circuit.json and evaluation.csv, where there are.
     tokens:     an example token per position label.
+    meanings:   node and meaning, of features.
     Raises: RelpError for no scores, or an output that cannot be written.
     """
     if not scores:
@@ -80,7 +82,7 @@ def write_html(
     for picture in pictures:
         written.append(run_folder / f"{picture.name}.png")
         save_figure(picture.light, written[-1])
-    page = render_page(record, next(iter(scores.values())), pictures, circuit, evaluation, tokens, top)
+    page = render_page(record, next(iter(scores.values())), pictures, circuit, evaluation, tokens, top, meanings)
     path = output or run_folder / "report.html"
     write_atomically(path, page)
     return [path, *written]
@@ -94,6 +96,7 @@ def render_page(
     evaluation: pd.DataFrame | None = None,
     tokens: Sequence[str] | None = None,
     top: int = 10,
+    meanings: pd.DataFrame | None = None,
 ) -> str:
     """The page as text."""
     environment = jinja2.Environment(
@@ -116,6 +119,7 @@ def render_page(
         kinds=[(kind, s.n_nodes) for kind, s in scores.items()],
         tops=_top_tables(scores, top),
         tokens=dict(zip(labels, tokens, strict=True)) if tokens else {},
+        meanings=[] if meanings is None else meanings.to_dict("records"),
         pictures=[(p, p.sources()) for p in pictures],
         circuit=_circuit(circuit) if circuit else None,
         evaluation=_evaluation(evaluation) if evaluation is not None and len(evaluation) else None,
@@ -204,9 +208,7 @@ def _circuit(circuit: Circuit | EdgeCircuit | FeatureCircuit) -> dict[str, Any]:
             {
                 "kind": kind,
                 "total": int(table.to_numpy().sum()),
-                "possible": circuit.masks[kind].numel()
-                if len(counts) > 1 and isinstance(circuit, Circuit)
-                else circuit.n_possible,
+                "possible": possible(circuit, kind),
                 "largest": max(int(table.to_numpy().max()), 1),
                 "labels": list(table.columns),
                 "layers": table.to_numpy().tolist(),
@@ -219,7 +221,7 @@ def _circuit(circuit: Circuit | EdgeCircuit | FeatureCircuit) -> dict[str, Any]:
 def _evaluation(table: pd.DataFrame) -> dict[str, Any]:
     """The columns that differ between rows, as text; what is the same for all rows is said once."""
     noun = counted(table.get("kind", ()))
-    hidden = {"task", "model", "method", "kind", "direction"}
+    hidden = {"task", "model", "method", "kind", "direction", "circuit"}
     table = table.drop(columns=[c for c in table.columns if c in hidden])
     if "note" in table.columns and not table["note"].fillna("").astype(str).str.strip().any():
         table = table.drop(columns="note")

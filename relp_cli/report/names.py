@@ -16,6 +16,8 @@ KIND_TITLES = {
     "attn_dim+mlp_dim+resid_dim": "dimensions of attention, MLP, residual",
     "feature_no_attn_mlp_errors": "features without attention/MLP errors", "feature_no_errors": "features without errors",
 }  # fmt: skip
+# Kinds of sites with dictionaries.
+SITE_TITLES = {"embed": "embedding", "attn": "attention", "mlp": "MLP", "resid": "residual"}
 # What else than task, model, method and kind tells two rows of one table apart (job grids).
 MORE_KEYS = ("direction", "metric", "ablation", "seed")
 

@@ -91,8 +91,18 @@ def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path) -
         different = [k for k in ScoreSpec.model_fields if getattr(spec, k) != getattr(specs[0], k)]
         if different:
             raise RelpError(f"runs {paths[0]} and {path} cannot be compared: they differ in {', '.join(different)}")
+    dictionaries = {path: scores.meta.get("dictionary_hash") for path, (_, _, scores) in zip(paths, runs, strict=True)}
+    for path, found in dictionaries.items():
+        if found != dictionaries[paths[0]]:
+            raise RelpError(
+                f"runs {paths[0]} and {path} cannot be compared: they have features of different dictionaries"
+            )
     options = replace(options, reference=exact_method(specs[0].nodes, options.reference))
-    by_method = {spec.method: scores for _, spec, scores in runs}
+    names = [spec.method for _, spec, _ in runs]
+    by_method = {
+        name if names.count(name) == 1 else f"{name} ({path.name})": scores
+        for name, path, (_, _, scores) in zip(names, paths, runs, strict=True)
+    }
     if options.reference not in by_method:
         raise RelpError(f"no run of '{options.reference}' among these; score one, or choose another --reference")
     methods = [m for m in by_method if m != options.reference]

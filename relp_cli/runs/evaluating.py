@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from relp_cli.circuits.circuit import Circuit
+from relp_cli.circuits.circuit import Circuit, tensor_hash
 from relp_cli.edges.circuit import EdgeCircuit, counted_edges, load_circuit
 from relp_cli.edges.exchange import import_circuit, is_eap_ig
 from relp_cli.edges.scores import EdgeScores
@@ -139,9 +139,12 @@ def evaluate_run(
         circuits = [read_circuit(file, errors, prepared.model)]
     else:
         circuits = circuits_of(scores, sweep or DEFAULT_SWEEP, exclude, **more)
-    task = circuits[0].meta.get("task")
-    if task is not None and task != scores.meta["task"]:
-        raise RelpError(f"circuit {file} was found on task '{task}', not on '{scores.meta['task']}'")
+    for what in ("task", "dictionary_hash"):
+        theirs = circuits[0].meta.get(what)
+        if theirs is not None and theirs != scores.meta.get(what):
+            raise RelpError(
+                f"circuit {file} was found with {what.replace('_', ' ')} '{theirs}', not '{scores.meta.get(what)}'"
+            )
     table = evaluate(
         prepared.model, prepared.pairs, circuits, metric=prepared.metric, seed=seed, progress=progress, **options
     )
@@ -149,14 +152,35 @@ def evaluate_run(
     if file and whole > table.n_nodes[0]:
         below = whole - table.n_nodes[0]
         notes.append(f"{below} of the circuit's {whole} nodes lie in the first {exclude} layers, which are not ablated")
-    about = {k: scores.meta[k] for k in ("task", "model", "method", "direction")}
     first = circuits[0]
+    about = {k: first.meta.get(k, scores.meta[k]) for k in ("task", "model", "method", "direction")}
     about["kind"] = "+".join(scores if isinstance(first, FeatureCircuit) else first.masks)
     for position, (name, value) in enumerate(about.items()):
         table.insert(position, name, value)
+    if file:  # so that a report can tell whether this table is of the circuit that the run has by then
+        table["circuit"] = circuit_hash(first)
     out = output or run.path / "evaluation.csv"
     write_atomically(out, table.to_csv(index=False))
     return out, table, tuple(notes)
+
+
+def circuit_hash(circuit: Circuit | EdgeCircuit | FeatureCircuit) -> str:
+    """A short hash of what a circuit keeps."""
+    return tensor_hash(*circuit.masks.values())
+
+
+def evaluation_cost(path: Path, sweep: str | None, circuit: Path | None, pairs: int, random: int) -> dict[str, Any]:
+    """What an evaluation would cost: circuits (a sweep's points), and forward passes per pair: F(M), F(∅), and F(C) and
+    F(M∖C) of every circuit and random circuit. Passes for ablation values (one or two) come on top.
+    """
+    run, *_ = open_run(path)
+    alone = circuit is not None or (sweep is None and run.circuit.is_file())
+    count = 1 if alone else len(sweep_points(sweep or DEFAULT_SWEEP))
+    return {
+        "circuits": count,
+        "held-out pairs": f"at most {pairs}",
+        "forward passes per pair": 2 + 2 * count * (1 + random),
+    }
 
 
 def read_circuit(

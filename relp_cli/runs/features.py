@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
 
+from relp_cli.circuits.circuit import ANY_POSITION
 from relp_cli.errors import RelpError
-from relp_cli.features.annotations import read_annotations
+from relp_cli.features.annotations import Annotations, read_annotations
 from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.edges import feature_edges
-from relp_cli.features.graph import METRIC, parse_node
+from relp_cli.features.graph import METRIC, FeatureNode, parse_node
 from relp_cli.features.kinds import SCORED
+from relp_cli.features.load import Dictionaries
 from relp_cli.features.scores import FeatureScores
 from relp_cli.features.show import described, top_features
+from relp_cli.features.sites import Site, parse_site
 from relp_cli.methods.request import Progress
 from relp_cli.methods.scores import Scores
 from relp_cli.report.tables import show
-from relp_cli.runs.scoring import Session, open_run, prepare
+from relp_cli.runs.scoring import Prepared, Session, open_run, prepare
 from relp_cli.runs.spec import ScoreSpec
 
 
@@ -80,14 +85,48 @@ def show_edges(
         console.print(title, highlight=False)
         return
     show(shown.drop(columns="n"), console, title, digits=3)
+    ends = dict.fromkeys([*shown.source, *shown.target])
     _, spec, _ = open_run(path)
     prepared = prepare(spec, session)
-    ends = dict.fromkeys([*shown.source, *shown.target])
-    nodes = sorted((parse_node(n) for n in ends if n != METRIC), key=lambda n: n.site)
+    notes = read_annotations(annotations) if annotations else None
+    dictionaries = session.dictionaries(spec.params["dictionary"], prepared.model)
+    nodes = [parse_node(name) for name in ends if name != METRIC]
+    show(_meanings(nodes, prepared, dictionaries, notes), console, "Their nodes")
+
+
+def feature_meanings(
+    spec: ScoreSpec, session: Session, prepared: Prepared, scores: Scores, circuit: FeatureCircuit | None,
+    notes: Annotations | None, most: int = 60,
+) -> pd.DataFrame:  # fmt: skip
+    """node and meaning: of the circuit's features (`most`, those with the largest |score|), or where there is none, of the
+    run's strongest.
+    """
+    found: Any = scores[SCORED]
+    table = top_features(found, found.n_nodes if circuit else 10)
+    table = table[table.kind == "feature"]
+    nodes = [FeatureNode(_site(r.site), str(r.position), int(r.feature)) for r in table.itertuples()]  # type: ignore[arg-type]
+    if circuit is not None:
+        anywhere = circuit.labels == ANY_POSITION
+        mine = {(n.site, n.position, n.feature) for n in circuit.nodes()}
+        nodes = [n for n in nodes if (n.site, ANY_POSITION[0] if anywhere else n.position, n.feature) in mine]
+    units = dict.fromkeys((n.site, n.feature) for n in nodes[:most])  # one row per feature, wherever it is
+    plain = [FeatureNode(site, ANY_POSITION[0], unit) for site, unit in units]
+    dictionaries = session.dictionaries(spec.params["dictionary"], prepared.model)
+    return _meanings(plain, prepared, dictionaries, notes)
+
+
+def _site(name: str) -> Site:
+    site = parse_site(name)
+    assert site is not None
+    return site
+
+
+def _meanings(
+    nodes: Sequence[FeatureNode], prepared: Prepared, dictionaries: Dictionaries, notes: Annotations | None
+) -> pd.DataFrame:
+    """node and meaning, in the order of a forward pass."""
+    nodes = sorted(nodes, key=lambda n: n.site)
     table = pd.DataFrame({"node": [n.name for n in nodes], "site": [n.site.name for n in nodes]})
     table["kind"] = ["feature_error" if n.feature is None else "feature" for n in nodes]
     table["feature"] = pd.array([n.feature for n in nodes], dtype="Int64")
-    notes = read_annotations(annotations) if annotations else None
-    dictionaries = session.dictionaries(spec.params["dictionary"], prepared.model)
-    meaning = described(table, prepared.model, dictionaries, prepared.pairs, notes)
-    show(meaning[["node", "meaning"]], console, "Their nodes")
+    return described(table, prepared.model, dictionaries, prepared.pairs, notes)[["node", "meaning"]]

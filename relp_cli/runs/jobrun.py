@@ -12,11 +12,14 @@ from typing import Any
 import pandas as pd
 
 from relp_cli import __version__
-from relp_cli.errors import RelpError
+from relp_cli.edges.ablation import EDGE_ABLATIONS
+from relp_cli.errors import RelpError, unknown
+from relp_cli.evaluation.ablation import ABLATIONS
 from relp_cli.evaluation.compare import run_comparison
 from relp_cli.evaluation.evaluate import evaluate
+from relp_cli.evaluation.features import ABLATIONS as FEATURE_ABLATIONS
 from relp_cli.evaluation.verify import rescore
-from relp_cli.features.kinds import FEATURE_KINDS
+from relp_cli.features.kinds import FEATURE_KINDS, SCORED
 from relp_cli.files import check_writable, write_atomically
 from relp_cli.methods.scores import Scores
 from relp_cli.methods.table import METHODS
@@ -24,10 +27,23 @@ from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.runs.evaluating import circuits_of, held_out
 from relp_cli.runs.job import COSTS, Cell, Group, JobSpec, cell_hash, cells, nodes_of, read_cell, score_spec_of
 from relp_cli.runs.rundir import provenance
-from relp_cli.runs.scoring import Prepared, Session, default_folder, digest_of, prepare, score_run
+from relp_cli.runs.scoring import Prepared, Session, check_request, default_folder, digest_of, prepare, score_run
 from relp_cli.runs.spec import ScoreSpec
 
 Report = Callable[[int, int, str], None]
+_ABLATIONS = {"nodes": ABLATIONS, "edges": EDGE_ABLATIONS, SCORED: FEATURE_ABLATIONS}
+
+
+def check_job(job: JobSpec) -> None:
+    """What can be known to be wrong before any cell runs: methods, their parameters and rules, dictionaries, ablations.
+
+    Raises: RelpError for what no cell could be computed with.
+    """
+    for method, kind in {(c.method, c.kind): None for c in cells(job)}:
+        check_request(score_spec_of(job, cells(job)[0].group, method, kind))
+        known = _ABLATIONS[SCORED if kind in FEATURE_KINDS else kind if kind == "edges" else "nodes"]
+        if job.evaluate is not None and job.evaluate.ablation not in known:
+            raise unknown(f"ablation of {kind}", job.evaluate.ablation, known)
 
 
 @dataclass

@@ -8,25 +8,50 @@ from typing import Any
 import pandas as pd
 
 from relp_cli.errors import RelpError, RunFailed
+from relp_cli.features.annotations import read_annotations
+from relp_cli.features.kinds import SCORED
 from relp_cli.report.html import write_html
 from relp_cli.runs.comparing import example_tokens
-from relp_cli.runs.evaluating import read_circuit
+from relp_cli.runs.evaluating import circuit_hash, read_circuit
+from relp_cli.runs.features import feature_meanings
 from relp_cli.runs.scoring import Session, open_run, prepare
 
 
-def report_run(path: Path, output: Path | None = None) -> list[Path]:
-    """Figures and one HTML page of a run, with its circuit and evaluation where there are. Returns the files written."""
+def report_run(path: Path, output: Path | None = None, annotations: Path | None = None) -> list[Path]:
+    """Figures and one HTML page of a run, with its circuit and evaluation where there are. Returns the files written.
+
+    annotations: what features mean (JSON lines); without them, contexts and promoted tokens are shown.
+    """
+    notes = read_annotations(annotations) if annotations else None
     run, spec, scores = open_run(path)
+    if notes is not None and SCORED not in scores.kinds:
+        raise RelpError("--annotations is for runs of features; this run scored " + ", ".join(scores))
     circuit: Any = read_circuit(run.circuit) if run.circuit.is_file() else None
-    table = run.path / "evaluation.csv"
+    record = run.read()
+    evaluation = _evaluation(run.path / "evaluation.csv")
+    theirs = None if evaluation is None or "circuit" not in evaluation else evaluation["circuit"][0]
+    if theirs is not None and circuit is not None and theirs != circuit_hash(circuit):
+        evaluation = None
+        record["notes"] = [*record.get("notes", []), f"evaluation.csv is of another circuit: relp evaluate {path}"]
+    tokens = meanings = None
     try:
-        evaluation = pd.read_csv(table, keep_default_na=True) if table.is_file() else None
-    except (ValueError, pd.errors.ParserError) as error:
-        raise RunFailed(f"{table} cannot be read ({error}); evaluate again to replace it") from error
-    if evaluation is not None and "note" in evaluation:
-        evaluation["note"] = evaluation["note"].fillna("")
-    try:
-        tokens = example_tokens(prepare(spec.model_copy(update={"only_correct": False}), Session()), scores)
+        session = Session()
+        prepared = prepare(spec.model_copy(update={"only_correct": False}), session)
+        tokens = example_tokens(prepared, scores)
+        if SCORED in scores.kinds:
+            meanings = feature_meanings(spec, session, prepared, scores, circuit, notes)
     except RelpError:
-        tokens = None  # the model is elsewhere; the page then shows role labels without example tokens
-    return write_html(run.path, run.read(), {spec.method: scores}, circuit, evaluation, tokens, output)
+        if notes is not None:
+            raise  # the model is elsewhere; the page then shows role labels without example tokens
+    methods = {spec.method: scores}
+    return write_html(run.path, record, methods, circuit, evaluation, tokens, output, meanings=meanings)
+
+
+def _evaluation(path: Path) -> pd.DataFrame | None:
+    try:
+        table = pd.read_csv(path, keep_default_na=True) if path.is_file() else None
+    except (ValueError, pd.errors.ParserError) as error:
+        raise RunFailed(f"{path} cannot be read ({error}); evaluate again to replace it") from error
+    if table is not None and "note" in table:
+        table["note"] = table["note"].fillna("")
+    return table

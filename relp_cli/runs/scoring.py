@@ -11,7 +11,8 @@ from typing import Any
 from relp_cli import __version__
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.behaviour import Behaviour, behaviour, keep_correct
-from relp_cli.features.load import Dictionaries, load_dictionaries
+from relp_cli.features.load import Dictionaries, check_dictionary, load_dictionaries
+from relp_cli.features.score import check_method
 from relp_cli.files import check_writable
 from relp_cli.lrp.rules import parse_rules
 from relp_cli.methods.request import Progress
@@ -105,11 +106,18 @@ def check_request(spec: ScoreSpec, folder: Path | None = None) -> None:
     """What can be known to be wrong before anything is loaded: method, its parameters and rules, the output folder."""
     if folder is not None and folder.exists() and not folder.is_dir():
         raise RelpError(f"--output {folder} is a file; expected a folder")
-    if spec.nodes != ("edges",) and "feature" not in spec.nodes:
+    features = spec.nodes == ("feature",)
+    if not features and "dictionary" in spec.params:
+        raise RelpError("--dictionary is for features (--nodes feature)")
+    if spec.nodes != ("edges",):
         # The real preset is the model's; any will do to check names and parameters.
         family = SimpleNamespace(rules=("ln", "identity"))
         stand_in: Any = SimpleNamespace(family=family, shape=SimpleNamespace(gated=True))
-        row, params = resolve_method(stand_in, spec.method, dict(spec.params))
+        given = {k: v for k, v in spec.params.items() if k != "dictionary"}
+        row, params = resolve_method(stand_in, spec.method, given)
+        if features:
+            check_method(row.name, params)
+            check_dictionary(spec.params.get("dictionary"))
         rules = getattr(params, "rules", None)
         if rules and rules != ("auto",):
             parse_rules(list(rules))
@@ -184,15 +192,18 @@ def score_run(
             "spec": spec.model_dump(mode="json"),
             "scores": dict(scores.meta),
             "behaviour": prepared.behaviour.as_dict(),
-            "notes": [*prepared.notes, *choice_notes(scores)],
+            "notes": [*prepared.notes, *scoring_notes(scores)],
             "provenance": provenance(),
         }
     )
     return run, scores, False
 
 
-def choice_notes(scores: Scores) -> list[str]:
-    """What `relp+auto` chose, and how many pairs it took to choose."""
+def scoring_notes(scores: Scores) -> list[str]:
+    """What `relp+auto` chose, and how many pairs it took to choose; dictionaries that were trained on another model."""
+    other = scores.meta.get("dictionary_of")
+    if other:
+        return [f"WARNING: these dictionaries say that they are of model '{other}', not of '{scores.meta['model']}'"]
     auto = scores.meta.get("auto")
     if not auto:
         return []

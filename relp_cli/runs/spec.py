@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from relp_cli.errors import RelpError
+from relp_cli.errors import RelpError, unknown
 from relp_cli.methods.table import METHODS
 from relp_cli.nodes.kinds import NODE_KINDS
 
@@ -48,7 +48,10 @@ class ScoreSpec(BaseModel):
             raise RelpError("edges and features are scored on their own, not beside node kinds")
         if nodes not in (("edges",), ("feature",)):
             for name in nodes:
-                NODE_KINDS[name]
+                if name == "feature_error":
+                    raise RelpError("error terms are scored together with features: --nodes feature")
+                if name not in NODE_KINDS:
+                    raise unknown("node kind", name, [*NODE_KINDS, "edges", "feature"])
         return nodes
 
     def digest(self, **more: str) -> str:

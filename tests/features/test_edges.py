@@ -358,7 +358,7 @@ def test_threshold_paths_and_files(dicts: Callable[..., Dictionaries], tmp_path:
     assert again.complement().edges is None
     assert again.without_errors("none").edges is None
     path.write_text(path.read_text().replace(kept.names()[0][0], "mlp_out_layer0/9999@0"))
-    with pytest.raises(RelpError, match=r"circuit.json: edge to or from 'mlp_out_layer0/9999@0', which is no node"):
+    with pytest.raises(RelpError, match=r"circuit.json: edges: 'mlp_out_layer0/9999@0' is no node"):
         FeatureCircuit.load(path)
 
 

@@ -144,7 +144,7 @@ def test_refusals(tmp_path: Path) -> None:
     refused(write_learning(tmp_path / "e" / "sae", auto_encoder_state(32, 40, 0), None), "for which site")
     (tmp_path / "f" / "embed").mkdir(parents=True)
     (tmp_path / "f" / "embed" / "ae.pt").write_bytes(b"nothing")
-    refused(tmp_path / "f", "cannot be read")
+    refused(tmp_path / "f", "not a state dict of tensors saved by torch")
     write_learning(tmp_path / "g" / "embed" / "one", auto_encoder_state(32, 40, 0), None)
     write_learning(tmp_path / "g" / "embed" / "two", auto_encoder_state(32, 40, 0), None)
     refused(tmp_path / "g", "both for site embed")
@@ -170,7 +170,7 @@ def test_all_sites_in_the_order_of_a_forward_pass(tmp_path: Path) -> None:
 def test_saved_dictionaries_load_again(tmp_path: Path) -> None:
     write_lens(tmp_path / "a", *LENS["topk"])
     first = only(load_dictionaries(tmp_path / "a", MODEL))
-    save_saelens(tmp_path / "b" / "mlp_out_layer1", first, Site("mlp", 1), "pythia", {"l0": 5.0})
+    save_saelens(tmp_path / "b" / "mlp_out_layer1", first, Site("mlp", 1).hook, "pythia", {"l0": 5.0})
     again = load_dictionaries(tmp_path / "b", MODEL)
     assert list(again) == [Site("mlp", 1)]
     torch.testing.assert_close(only(again).w_dec, first.w_dec, rtol=1e-3, atol=1e-3)

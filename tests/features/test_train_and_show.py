@@ -179,7 +179,15 @@ def test_a_run_is_scored_selected_evaluated_and_reported(tmp_path: Path) -> None
     assert (row["kind"], row["method"]) == ("feature", "relp")
     assert row["pcc"] > 0.9
     relp("report", run)
-    assert "attn features" in (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "attention: features and error terms" in page
+    assert "evaluation.csv is of another circuit" in page
+    relp("evaluate", run, "--pairs", "8", "--random", "0")
+    relp("report", run, "--annotations", str(notes))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "evaluation.csv is of another circuit" not in page
+    assert "what it means" in page
+    assert page.count("↑") > 3
     for wrong, message in (
         (("circuit", run, "--top-k", "5", "--verify", "--aggregate", "sum"), "at their positions"),
         (("circuit", run, "--top-k", "5", "--annotations", str(notes)), "--annotations belongs to --edge-threshold"),
