@@ -8,10 +8,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 from torch import Tensor
 
 from relp_cli.errors import RelpError, RunFailed
@@ -87,7 +88,7 @@ class Circuit:
         content = {
             "schema": SCHEMA,
             "type": "relp node circuit",
-            "meta": _finite(dict(self.meta)),
+            "meta": finite(dict(self.meta)),
             "labels": list(self.labels),
             "n_nodes": self.n_nodes,
             "nodes": kinds,
@@ -97,28 +98,60 @@ class Circuit:
     @classmethod
     def load(cls, path: str | Path) -> Circuit:
         """Read what `save` wrote. Raises RelpError for a file that is not a circuit, RunFailed for one cut short."""
-        content = read_json(path)
-        if (
-            not isinstance(content, dict)
-            or content.get("schema") != SCHEMA
-            or not {"nodes", "labels", "meta"} <= set(content)
-        ):
-            raise RelpError(f"circuit file {path}: expected a relp node circuit (schema {SCHEMA})")
+        file = read_file(path, _File, "relp node circuit")
         masks = {}
-        for kind, columns in content["nodes"].items():
+        for kind, columns in file.nodes.items():
             axes = NODE_KINDS[kind].axes
-            try:
-                mask = torch.zeros(columns["shape"], dtype=torch.bool)
-                mask[tuple(torch.tensor(columns[axis], dtype=torch.long) for axis in axes)] = True
-            except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            shape, found = columns.get("shape", []), [columns.get(axis, []) for axis in axes]
+            fits = columns.keys() == {"shape", *axes} and len(shape) == len(axes) and len(set(map(len, found))) == 1
+            if not fits or any(max(column, default=-1) >= n for column, n in zip(found, shape, strict=True)):
                 raise RelpError(
                     f"circuit file {path}: {kind} needs a shape and columns {', '.join(axes)} of equal length within it"
-                ) from error
-            masks[kind] = mask
-        selection = content["meta"].get("selection", {})
-        if isinstance(selection.get("tau"), str):
-            selection["tau"] = float(selection["tau"])
-        return cls(masks, tuple(content["labels"]), content["meta"])
+                )
+            masks[kind] = torch.zeros(shape, dtype=torch.bool)
+            masks[kind][tuple(torch.tensor(column, dtype=torch.long) for column in found)] = True
+        circuit = cls(masks, tuple(file.labels), with_tau(file.meta))
+        if circuit.n_nodes != file.n_nodes:
+            raise RelpError(f"circuit file {path}: n_nodes says {file.n_nodes}, but there are {circuit.n_nodes}")
+        return circuit
+
+
+class Strict(BaseModel):
+    """Part of a circuit file: nothing unknown in it, nothing converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _File(Strict):
+    schema_: int = Field(alias="schema")
+    type: str
+    meta: dict[str, Any]
+    labels: list[str]
+    n_nodes: int
+    nodes: dict[str, dict[str, list[NonNegativeInt]]]
+
+
+File = TypeVar("File", bound=BaseModel)
+
+
+def read_file(path: str | Path, form: type[File], kind: str) -> File:
+    """A circuit file's content. Raises RelpError for one that is not of this kind and form, RunFailed for one cut short."""
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA or content.get("type") != kind:
+        raise RelpError(f"circuit file {path}: expected a {kind} (schema {SCHEMA})")
+    try:
+        return form.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RelpError(f"circuit file {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def with_tau(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's metadata with τ as a number ("inf" in JSON)."""
+    selection = meta.get("selection")
+    if isinstance(selection, dict) and isinstance(selection.get("tau"), str):
+        return {**meta, "selection": {**selection, "tau": float(selection["tau"])}}
+    return dict(meta)
 
 
 def read_json(path: str | Path) -> Any:
@@ -131,10 +164,10 @@ def read_json(path: str | Path) -> Any:
         raise RunFailed(f"circuit file {path} is not valid JSON ({error})") from error
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no infinity: τ = inf is written "inf"."""
     if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from relp_cli.circuits.circuit import ANY_POSITION, Circuit, read_json
+from relp_cli.circuits.circuit import ANY_POSITION, SCHEMA, Circuit, Strict, read_file, read_json, with_tau
 from relp_cli.edges.graph import Graph
 from relp_cli.edges.scores import KIND
 from relp_cli.errors import RelpError
 from relp_cli.files import write_atomically
 
-SCHEMA = 1
 TYPE = "relp edge circuit"
 
 
@@ -140,15 +140,44 @@ class EdgeCircuit:
     @classmethod
     def load(cls, path: str | Path) -> EdgeCircuit:
         """Read what `save` wrote. Raises RelpError for what is no edge circuit, RunFailed for a file cut short."""
-        content = read_json(path)
-        if not isinstance(content, dict) or content.get("schema") != SCHEMA or content.get("type") != TYPE:
-            raise RelpError(f"circuit file {path}: expected a {TYPE} (schema {SCHEMA})")
-        graph, labels = Graph(**content["graph"]), tuple(content["labels"])
+        file = read_file(path, _File, TYPE)
+        graph, labels, edges = Graph(**file.graph.model_dump()), tuple(file.labels), file.edges
+        lengths = {len(column) for column in (edges.writer, edges.reader, edges.pos) if column is not None}
+        if len(lengths) != 1 or not set(edges.pos or ()) <= set(labels):
+            raise RelpError(f"circuit file {path}: edges need columns of equal length, at positions among the labels")
         mask = torch.zeros(len(labels), *graph.mask.shape, dtype=torch.bool)
-        columns = content["edges"]
-        at = [labels.index(p) for p in columns["pos"]] if "pos" in columns else [0] * len(columns["writer"])
-        mask[at, [graph.writer(n) for n in columns["writer"]], [graph.reader(n) for n in columns["reader"]]] = True
-        return cls(graph, mask, labels, content["meta"])
+        at = [0] * len(edges.writer) if edges.pos is None else [labels.index(p) for p in edges.pos]
+        try:
+            mask[at, [graph.writer(n) for n in edges.writer], [graph.reader(n) for n in edges.reader]] = True
+            circuit = cls(graph, mask, labels, with_tau(file.meta))
+        except RelpError as error:
+            raise RelpError(f"circuit file {path}: {error}") from error
+        if circuit.n_edges != file.n_edges:
+            raise RelpError(f"circuit file {path}: n_edges says {file.n_edges}, but there are {circuit.n_edges}")
+        return circuit
+
+
+class _Graph(Strict):
+    n_layers: PositiveInt
+    n_heads: PositiveInt
+    parallel: bool = False
+    post_norm: bool = False
+
+
+class _Columns(Strict):
+    writer: list[str]
+    reader: list[str]
+    pos: list[str] | None = None
+
+
+class _File(Strict):
+    schema_: int = Field(alias="schema")
+    type: str
+    meta: dict[str, Any]
+    graph: _Graph
+    labels: list[str]
+    n_edges: int
+    edges: _Columns
 
 
 def load_circuit(path: str | Path) -> Circuit | EdgeCircuit:

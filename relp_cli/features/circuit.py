@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,17 +10,16 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from relp_cli.circuits.circuit import ANY_POSITION, read_json
+from relp_cli.circuits.circuit import ANY_POSITION, SCHEMA, Strict, finite, read_file, with_tau
 from relp_cli.errors import RelpError, unknown
 from relp_cli.features.graph import EdgeColumns, FeatureEdges, FeatureNode
 from relp_cli.features.sites import Site, parse_site
 from relp_cli.files import write_atomically
 from relp_cli.tasks.pairs import PairBatch
 
-SCHEMA = 1
 TYPE = "relp feature circuit"
 # Which error terms a circuit may have (paper section 5.2); the others are ablated always, in a circuit's complement too.
 ERRORS = {
@@ -147,7 +145,7 @@ class FeatureCircuit:
             pos, unit = mask.nonzero().T.tolist()
             errors = self.errors[site].nonzero()[:, 0].tolist()
             sites[site.name] = {"n_features": mask.shape[1], "pos": pos, "feature": unit, "error_pos": errors}
-        content: dict[str, Any] = {"schema": SCHEMA, "type": TYPE, "meta": _written(self.meta), "labels": list(self.labels),
+        content: dict[str, Any] = {"schema": SCHEMA, "type": TYPE, "meta": finite(dict(self.meta)), "labels": list(self.labels),
                    "errors": self.removed, "n_nodes": self.n_nodes, "sites": sites}  # fmt: skip
         if self.edges is not None:
             content["edges"] = self.edges.columns()
@@ -156,24 +154,14 @@ class FeatureCircuit:
     @classmethod
     def load(cls, path: str | Path) -> FeatureCircuit:
         """Read what `save` wrote. Raises RelpError for a file that is no feature circuit, RunFailed for one cut short."""
-        content = read_json(path)
-        if not isinstance(content, dict) or content.get("schema") != SCHEMA or content.get("type") != TYPE:
-            raise RelpError(f"circuit file {path}: expected a {TYPE} (schema {SCHEMA})")
+        file = read_file(path, _File, TYPE)
         try:
-            return _File.model_validate(content).circuit()
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "content"
-            raise RelpError(f"circuit file {path}: {where}: {first['msg']}") from error
+            return file.circuit()
         except RelpError as error:
             raise RelpError(f"circuit file {path}: {error}") from error
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class _SiteFile(_Strict):
+class _SiteFile(Strict):
     """One site in a file: the kept features as columns (position, feature), and the kept errors' positions."""
 
     n_features: PositiveInt
@@ -193,7 +181,7 @@ class _SiteFile(_Strict):
         return features, errors
 
 
-class _File(_Strict):
+class _File(Strict):
     """A circuit file, as `save` writes it."""
 
     schema_: int = Field(alias="schema")
@@ -214,23 +202,11 @@ class _File(_Strict):
             if site is None or site in masks:
                 raise RelpError(f"sites: '{name}' is {'no site' if site is None else 'there twice'}")
             masks[site] = about.masks(name, len(self.labels))
-        meta = dict(self.meta)
-        selection = meta.get("selection")
-        if isinstance(selection, dict) and isinstance(selection.get("tau"), str):
-            meta["selection"] = {**selection, "tau": float(selection["tau"])}
         features, errors = ({s: pair[i] for s, pair in masks.items()} for i in (0, 1))
-        circuit = FeatureCircuit(features, errors, tuple(self.labels), self.errors, meta)
+        circuit = FeatureCircuit(features, errors, tuple(self.labels), self.errors, with_tau(self.meta))
         if circuit.n_nodes != self.n_nodes:
             raise RelpError(f"n_nodes says {self.n_nodes}, but there are {circuit.n_nodes}")
         return circuit if self.edges is None else replace(circuit, edges=self.edges.edges(circuit.nodes()))
-
-
-def _written(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: τ = inf is written "inf"."""
-    selection = {
-        k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in meta.get("selection", {}).items()
-    }
-    return {**meta, "selection": selection} if selection else dict(meta)
 
 
 def counted_sites(sites: tuple[Site, ...], exclude: int) -> list[Site]:

@@ -33,7 +33,7 @@ class DictClass:
 
 
 def _linear(s: State) -> dict[str, Any]:
-    return {"w_enc": s["encoder.weight"].T, "w_dec": s["decoder.weight"].T}
+    return {"w_enc": s["encoder.weight"].mT, "w_dec": s["decoder.weight"].mT}
 
 
 def _auto_encoder(s: State) -> Dictionary:
@@ -63,9 +63,8 @@ def _top_k(s: State) -> Dictionary:
 
 
 def _whole(k: Tensor) -> int:
-    """Raises RelpError for a k that is no single whole number."""
     if k.numel() != 1 or k.item() != int(k.item()):
-        raise RelpError(f"AutoEncoderTopK: expected one whole number k, got {k.tolist()}")
+        raise ValueError(f"expected one whole number k, got {k.tolist()}")
     return int(k.item())
 
 

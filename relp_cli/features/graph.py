@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeFloat, PositiveInt
+from pydantic import FiniteFloat, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from relp_cli.circuits.circuit import ANY_POSITION
+from relp_cli.circuits.circuit import ANY_POSITION, Strict
 from relp_cli.errors import RelpError
 from relp_cli.features.sites import Site, parse_site
 
@@ -120,10 +120,8 @@ class FeatureEdges:
         }  # fmt: skip
 
 
-class EdgeColumns(BaseModel):
+class EdgeColumns(Strict):
     """Edges in a circuit file, as `FeatureEdges.columns` writes them."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     meta: dict[str, Any]
     source: list[str]

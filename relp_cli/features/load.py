@@ -91,7 +91,7 @@ def dictionaries_of(
     meta = circuits[0].meta
     where = where if where is not None else meta.get("dictionary")
     if where is None:
-        raise RelpError("this circuit does not say its dictionary; give --dictionary PATH")
+        raise RelpError("this circuit does not say its dictionary; give dictionary=PATH")
     found = where if isinstance(where, Dictionaries) else load_dictionaries(where, model)
     for c in circuits:
         for what, mine in (("model", model.name), ("revision", model.revision), ("dictionary_hash", found.digest)):

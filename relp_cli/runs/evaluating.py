@@ -146,8 +146,9 @@ def evaluate_run(
                 f"circuit {file} was found with {what.replace('_', ' ')} '{theirs}', not '{scores.meta.get(what)}'"
             )
     table = evaluate(
-        prepared.model, prepared.pairs, circuits, metric=prepared.metric, seed=seed, progress=progress, **options
-    )
+        prepared.model, prepared.pairs, circuits, metric=prepared.metric, seed=seed, progress=progress,
+        dictionary=spec.params.get("dictionary"), **options,
+    )  # fmt: skip
     notes, whole = list(prepared.notes), circuits[0].n_nodes
     if file and whole > table.n_nodes[0]:
         below = whole - table.n_nodes[0]

@@ -157,6 +157,12 @@ def heads(p=0.5, seed=0, layers=4):
     return Circuit.from_mask("head", mask, ("a", "b", "c"))
 
 
+def edited(text, layer):
+    content = json.loads(text)
+    content["nodes"]["head"]["layer"][0] = layer
+    return json.dumps(content)
+
+
 def test_files_give_the_circuit_back(tmp_path):
     mixed = Circuit({"head": heads().masks["head"], "mlp_out": torch.rand(4, 3) < 0.5}, ("a", "b", "c"), {"tau": 0.1})
     mixed.save(tmp_path / "c.json")
@@ -180,6 +186,11 @@ def test_files_give_the_circuit_back(tmp_path):
     (lambda text: text.replace('"layer": [', '"layer": [9, '), RelpError, "circuit file .*head"),
     (lambda text: text.replace('"pos": [', '"positions": ['), RelpError, "circuit file .*head"),
     (lambda text: text.replace("4,\n    3,", '"four",\n    3,'), RelpError, "circuit file .*head"),
+    (lambda text: edited(text, layer=-1), RelpError, "greater than or equal to 0"),
+    (lambda text: edited(text, layer=1.5), RelpError, "valid integer"),
+    (lambda text: edited(text, layer=4), RelpError, "head needs a shape and columns"),
+    (lambda text: json.dumps(json.loads(text) | {"n_nodes": 7}), RelpError, "n_nodes says 7, but there are"),
+    (lambda text: json.dumps(json.loads(text) | {"meta": []}), RelpError, "meta: Input should be a valid dictionary"),
 ])  # fmt: skip
 def test_files_that_are_no_circuit(tmp_path, change, error, message):
     path = tmp_path / "c.json"

@@ -102,6 +102,14 @@ def test_sweep_writes_one_row_per_threshold_and_nested_circuits(relp, tmp_path):
     assert table.n_nodes.is_monotonic_decreasing
 
 
+def test_compare_tells_runs_of_one_method_apart(relp, tmp_path):
+    for name, more in (("exact", ("--method", "act_patch")), ("a", ()), ("b", ("--rules", "ln"))):
+        assert relp("score", "ioi", "--nodes", "mlp_out", "--pairs", 4, *more, "-o", name).code == 0
+    rows = json.loads(relp("compare", "exact", "a", "b", "-o", "out", "--json").out)["rows"]
+    assert [row["method"] for row in rows] == ["relp (a)", "relp (b)"]
+    assert rows[0]["pcc"] != rows[1]["pcc"]
+
+
 def test_compare_matches_numpy_and_reuses_scores(relp, tmp_path):
     arguments = ("compare", "ioi", "--methods", "atp,relp", "--pairs", 6, "-o", "out")
     done = relp(*arguments)
