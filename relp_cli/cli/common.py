@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,10 +19,16 @@ from relp_cli.errors import RelpError
 out = Console(width=None if sys.stdout.isatty() else 160)
 log = Console(stderr=True, soft_wrap=True)
 
+COMPONENTS = "resid_pre,attn_out,mlp_out"
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of tables.")]
 DryRunFlag = Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and stop.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")]
 DtypeOption = Annotated[str, typer.Option(help="float32, float64, bfloat16, float16")]
+
+
+def dictionary_path(name: str | None) -> str | None:
+    """`--dictionary`: folders as absolute paths, so that a run can be evaluated from another folder than it was scored in."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def comma(text: str) -> tuple[str, ...]:

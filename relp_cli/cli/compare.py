@@ -7,20 +7,34 @@ from typing import Annotated
 
 import typer
 
-from relp_cli.cli.common import DeviceOption, DtypeOption, JsonFlag, comma, log, note, print_json, progress
+from relp_cli.cli.common import (
+    COMPONENTS,
+    DeviceOption,
+    DtypeOption,
+    JsonFlag,
+    comma,
+    dictionary_path,
+    log,
+    note,
+    print_json,
+    progress,
+)
 
 
 def command(
     targets: Annotated[list[str], typer.Argument(help="Tasks, or run directories of one task, model and node kinds.")],
     model: Annotated[str, typer.Option("--model", "-m", help="Models, comma-separated.")] = "tiny-gpt2",
     methods: Annotated[str, typer.Option(help="Methods to compare with the reference.")] = "atp,relp",
-    nodes: Annotated[str, typer.Option(help="Node kinds.")] = "resid_pre,attn_out,mlp_out",
+    nodes: Annotated[str, typer.Option(help="Node kinds.")] = COMPONENTS,
     pairs: Annotated[int, typer.Option(help="How many prompt pairs.")] = 100,
     seed: Annotated[int, typer.Option(help="Draws the pairs and the bootstrap samples.")] = 0,
     metric: Annotated[str | None, typer.Option(help="Default: the task's.")] = None,
     direction: Annotated[str, typer.Option(help="noising or denoising.")] = "noising",
     reference: Annotated[str, typer.Option(help="What estimates are compared with.")] = "act_patch",
     top_k: Annotated[int, typer.Option(help="k of the top-k overlap.")] = 10,
+    dictionary: Annotated[
+        str | None, typer.Option(help="Compare features of these sparse autoencoders: a folder, or tiny-pythia.")
+    ] = None,
     only_correct: Annotated[bool, typer.Option(help="Keep the pairs that the model gets right.")] = False,
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
@@ -36,9 +50,11 @@ def command(
     from relp_cli.runs.comparing import CompareOptions, compare_runs, compare_tasks
     from relp_cli.runs.rundir import RunDir
 
+    nodes = "feature" if dictionary is not None and nodes == COMPONENTS else nodes
     options = CompareOptions(
         models=comma(model), methods=comma(methods), nodes=comma(nodes), pairs=pairs, seed=seed, metric=metric,
         direction=direction, reference=reference, top_k=top_k, only_correct=only_correct, dtype=dtype,
+        dictionary=dictionary_path(dictionary),
     )  # fmt: skip
     if output is None:
         names = [*(Path(t).stem for t in targets), *(Path(m).name for m in comma(model))]

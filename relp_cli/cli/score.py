@@ -8,20 +8,20 @@ from typing import Annotated, Any
 import typer
 
 from relp_cli.cli.common import (
+    COMPONENTS,
     DeviceOption,
     DryRunFlag,
     DtypeOption,
     JsonFlag,
     assignments,
     comma,
+    dictionary_path,
     log,
     note,
     out,
     print_json,
     progress,
 )  # fmt: skip
-
-COMPONENTS = "resid_pre,attn_out,mlp_out"
 
 
 def command(
@@ -72,10 +72,7 @@ def command(
     if rules is not None:
         params["rules"] = rules if rules == "auto" else list(comma(rules))
     if dictionary is not None:
-        # A run can be evaluated from another folder than it was scored in.
-        params["dictionary"] = (
-            str(Path(dictionary).resolve()) if dictionary and Path(dictionary).is_dir() else dictionary
-        )
+        params["dictionary"] = dictionary_path(dictionary)
         nodes = "feature" if nodes == COMPONENTS else nodes
     spec = score_spec(
         task=task, model=model, method=method, nodes=comma(nodes), pairs=pairs, seed=seed, split=split, metric=metric,

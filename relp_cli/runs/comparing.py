@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -44,6 +45,11 @@ class CompareOptions:
     top_k: int
     only_correct: bool
     dtype: str
+    dictionary: str | None = None
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return {"dictionary": self.dictionary} if self.dictionary is not None else {}
 
 
 @dataclass(frozen=True)
@@ -122,10 +128,11 @@ def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path) -
 
 def _spec(task: str, model: str, options: CompareOptions) -> ScoreSpec:
     for method in _all_methods(options):
-        check_request(score_spec(task=task, method=method, nodes=options.nodes))
+        check_request(score_spec(task=task, method=method, nodes=options.nodes, params=options.params))
     return score_spec(
         task=task, model=model, nodes=options.nodes, pairs=options.pairs, seed=options.seed, metric=options.metric,
         direction=options.direction, only_correct=options.only_correct, dtype=options.dtype, keep_examples=True,
+        params=options.params,
     )  # fmt: skip
 
 

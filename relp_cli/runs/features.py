@@ -36,7 +36,7 @@ def show_features(
     assert isinstance(found, FeatureScores)
     prepared = prepare(spec, session)
     dictionaries = session.dictionaries(spec.params["dictionary"], prepared.model)
-    notes = read_annotations(annotations) if annotations else None
+    notes = _notes(annotations, dictionaries)
     table = described(top_features(found, k), prepared.model, dictionaries, prepared.pairs, notes)
     meta = scores.meta
     if meta["rules"]:
@@ -88,15 +88,15 @@ def show_edges(
     ends = dict.fromkeys([*shown.source, *shown.target])
     _, spec, _ = open_run(path)
     prepared = prepare(spec, session)
-    notes = read_annotations(annotations) if annotations else None
     dictionaries = session.dictionaries(spec.params["dictionary"], prepared.model)
+    notes = _notes(annotations, dictionaries)
     nodes = [parse_node(name) for name in ends if name != METRIC]
     show(_meanings(nodes, prepared, dictionaries, notes), console, "Their nodes")
 
 
 def feature_meanings(
     spec: ScoreSpec, session: Session, prepared: Prepared, scores: Scores, circuit: FeatureCircuit | None,
-    notes: Annotations | None, most: int = 60,
+    annotations: Path | None, most: int = 60,
 ) -> pd.DataFrame:  # fmt: skip
     """node and meaning: of the circuit's features (`most`, those with the largest |score|), or where there is none, of the
     run's strongest.
@@ -112,7 +112,18 @@ def feature_meanings(
     units = dict.fromkeys((n.site, n.feature) for n in nodes[:most])  # one row per feature, wherever it is
     plain = [FeatureNode(site, ANY_POSITION[0], unit) for site, unit in units]
     dictionaries = session.dictionaries(spec.params["dictionary"], prepared.model)
-    return _meanings(plain, prepared, dictionaries, notes)
+    return _meanings(plain, prepared, dictionaries, _notes(annotations, dictionaries))
+
+
+def _notes(path: Path | None, dictionaries: Dictionaries) -> Annotations | None:
+    """Annotations, of sites without a dictionary too. Raises RelpError for features that a dictionary does not have."""
+    if path is None:
+        return None
+    notes = read_annotations(path)
+    for site, unit in notes:
+        if site in dictionaries and unit >= dictionaries[site].n_features:
+            raise RelpError(f"{path}: {site.name} has features up to {dictionaries[site].n_features - 1}, not {unit}")
+    return notes
 
 
 def _site(name: str) -> Site:

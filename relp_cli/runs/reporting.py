@@ -22,9 +22,10 @@ def report_run(path: Path, output: Path | None = None, annotations: Path | None 
 
     annotations: what features mean (JSON lines); without them, contexts and promoted tokens are shown.
     """
-    notes = read_annotations(annotations) if annotations else None
+    if annotations is not None:
+        read_annotations(annotations)  # found to be wrong before anything is drawn
     run, spec, scores = open_run(path)
-    if notes is not None and SCORED not in scores.kinds:
+    if annotations is not None and SCORED not in scores.kinds:
         raise RelpError("--annotations is for runs of features; this run scored " + ", ".join(scores))
     circuit: Any = read_circuit(run.circuit) if run.circuit.is_file() else None
     record = run.read()
@@ -39,9 +40,9 @@ def report_run(path: Path, output: Path | None = None, annotations: Path | None 
         prepared = prepare(spec.model_copy(update={"only_correct": False}), session)
         tokens = example_tokens(prepared, scores)
         if SCORED in scores.kinds:
-            meanings = feature_meanings(spec, session, prepared, scores, circuit, notes)
+            meanings = feature_meanings(spec, session, prepared, scores, circuit, annotations)
     except RelpError:
-        if notes is not None:
+        if annotations is not None:
             raise  # the model is elsewhere; the page then shows role labels without example tokens
     methods = {spec.method: scores}
     return write_html(run.path, record, methods, circuit, evaluation, tokens, output, meanings=meanings)

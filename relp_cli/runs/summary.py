@@ -95,4 +95,7 @@ def areas_of(rows: pd.DataFrame) -> pd.DataFrame:
             | {name: float(chosen[name].iloc[0]) for name in COSTS if name in chosen.columns}
             | {"n_possible": int(chosen.n_possible.iloc[0]), "n_pairs": int(chosen.n_pairs.iloc[0])}
         )
-    return pd.DataFrame(out)
+    table = pd.DataFrame(out)
+    if table.CPR.isna().any():
+        table.attrs["notes"] = ["—: the sweep does not reach the full model (most features are active in no prompt)"]
+    return table

@@ -102,7 +102,7 @@ def test_sweep_writes_one_row_per_threshold_and_nested_circuits(relp, tmp_path):
     assert table.n_nodes.is_monotonic_decreasing
 
 
-def test_compare_tells_runs_of_one_method_apart(relp, tmp_path):
+def test_compare_tells_runs_of_one_method_apart(relp):
     for name, more in (("exact", ("--method", "act_patch")), ("a", ()), ("b", ("--rules", "ln"))):
         assert relp("score", "ioi", "--nodes", "mlp_out", "--pairs", 4, *more, "-o", name).code == 0
     rows = json.loads(relp("compare", "exact", "a", "b", "-o", "out", "--json").out)["rows"]

@@ -165,6 +165,14 @@ def test_requests(relp, tmp_path: Path) -> None:
         "name: j\ntasks: [sva_simple]\nmodels: [tiny-pythia]\nmethods: [relp]\nkinds: [feature]\ndictionary: tiny-pythia\n"
         "evaluate: {}\n"
     )
+    compared = relp(
+        "compare", "sva_simple", "-m", "tiny-pythia", "--dictionary", "mine", "--pairs", "4", "-o", "table", "--json"
+    )
+    assert [(r["kind"], r["method"]) for r in json.loads(compared.out)["rows"]] == [
+        ("feature", "atp"),
+        ("feature", "relp"),
+    ]
+    (tmp_path / "high.jsonl").write_text('{"Name": "resid_1/512", "Annotation": "x"}')
     (tmp_path / "odd.jsonl").write_text('{"Name": "embed/1", "Annotation": 5}')
     for arguments, message in (
         (("compare", "exact", "other"), "features of different dictionaries"),
@@ -177,6 +185,7 @@ def test_requests(relp, tmp_path: Path) -> None:
         (("circuit", "run", "--top-k", "3", "--greedy"), "--greedy is for edge circuits"),
         (("circuit", "run", "--top-k", "3", "-e", "nan"), "--edge-threshold: expected a number"),
         (("circuit", "run", "--top-k", "3", "-e", "0", "--annotations", "odd.jsonl"), "odd.jsonl:1: expected"),
+        (("report", "run", "--annotations", "high.jsonl"), "resid_out_layer1 has features up to 511, not 512"),
         (("report", "run", "--annotations", "nowhere"), "annotations nowhere cannot be read"),
         (("evaluate", "run", "--override", "pairs=3"), "--override is for jobs"),
         (("evaluate", "job.yaml", "--override", "methods=[conductance]", "--dry-run"), "does not score features"),
