@@ -37,6 +37,8 @@ class Circuit:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if len(set(self.labels)) < len(self.labels):
+            raise RelpError("circuit: position labels must be distinct")
         for kind, mask in self.masks.items():
             want = len(NODE_KINDS[kind].axes)
             if mask.dtype != torch.bool or mask.ndim != want:

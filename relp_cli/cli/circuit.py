@@ -76,6 +76,11 @@ def command(
     more: dict[str, Any] = {} if errors is None else {"errors": errors}
     more |= {k: v for k, v in (("greedy", greedy), ("prune", prune)) if v}
     circuit = select(chosen, **how, sign=sign, aggregate=aggregate, union=union, **more)
+    path = output or run_dir.circuit
+    if path.is_dir():
+        raise RelpError(f"--output {path} is a folder; expected a file name")
+    if edge_threshold is not None and not hasattr(circuit, "features"):
+        raise RelpError("--edge-threshold is for feature circuits; edges of heads and MLPs: relp score --nodes edges")
     if resamples:
         from relp_cli.evaluation.overlap import stability
 
@@ -95,12 +100,9 @@ def command(
 
         session = Session(device)
         with progress() as bar:
-            circuit = with_edges(run, circuit, edge_threshold, session, bar)
+            circuit = with_edges(run, circuit, edge_threshold, annotations, session, bar)
     if circuit.n_nodes in (0, circuit.n_possible):
         note(f"WARNING: this threshold keeps {'nothing' if circuit.n_nodes == 0 else 'everything'}")
-    path = output or run_dir.circuit
-    if path.is_dir():
-        raise RelpError(f"--output {path} is a folder; expected a file name")
     circuit.save(path)
     if json:
         about = {"circuit": str(path), "n_nodes": circuit.n_nodes, "n_possible": circuit.n_possible, **circuit.meta}

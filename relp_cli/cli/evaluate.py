@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -67,18 +67,26 @@ def command(
         print_json(cost) if json else out.print("\n".join(f"{k}: {v}" for k, v in cost.items()), highlight=False)
         return
     from relp_cli.cli.tables import show_evaluation
-    from relp_cli.runs.evaluating import evaluate_run
+    from relp_cli.report.tables import show
+    from relp_cli.runs.evaluating import evaluate_run, minimality_of_run
 
+    how: dict[str, Any] = {
+        "circuit": circuit, "ablation": ablation, "exclude_layers": exclude_layers, "metric": metric, "pairs": pairs,
+        "seed": seed, "device": device, "corpus": corpus, "errors": errors,
+    }  # fmt: skip
     with progress() as bar:
         path, table, notes = evaluate_run(
-            Path(target), sweep=sweep, circuit=circuit, ablation=ablation, exclude_layers=exclude_layers, metric=metric,
-            pairs=pairs, seed=seed, random_circuits=random, device=device, corpus=corpus, errors=errors, output=output,
-            progress=bar,
-        )  # fmt: skip
+            Path(target), sweep=sweep, random_circuits=random, output=output, progress=bar, **how
+        )
+    dropped = None
+    if minimality:
+        with progress() as bar:
+            dropped, losses = minimality_of_run(Path(target), progress=bar, **how)
     for line in notes:
         note(line)
     if json:
-        print_json({"table": str(path), "rows": table.to_dict("records")})
+        more = {"minimality": losses.to_dict("records")} if dropped else {}
+        print_json({"table": str(path), "rows": table.to_dict("records"), **more})
         return
     first = table.iloc[0]
     title = (
@@ -87,14 +95,7 @@ def command(
     )
     show_evaluation(table, title)
     log.print(str(path), highlight=False)
-    if minimality:
-        from relp_cli.report.tables import show
-        from relp_cli.runs.evaluating import minimality_of_run
-
-        with progress() as bar:
-            path, losses = minimality_of_run(
-                Path(target), circuit, ablation, exclude_layers, pairs, seed, device, errors, bar
-            )
+    if dropped:
         useless = int((losses.loss <= 0).sum())
         show(losses.head(20), out, f"dropped one by one: {useless} of {len(losses)} could go at no loss")
-        log.print(str(path), highlight=False)
+        log.print(str(dropped), highlight=False)

@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from relp_cli.circuits.circuit import ANY_POSITION, SCHEMA, Circuit, Strict, read_file, read_json, with_tau
+from relp_cli.circuits.circuit import ANY_POSITION, SCHEMA, Circuit, Strict, finite, read_file, read_json, with_tau
 from relp_cli.edges.graph import Graph
 from relp_cli.edges.scores import KIND
 from relp_cli.errors import RelpError
@@ -37,6 +37,8 @@ class EdgeCircuit:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if len(set(self.labels)) < len(self.labels):
+            raise RelpError("edge circuit: position labels must be distinct")
         want = (len(self.labels), *self.graph.mask.shape)
         if self.mask.dtype != torch.bool or tuple(self.mask.shape) != want:
             raise RelpError(
@@ -132,8 +134,8 @@ class EdgeCircuit:
         if self.labels != ANY_POSITION:
             edges["pos"] = [self.labels[p] for p in pos]
         content = {
-            "schema": SCHEMA, "type": TYPE, "meta": dict(self.meta), "graph": asdict(self.graph), "labels": list(self.labels),
-            "n_edges": self.n_edges, "edges": edges,
+            "schema": SCHEMA, "type": TYPE, "meta": finite(dict(self.meta)), "graph": asdict(self.graph),
+            "labels": list(self.labels), "n_edges": self.n_edges, "edges": edges,
         }  # fmt: skip
         write_atomically(Path(path), json.dumps(content, indent=1) + "\n")
 
@@ -143,7 +145,8 @@ class EdgeCircuit:
         file = read_file(path, _File, TYPE)
         graph, labels, edges = Graph(**file.graph.model_dump()), tuple(file.labels), file.edges
         lengths = {len(column) for column in (edges.writer, edges.reader, edges.pos) if column is not None}
-        if len(lengths) != 1 or not set(edges.pos or ()) <= set(labels):
+        fits = set(edges.pos or ()) <= set(labels) and (edges.pos is None) == (labels == ANY_POSITION)
+        if len(lengths) != 1 or not fits:
             raise RelpError(f"circuit file {path}: edges need columns of equal length, at positions among the labels")
         mask = torch.zeros(len(labels), *graph.mask.shape, dtype=torch.bool)
         at = [0] * len(edges.writer) if edges.pos is None else [labels.index(p) for p in edges.pos]

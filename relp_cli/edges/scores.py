@@ -103,7 +103,9 @@ class EdgeScores:
         assert self.present is not None
         count = (weights[:, None] * self.present).sum(0).clamp(min=1)
         mean = torch.einsum("n,npe->pe", weights, self.examples) / count[:, None]
-        return replace(self, mean=self.dense(mean.double()).reshape(self.mean.shape))
+        drawn = weights > 0  # what a union over examples looks at
+        dense = self.dense(mean.double()).reshape(self.mean.shape)
+        return replace(self, mean=dense, examples=self.examples[drawn], present=self.present[drawn])
 
     def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and header of one entry of a score file."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from relp_cli.circuits.circuit import ANY_POSITION
 from relp_cli.errors import RelpError, unknown
 from relp_cli.evaluation.ratios import Values, ratio_table, tau_of
-from relp_cli.features.circuit import FeatureCircuit, counted_sites
+from relp_cli.features.circuit import FeatureCircuit, counted_sites, must_count
 from relp_cli.features.load import Dictionaries, dictionaries_of
 from relp_cli.features.sites import Site
 from relp_cli.methods.request import Progress
@@ -61,6 +61,7 @@ def evaluate_features(
     if not 0 <= exclude < model.shape.n_layers:
         raise RelpError(f"exclude_layers must be from 0 to {model.shape.n_layers - 1}, got {exclude}")
     dictionaries = dictionaries_of(model, circuits, dictionary)
+    must_count(tuple(dictionaries), exclude)
     row = METRICS[metric or str(circuits[0].meta.get("metric", "logit_diff"))]
     runs = FeatureRuns(model, row, dictionaries, exclude, pairs, ablation)
     everything = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -79,11 +80,12 @@ def minimality(
     seed: int = 0,
     progress: Progress | None = None,
     dictionary: Any = None,
+    corpus: Path | None = None,
 ) -> pd.DataFrame:
     """Drop each counted node (of edge circuits: edge) of the circuit on its own: F(C) − F(C∖n), absolute and in
     faithfulness.
 
-    dictionary: as for `evaluate`.
+    dictionary, corpus: as for `evaluate`.
     Returns one row per node (kind, layer, position, unit, loss, loss_faithfulness; "layer" of a feature is its site, "unit"
     of an edge its name), largest loss first; a circuit is minimal where every loss is positive.
     Raises: RelpError for circuits of more than 2,000 counted nodes.
@@ -97,7 +99,7 @@ def minimality(
         )
     table = evaluate(
         model, pairs, [circuit, *(left for _, left in drops)], ablation, exclude, metric, seed, bootstrap=100,
-        progress=progress, dictionary=dictionary,
+        corpus=corpus, progress=progress, dictionary=dictionary,
     )  # fmt: skip
     whole = table.iloc[0]
     rows = [

@@ -91,4 +91,6 @@ def _resampled(scores: NodeScores, weights: Tensor) -> NodeScores:
     assert scores.present is not None
     count = (weights[:, None] * scores.present).sum(0).clamp(min=1)
     total = torch.einsum("n,nlp...->lp...", weights, scores.examples)
-    return replace(scores, mean=(total / count.view(1, -1, *([1] * (total.ndim - 2)))).double())
+    drawn = weights > 0  # what a union over examples looks at
+    mean = (total / count.view(1, -1, *([1] * (total.ndim - 2)))).double()
+    return replace(scores, mean=mean, examples=scores.examples[drawn], present=scores.present[drawn])

@@ -21,6 +21,7 @@ from relp_cli.files import write_atomically
 from relp_cli.tasks.pairs import PairBatch
 
 TYPE = "relp feature circuit"
+RANDOM = "random circuit"
 # Which error terms a circuit may have (paper section 5.2); the others are ablated always, in a circuit's complement too.
 ERRORS = {
     "all": "error terms of all sites are nodes",
@@ -49,6 +50,8 @@ class FeatureCircuit:
     def __post_init__(self) -> None:
         if tuple(self.features) != tuple(self.errors) or tuple(self.features) != tuple(sorted(self.features)):
             raise RelpError("feature circuit: features and errors need the same sites, in the order of a forward pass")
+        if len(set(self.labels)) < len(self.labels):
+            raise RelpError("feature circuit: position labels must be distinct")
         for site, mask in self.features.items():
             shapes = (mask.ndim, mask.shape[0], tuple(self.errors[site].shape), mask.dtype, self.errors[site].dtype)
             if shapes != (2, len(self.labels), (len(self.labels),), torch.bool, torch.bool):
@@ -135,7 +138,7 @@ class FeatureCircuit:
             drawn[pool[torch.randperm(len(pool), generator=generator)[: int(flat.sum())]]] = True
             for site, part in zip(chosen, drawn.split([masks[s].numel() for s in chosen]), strict=True):
                 masks[site] = part.view(masks[site].shape)
-        meta = {**self.meta, "method": "random circuit"}
+        meta = {**self.meta, "method": RANDOM}
         return replace(self, features=features, errors=errors, meta=meta, edges=None)
 
     def save(self, path: str | Path) -> None:
@@ -148,7 +151,7 @@ class FeatureCircuit:
         content: dict[str, Any] = {"schema": SCHEMA, "type": TYPE, "meta": finite(dict(self.meta)), "labels": list(self.labels),
                    "errors": self.removed, "n_nodes": self.n_nodes, "sites": sites}  # fmt: skip
         if self.edges is not None:
-            content["edges"] = self.edges.columns()
+            content["edges"] = finite(self.edges.columns())
         write_atomically(Path(path), json.dumps(content, indent=1) + "\n")
 
     @classmethod
@@ -212,3 +215,11 @@ class _File(Strict):
 def counted_sites(sites: tuple[Site, ...], exclude: int) -> list[Site]:
     """Sites that an evaluation which excludes the first `exclude` layers ablates and counts."""
     return [site for site in sites if exclude == 0 or site.layer >= exclude]
+
+
+def must_count(sites: tuple[Site, ...], exclude: int) -> None:
+    """Raises RelpError where no site would be ablated or counted."""
+    if not counted_sites(sites, exclude):
+        raise RelpError(
+            f"no site with a dictionary lies in layer {exclude} or above; exclude fewer (--exclude-layers 0)"
+        )

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from relp_cli.errors import RelpError
-from relp_cli.features.circuit import FeatureCircuit
+from relp_cli.features.circuit import RANDOM, FeatureCircuit
 from relp_cli.features.dictionary import Dictionary
 from relp_cli.features.gradients import GRADIENT_METHODS, Point, SiteGradients
 from relp_cli.features.graph import FeatureEdges, FeatureNode
@@ -70,6 +70,8 @@ def feature_edges(
     how = {k: v or circuit.meta.get(k, default[k]) for k, v in asked.items()}
     if method is None and not params:
         params = dict(circuit.meta.get("params", {}))
+    if how["method"] == RANDOM:
+        raise RelpError("this circuit was drawn at random; give the method= whose gradients its edges are made of")
     row, parsed = resolve_method(model, how["method"], params)
     if row.name not in GRADIENT_METHODS:
         raise RelpError(f"edges of features need gradients ({', '.join(GRADIENT_METHODS)}), not method '{row.name}'")
@@ -96,7 +98,13 @@ def feature_edges(
             if progress:
                 progress(done * steps + target + 1, len(chunks) * steps, "edges")
         totals.count(slots, len(chunk))
-    about = {**how, "rules": at.applied, "n_pairs": sum(map(len, chunks)), "n_nodes": len(nodes)}
+    about = {
+        **how,
+        "params": parsed.model_dump(mode="json"),
+        "rules": at.applied,
+        "n_pairs": sum(map(len, chunks)),
+        "n_nodes": len(nodes),
+    }
     return totals.finish(about)
 
 

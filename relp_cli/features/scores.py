@@ -40,7 +40,12 @@ class Examples:
         total = torch.zeros(len(scores.index), dtype=torch.float64)
         total.index_add_(0, self.index[:, 1], weights[self.index[:, 0]] * self.values)
         errors = torch.einsum("n,nsp->sp", weights, self.errors.double()) / count
-        return replace(scores, mean=total / count[scores.index[:, 1]], error_mean=errors)
+        drawn = weights > 0  # what a union over examples looks at
+        kept = drawn[self.index[:, 0]]
+        examples = replace(
+            self, index=self.index[kept], values=self.values[kept], errors=self.errors * drawn[:, None, None]
+        )
+        return replace(scores, mean=total / count[scores.index[:, 1]], error_mean=errors, examples=examples)
 
     def strongest(self, scores: FeatureScores, sign: str, aggregate: str) -> FeatureScores:
         """Scores whose mean is each node's strongest example of that sign, where there is one (and else 0): what a union

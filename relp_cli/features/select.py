@@ -10,7 +10,7 @@ from torch import Tensor
 from relp_cli.circuits.circuit import ANY_POSITION, tensor_hash
 from relp_cli.circuits.select import KEPT_META, NO_EXAMPLES, check_how, choose
 from relp_cli.errors import RelpError, unknown
-from relp_cli.features.circuit import ERRORS, FeatureCircuit, counted_sites
+from relp_cli.features.circuit import ERRORS, FeatureCircuit, counted_sites, must_count
 from relp_cli.features.scores import FeatureScores
 from relp_cli.methods.scores import NodeScores
 
@@ -43,6 +43,7 @@ def select_features(
         if scores.examples is None:
             raise RelpError(NO_EXAMPLES)
         ranked = scores.examples.strongest(scores, sign, aggregate)
+    must_count(scores.sites, from_layer)
     sites = counted_sites(scores.sites, from_layer)
     empty = FeatureCircuit(
         {s: torch.zeros(len(scores.labels), n, dtype=torch.bool) for s, n in zip(scores.sites, scores.sizes, strict=True)},

@@ -105,8 +105,12 @@ def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path) -
             )
     options = replace(options, reference=exact_method(specs[0].nodes, options.reference))
     names = [spec.method for _, spec, _ in runs]
+    if names.count(options.reference) > 1:
+        raise RelpError(
+            f"{names.count(options.reference)} of these runs are of the reference '{options.reference}'; give one"
+        )
     by_method = {
-        name if names.count(name) == 1 else f"{name} ({path.name})": scores
+        name if names.count(name) == 1 else f"{name} ({path})": scores
         for name, path, (_, _, scores) in zip(names, paths, runs, strict=True)
     }
     if options.reference not in by_method:

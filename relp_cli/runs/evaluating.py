@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -166,8 +167,9 @@ def evaluate_run(
 
 
 def circuit_hash(circuit: Circuit | EdgeCircuit | FeatureCircuit) -> str:
-    """A short hash of what a circuit keeps."""
-    return tensor_hash(*circuit.masks.values())
+    """A short hash of what a circuit keeps: its kinds, positions and nodes."""
+    names = json.dumps([list(circuit.masks), list(circuit.labels)])
+    return hashlib.sha256((names + tensor_hash(*circuit.masks.values())).encode()).hexdigest()[:12]
 
 
 def evaluation_cost(path: Path, sweep: str | None, circuit: Path | None, pairs: int, random: int) -> dict[str, Any]:
@@ -207,23 +209,26 @@ def read_circuit(
 
 def minimality_of_run(
     path: Path,
-    circuit: Path | None,
-    ablation: str,
-    exclude_layers: int | None,
-    pairs: int,
-    seed: int,
-    device: str | None,
+    *,
+    circuit: Path | None = None,
+    pairs: int = 100,
+    seed: int = 0,
+    metric: str | None = None,
+    device: str | None = None,
     errors: str | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> tuple[Path, pd.DataFrame]:
     """Drop the nodes of a run's circuit one by one on held-out pairs and write minimality.csv into the run."""
     run, spec, _ = open_run(path)
     file = circuit or run.circuit
     if not file.is_file():
         raise RelpError(f"run '{path}' has no circuit to drop nodes of; run `relp circuit {path} --threshold …`")
-    prepared = prepare(held_out(spec, pairs, seed), Session(device), at_most=True)
-    found = read_circuit(file, errors, prepared.model)
-    table = minimality(prepared.model, prepared.pairs, found, ablation, exclude_layers, prepared.metric, seed, progress)
+    prepared = prepare(held_out(spec, pairs, seed, metric), Session(device), at_most=True)
+    table = minimality(
+        prepared.model, prepared.pairs, read_circuit(file, errors, prepared.model), metric=prepared.metric, seed=seed,
+        progress=progress, dictionary=spec.params.get("dictionary"), **options,
+    )  # fmt: skip
     out = run.path / "minimality.csv"
     write_atomically(out, table.to_csv(index=False))
     return out, table

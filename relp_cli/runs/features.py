@@ -51,18 +51,22 @@ def show_features(
 
 
 def with_edges(
-    path: Path, circuit: FeatureCircuit, threshold: float, session: Session, progress: Progress | None
+    path: Path,
+    circuit: FeatureCircuit,
+    threshold: float,
+    annotations: Path | None,
+    session: Session,
+    progress: Progress | None,
 ) -> FeatureCircuit:
     """The circuit with the edges among its nodes, and to the metric, whose |score| on the run's own pairs is > threshold.
 
-    Raises: RelpError for circuits of anything but features, and as `relp.feature_edges`.
+    Raises: RelpError for annotations of features that do not exist, and as `relp.feature_edges`.
     """
-    if not isinstance(circuit, FeatureCircuit):
-        raise RelpError("--edge-threshold is for feature circuits; edges of heads and MLPs: relp score --nodes edges")
     _, spec, _ = open_run(path)
     prepared = prepare(spec, session)
     params = dict(spec.params)
     dictionary = session.dictionaries(params.pop("dictionary"), prepared.model)
+    _notes(annotations, dictionary)  # found to be wrong before the work
     edges = feature_edges(
         prepared.model, prepared.pairs, circuit, spec.method, dictionary=dictionary, batch_size=spec.batch_size,
         progress=progress, **params,
@@ -102,13 +106,18 @@ def feature_meanings(
     run's strongest.
     """
     found: Any = scores[SCORED]
-    table = top_features(found, found.n_nodes if circuit else 10)
-    table = table[table.kind == "feature"]
-    nodes = [FeatureNode(_site(r.site), str(r.position), int(r.feature)) for r in table.itertuples()]  # type: ignore[arg-type]
-    if circuit is not None:
-        anywhere = circuit.labels == ANY_POSITION
-        mine = {(n.site, n.position, n.feature) for n in circuit.nodes()}
-        nodes = [n for n in nodes if (n.site, ANY_POSITION[0] if anywhere else n.position, n.feature) in mine]
+    if circuit is None:
+        table = top_features(found, 10)
+        table = table[table.kind == "feature"]
+        nodes = [FeatureNode(_site(r.site), str(r.position), int(r.feature)) for r in table.itertuples()]  # type: ignore[arg-type]
+    else:
+        dense = {site: found.dense(site) for site in circuit.features}
+
+        def size(node: FeatureNode) -> float:
+            at = dense[node.site][:, node.feature]
+            return abs(float(at.sum() if node.position == ANY_POSITION[0] else at[found.labels.index(node.position)]))
+
+        nodes = sorted((n for n in circuit.nodes() if n.feature is not None), key=size, reverse=True)
     units = dict.fromkeys((n.site, n.feature) for n in nodes[:most])  # one row per feature, wherever it is
     plain = [FeatureNode(site, ANY_POSITION[0], unit) for site, unit in units]
     dictionaries = session.dictionaries(spec.params["dictionary"], prepared.model)

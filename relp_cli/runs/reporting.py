@@ -9,6 +9,7 @@ import pandas as pd
 
 from relp_cli.errors import RelpError, RunFailed
 from relp_cli.features.annotations import read_annotations
+from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.kinds import SCORED
 from relp_cli.report.html import write_html
 from relp_cli.runs.comparing import example_tokens
@@ -40,7 +41,8 @@ def report_run(path: Path, output: Path | None = None, annotations: Path | None 
         prepared = prepare(spec.model_copy(update={"only_correct": False}), session)
         tokens = example_tokens(prepared, scores)
         if SCORED in scores.kinds:
-            meanings = feature_meanings(spec, session, prepared, scores, circuit, annotations)
+            of_features = circuit if isinstance(circuit, FeatureCircuit) else None
+            meanings = feature_meanings(spec, session, prepared, scores, of_features, annotations)
     except RelpError:
         if annotations is not None:
             raise  # the model is elsewhere; the page then shows role labels without example tokens

@@ -108,6 +108,9 @@ def test_compare_tells_runs_of_one_method_apart(relp):
     rows = json.loads(relp("compare", "exact", "a", "b", "-o", "out", "--json").out)["rows"]
     assert [row["method"] for row in rows] == ["relp (a)", "relp (b)"]
     assert rows[0]["pcc"] != rows[1]["pcc"]
+    done = relp("compare", "exact", "exact", "a", "-o", "out")
+    assert done.code == 2
+    assert "2 of these runs are of the reference 'act_patch'" in done.err
 
 
 def test_compare_matches_numpy_and_reuses_scores(relp, tmp_path):

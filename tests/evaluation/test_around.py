@@ -113,6 +113,14 @@ def test_stability_is_one_where_all_pairs_agree():
     assert kept["head"].sum().item() == pytest.approx(5)
 
 
+@pytest.mark.parametrize(("method", "nodes"), [("atp", ["head"]), ("eap", ["edges"])])
+def test_a_union_over_resampled_pairs_looks_at_those_alone(method, nodes):
+    c = case("gpt2")
+    scores = dict(score(c.model, [c.batch], method, nodes))
+    mean, _ = stability(scores, samples=20, threshold=0.1, union=True)
+    assert 0.1 < mean < 1
+
+
 def test_areas_by_hand():
     cpr, cmd = areas([1.0, 0.0, 0.5], [1.0, 0.0, 1.5])  # order does not matter
     assert cpr == pytest.approx(0.25 * 1.5 + 0.25 * 2.5)

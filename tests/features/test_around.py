@@ -142,6 +142,13 @@ def test_stability_and_overlap(dicts: Dictionaries) -> None:
     scores = scored(dicts)
     mean, _ = stability({"feature": scores}, samples=20, top_k=30)  # type: ignore[dict-item]
     assert 0.1 < mean < 1
+    drawn = scores.resampled(torch.tensor([2.0, 0, 1, 0]))
+    want = select(scored(dicts, batches=[C.batch.rows(torch.tensor([0, 2]))]), threshold=0.05, union=True)
+    again = select(drawn, threshold=0.05, union=True)
+    assert all(torch.equal(again.features[s], want.features[s]) for s in dicts)
+    assert all(torch.equal(again.errors[s], want.errors[s]) for s in dicts)
+    mean, _ = stability({"feature": scores}, samples=20, threshold=0.05, union=True)  # type: ignore[dict-item]
+    assert 0.1 < mean < 1
     first, second = select(scores, top_k=40), select(scores, top_k=30)
     got = overlap(first, second)
     assert (got["kinds"], got["n"], got["n_reference"], got["common"]) == ("feature", 40, 30, 30)

@@ -125,6 +125,7 @@ def in_edges(**columns: Any) -> Callable[[dict[str, Any]], None]:
         (lambda c: c.update(errors="some"), "unknown choice of error terms 'some'"),
         (lambda c: c.update(n_nodes=4), "n_nodes says 4, but there are 3"),
         (lambda c: c.pop("labels"), "labels: Field required"),
+        (lambda c: c.update(labels=["a", "a"]), "position labels must be distinct"),
         (lambda c: c["sites"].update(resid_0=c["sites"]["resid_out_layer0"]), "'resid_0' is there twice"),
         (lambda c: c["sites"].update(nowhere=c["sites"]["embed"]), "'nowhere' is no site"),
         (lambda c: c.update(edges=3), "edges: Input should be a valid dictionary"),
@@ -201,6 +202,10 @@ def test_requests(relp, tmp_path: Path) -> None:
         assert message in done.err
         assert "Traceback" not in done.err
     assert not (tmp_path / "run/circuit.json").exists()
+    assert relp("circuit", "run", "--top-k", "0", "-e", "inf").code == 2
+    assert relp("circuit", "run", "--threshold", "inf", "-e", "0").code == 0
+    json.loads((tmp_path / "run/circuit.json").read_text(), parse_constant=pytest.fail)
+    (tmp_path / "run/circuit.json").unlink()
     planned = relp("evaluate", "run", "--sweep", "counts:1,2,3", "--random", "2", "--dry-run", "--json")
     assert json.loads(planned.out)["forward passes per pair"] == 2 + 2 * 3 * 3
     assert not (tmp_path / "run/evaluation.csv").exists()
@@ -208,6 +213,19 @@ def test_requests(relp, tmp_path: Path) -> None:
     copied = relp("evaluate", "other", "--circuit", "run/circuit.json", "--pairs", "4")
     assert copied.code == 2
     assert "was found with dictionary hash" in copied.err
+    both = relp("evaluate", "run", "--pairs", "5", "--random", "0", "--minimality", "--metric", "accuracy", "--json")
+    losses = [5 * row["loss"] for row in json.loads(both.out)["minimality"]]
+    assert losses == pytest.approx([round(loss) for loss in losses])
+    assert relp("score", *score[1:], "--nodes", "mlp_out", "-o", "nodes").code == 0
+    assert relp("circuit", "nodes", "--top-k", "3", "-o", "run/circuit.json").code == 0
+    assert relp("report", "run").code == 0
+    lowest = (*trained, "--sites", "embed", "-o", "lowest")
+    assert relp(*lowest).code == 0
+    assert relp(*score, "--dictionary", "lowest", "-o", "low").code == 0
+    for sweep in ("log:1e-3:1:2", "counts:1,5"):
+        done = relp("evaluate", "low", "--sweep", sweep, "--pairs", "4")
+        assert done.code == 2
+        assert "no site with a dictionary lies in layer 1 or above" in done.err
 
 
 def test_training_that_diverges_writes_nothing(relp, tmp_path: Path) -> None:
