@@ -135,9 +135,8 @@ class _Here:
         count = len(self.units)
         features = self.d.encode(x, self.units) * (g @ self.d.w_dec[self.units].T)
         values = list(torch.einsum("bpn,pn->n", features, self.at[:, :count]))
-        if (
-            count < self.at.shape[1]
-        ):  # apart from the features, whose gradients need not pass through all of decode(encode)
+        # Apart from the features: their gradients then do not pass through decode(encode) of the whole dictionary.
+        if count < self.at.shape[1]:
             errors = (self.d.split(x)[1] * g).sum(-1)
             values += list(torch.einsum("bp,pn->n", errors, self.at[:, count:]))
         return values
