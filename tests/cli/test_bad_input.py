@@ -62,10 +62,12 @@ def test_an_interrupt_says_that_work_resumes(relp, monkeypatch):
 def test_a_file_is_no_run_and_a_table_needs_a_name(relp, tmp_path):
     (tmp_path / "file").write_text("")
     relp("score", "ioi", "--pairs", 3, "-o", "run")
+    relp("score", "ioi", "--pairs", 3, "--baseline", "zero", "-o", "zero")
     for arguments, expected in (
         (("circuit", "file", "-t", "1"), "'file' is a file; expected a run directory"),
         (("evaluate", "run", "-o", "run"), "--output run: expected the name of a .csv file"),
         (("evaluate", "run", "--minimality", "--sweep", "counts:1"), "has no circuit to drop nodes of"),
+        (("circuit", "zero", "--top-k", "3", "--verify"), "these scores have baseline 'zero'"),
     ):
         done = relp(*arguments)
         assert done.code == 2
