@@ -18,6 +18,7 @@ from torch import Tensor
 from relp_cli.errors import RelpError, RunFailed
 from relp_cli.files import write_atomically
 from relp_cli.nodes.kinds import NODE_KINDS
+from relp_cli.tasks.pairs import PairBatch
 
 SCHEMA = 1
 ANY_POSITION = ("*",)
@@ -154,6 +155,18 @@ def with_tau(meta: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(selection, dict) and isinstance(selection.get("tau"), str):
         return {**meta, "selection": {**selection, "tau": float(selection["tau"])}}
     return dict(meta)
+
+
+def positions_of(labels: tuple[str, ...], batch: PairBatch) -> list[int]:
+    """Per position of a batch, which of a circuit's positions it is. Raises RelpError where it is none."""
+    if labels == ANY_POSITION:
+        return [0] * batch.n_pos
+    missing = [label for label in batch.labels if label not in labels]
+    if missing:
+        raise RelpError(
+            f"the circuit has no position '{missing[0]}' (it has {', '.join(labels)}), but the pairs to evaluate have"
+        )
+    return [labels.index(label) for label in batch.labels]
 
 
 def read_json(path: str | Path) -> Any:

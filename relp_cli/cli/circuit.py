@@ -55,7 +55,7 @@ def command(
 
     Example: relp circuit runs/ioi --threshold 0.005
     """
-    from relp_cli.runs.scoring import open_run
+    from relp_cli.runs.scoring import Session, open_run, prepare
 
     if confirm is not None and not verify:
         raise RelpError("--confirm belongs to --verify")
@@ -69,7 +69,8 @@ def command(
         raise RelpError(f"--edge-threshold: expected a number, got {edge_threshold}")
     from relp_cli.selection import select
 
-    run_dir, _, scores = open_run(run)
+    run_dir, spec, scores = open_run(run)
+    session = Session(device)
     kinds = comma(nodes) if nodes else tuple(scores)
     chosen = {kind: scores[kind] for kind in kinds}
     how: dict[str, Any] = {"threshold": threshold, "fraction": fraction, "top_k": top_k, "top_p": top_p}
@@ -90,27 +91,25 @@ def command(
         from relp_cli.runs.verifying import verify_circuit
 
         with progress() as bar:
-            circuit, found = verify_circuit(run, circuit, confirm, device, bar)
+            circuit, found = verify_circuit(spec, scores, circuit, confirm, session, bar)
         for line in found:
             note(line)
-    session = None
     if edge_threshold is not None:
         from relp_cli.runs.features import show_edges, with_edges
-        from relp_cli.runs.scoring import Session
 
-        session = Session(device)
+        prepared = prepare(spec, session)
         with progress() as bar:
-            circuit = with_edges(run, circuit, edge_threshold, annotations, session, bar)
+            circuit = with_edges(spec, prepared, session, circuit, edge_threshold, annotations, bar)
     if circuit.n_nodes in (0, circuit.n_possible):
         note(f"WARNING: this threshold keeps {'nothing' if circuit.n_nodes == 0 else 'everything'}")
     circuit.save(path)
     if json:
         about = {"circuit": str(path), "n_nodes": circuit.n_nodes, "n_possible": circuit.n_possible, **circuit.meta}
-        print_json(about if session is None else {**about, "edges": circuit.edges.columns()})
+        print_json(about if edge_threshold is None else {**about, "edges": circuit.edges.columns()})
         return
     out.print(layers_table(circuit))
-    if session is not None:
-        show_edges(run, circuit, annotations, session, out)
+    if edge_threshold is not None:
+        show_edges(spec, prepared, session, circuit, annotations, out)
     log.print(str(path), highlight=False)
 
 

@@ -69,10 +69,11 @@ def command(
     from relp_cli.cli.tables import show_evaluation
     from relp_cli.report.tables import show
     from relp_cli.runs.evaluating import evaluate_run, minimality_of_run
+    from relp_cli.runs.scoring import Session
 
     how: dict[str, Any] = {
         "circuit": circuit, "ablation": ablation, "exclude_layers": exclude_layers, "metric": metric, "pairs": pairs,
-        "seed": seed, "device": device, "corpus": corpus, "errors": errors,
+        "seed": seed, "session": Session(device), "corpus": corpus, "errors": errors,
     }  # fmt: skip
     with progress() as bar:
         path, table, notes = evaluate_run(

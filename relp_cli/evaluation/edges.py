@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from relp_cli.circuits.circuit import ANY_POSITION
+from relp_cli.circuits.circuit import ANY_POSITION, positions_of
 from relp_cli.edges.ablation import EdgeAblation
 from relp_cli.edges.circuit import EdgeCircuit, counted_edges
 from relp_cli.edges.graph import Graph
@@ -118,12 +118,7 @@ def at_positions(circuit: EdgeCircuit, batch: PairBatch) -> Tensor:
     """A circuit's mask at the positions of one batch: Bool[pos, writer, reader], one position where it is the same at all."""
     if circuit.labels in (ANY_POSITION, tuple(str(i) for i in range(batch.n_pos))):
         return circuit.mask
-    missing = [label for label in batch.labels if label not in circuit.labels]
-    if missing:
-        raise RelpError(
-            f"the circuit has no position '{missing[0]}' (it has {', '.join(circuit.labels)}), but the pairs to evaluate have"
-        )
-    return circuit.mask[[circuit.labels.index(label) for label in batch.labels]]
+    return circuit.mask[positions_of(circuit.labels, batch)]
 
 
 def edge_curve(

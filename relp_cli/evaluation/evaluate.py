@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from relp_cli.circuits.circuit import ANY_POSITION, Circuit
+from relp_cli.circuits.circuit import ANY_POSITION, Circuit, positions_of
 from relp_cli.edges.circuit import EdgeCircuit
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.ablation import Ablation
@@ -184,19 +184,12 @@ class Runs:
 
 def at_batch(mask: Tensor, labels: tuple[str, ...], batch: PairBatch) -> Tensor:
     """A circuit's mask at the positions of one batch: Bool[layer, pos, *unit] on the batch's device."""
-    if labels == ANY_POSITION:
-        index = [0] * batch.n_pos
-    elif labels == tuple(str(i) for i in range(batch.n_pos)):
+    if labels == tuple(str(i) for i in range(batch.n_pos)):
         index = list(range(batch.n_pos))
-    elif batch.roles is None:
+    elif labels != ANY_POSITION and batch.roles is None:
         raise RelpError(
             f"the circuit's positions are {', '.join(labels)}, the pairs to evaluate have {batch.n_pos} without roles"
         )
     else:
-        missing = [label for label in batch.labels if label not in labels]
-        if missing:
-            raise RelpError(
-                f"the circuit has no position '{missing[0]}' (it has {', '.join(labels)}), but the pairs to evaluate have"
-            )
-        index = [labels.index(label) for label in batch.labels]
+        index = positions_of(labels, batch)
     return mask[:, index].to(batch.original.device)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from relp_cli.circuits.circuit import ANY_POSITION, SCHEMA, Strict, finite, read_file, with_tau
+from relp_cli.circuits.circuit import SCHEMA, Strict, finite, positions_of, read_file, with_tau
 from relp_cli.errors import RelpError, unknown
 from relp_cli.features.graph import EdgeColumns, FeatureEdges, FeatureNode
 from relp_cli.features.sites import Site, parse_site
@@ -91,14 +91,7 @@ class FeatureCircuit:
 
     def slots(self, batch: PairBatch) -> Int[Tensor, " pos"]:
         """Per position of a batch, which of the circuit's positions it is. Raises RelpError where it is none."""
-        if self.labels == ANY_POSITION:
-            return torch.zeros(batch.n_pos, dtype=torch.long)
-        missing = [label for label in batch.labels if label not in self.labels]
-        if missing:
-            raise RelpError(
-                f"the circuit has no position '{missing[0]}' (it has {', '.join(self.labels)}), but the pairs have"
-            )
-        return torch.tensor([self.labels.index(label) for label in batch.labels])
+        return torch.tensor(positions_of(self.labels, batch))
 
     @property
     def n_nodes(self) -> int:

@@ -22,6 +22,7 @@ from relp_cli.features.dictionary import Dictionary
 from relp_cli.features.sites import Site, parse_site
 from relp_cli.models.model import Model
 
+NO_DICTIONARY = "features need --dictionary PATH (dictionary=: a folder of sparse autoencoders, or a shipped name)"
 SHIPPED = Path(__file__).parent / "dictionaries"
 
 
@@ -77,7 +78,7 @@ def load_dictionaries(path: str | Path, model: Model) -> Dictionaries:
 def check_dictionary(path: str | Path | None) -> None:
     """What can be known to be wrong before a model is loaded. Raises RelpError for no path, or one without dictionaries."""
     if path is None:
-        raise RelpError("features need --dictionary PATH (a folder of sparse autoencoders, or a shipped name)")
+        raise RelpError(NO_DICTIONARY)
     dictionary_folders(_root(path))
 
 

@@ -18,7 +18,7 @@ from relp_cli.errors import RelpError
 from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.dictionary import Dictionary
 from relp_cli.features.gradients import GRADIENT_METHODS, SiteRuns
-from relp_cli.features.load import Dictionaries, load_dictionaries
+from relp_cli.features.load import NO_DICTIONARY, Dictionaries, load_dictionaries
 from relp_cli.features.patching import patch_features
 from relp_cli.features.scores import KIND
 from relp_cli.features.sites import Site
@@ -53,9 +53,7 @@ def score_features(
     """
     where = params.pop("dictionary", None)
     if where is None:
-        raise RelpError(
-            "features need --dictionary PATH (dictionary=: a folder of sparse autoencoders, or a shipped name)"
-        )
+        raise RelpError(NO_DICTIONARY)
     row, parsed = resolve_method(model, method, params)
     check_method(row.name, parsed)
     request.check(" for features", BASELINES)

@@ -11,6 +11,7 @@ from relp_cli.edges.scores import EdgeScores
 from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.scores import FeatureScores
 from relp_cli.features.show import top_features
+from relp_cli.features.sites import Site
 from relp_cli.methods.scores import NodeScores, Scores
 from relp_cli.report.names import SITE_TITLES
 
@@ -59,13 +60,10 @@ def circuit_counts(circuit: Circuit | EdgeCircuit | FeatureCircuit) -> dict[str,
     that holds at any position there is one column, "any"."""
     labels = ["any" if label == "*" else label for label in circuit.labels]
     if isinstance(circuit, FeatureCircuit):  # per site kind, error terms counted with the features
-        kinds = dict.fromkeys(site.kind for site in circuit.features)
-        kept = {site: mask.sum(1) + circuit.errors[site] for site, mask in circuit.features.items()}
+        kept = {site: (mask.sum(1) + circuit.errors[site]).tolist() for site, mask in circuit.features.items()}
         return {
-            f"{SITE_TITLES[kind]}: features and error terms": pd.DataFrame(
-                [n.tolist() for site, n in kept.items() if site.kind == kind], columns=labels
-            )
-            for kind in kinds
+            title: pd.DataFrame([kept[site] for site in sites], columns=labels)
+            for title, sites in _sites_by_kind(circuit).items()
         }
     return {
         kind: pd.DataFrame(mask.reshape(*mask.shape[:2], -1).sum(-1).numpy(), columns=labels)
@@ -76,6 +74,15 @@ def circuit_counts(circuit: Circuit | EdgeCircuit | FeatureCircuit) -> dict[str,
 def possible(circuit: Circuit | EdgeCircuit | FeatureCircuit, kind: str) -> int:
     """How many nodes a circuit could keep of one of `circuit_counts`' kinds."""
     if isinstance(circuit, FeatureCircuit):
-        sites = [s for s in circuit.features if kind.startswith(f"{SITE_TITLES[s.kind]}:")]
+        sites = _sites_by_kind(circuit)[kind]
         return sum(circuit.features[s].numel() + circuit.has_error(s) * len(circuit.labels) for s in sites)
     return circuit.masks[kind].numel() if isinstance(circuit, Circuit) else circuit.n_possible
+
+
+def _sites_by_kind(circuit: FeatureCircuit) -> dict[str, list[Site]]:
+    """Title → a feature circuit's sites of one kind."""
+    kinds = dict.fromkeys(site.kind for site in circuit.features)
+    return {
+        f"{SITE_TITLES[kind]}: features and error terms": [s for s in circuit.features if s.kind == kind]
+        for kind in kinds
+    }

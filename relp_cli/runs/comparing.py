@@ -97,9 +97,9 @@ def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path) -
         different = [k for k in ScoreSpec.model_fields if getattr(spec, k) != getattr(specs[0], k)]
         if different:
             raise RelpError(f"runs {paths[0]} and {path} cannot be compared: they differ in {', '.join(different)}")
-    dictionaries = {path: scores.meta.get("dictionary_hash") for path, (_, _, scores) in zip(paths, runs, strict=True)}
-    for path, found in dictionaries.items():
-        if found != dictionaries[paths[0]]:
+    dictionaries = [scores.meta.get("dictionary_hash") for _, _, scores in runs]
+    for path, found in zip(paths, dictionaries, strict=True):
+        if found != dictionaries[0]:
             raise RelpError(
                 f"runs {paths[0]} and {path} cannot be compared: they have features of different dictionaries"
             )

@@ -111,7 +111,7 @@ def evaluate_run(
     pairs: int = 100,
     seed: int = 0,
     metric: str | None = None,
-    device: str | None = None,
+    session: Session,
     errors: str | None = None,
     output: Path | None = None,
     progress: Progress | None = None,
@@ -129,7 +129,7 @@ def evaluate_run(
     if sweep is not None:
         sweep_points(sweep)  # found to be wrong before a model is loaded
     file = circuit or (run.circuit if run.circuit.is_file() and sweep is None else None)
-    prepared = prepare(held_out(spec, pairs, seed, metric), Session(device), at_most=True)
+    prepared = prepare(held_out(spec, pairs, seed, metric), session, at_most=True)
     layers = prepared.model.shape.n_layers
     default = 0 if "edges" in scores else layers // 3
     exclude = default if options.get("exclude_layers") is None else options["exclude_layers"]
@@ -214,7 +214,7 @@ def minimality_of_run(
     pairs: int = 100,
     seed: int = 0,
     metric: str | None = None,
-    device: str | None = None,
+    session: Session,
     errors: str | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -224,7 +224,7 @@ def minimality_of_run(
     file = circuit or run.circuit
     if not file.is_file():
         raise RelpError(f"run '{path}' has no circuit to drop nodes of; run `relp circuit {path} --threshold …`")
-    prepared = prepare(held_out(spec, pairs, seed, metric), Session(device), at_most=True)
+    prepared = prepare(held_out(spec, pairs, seed, metric), session, at_most=True)
     table = minimality(
         prepared.model, prepared.pairs, read_circuit(file, errors, prepared.model), metric=prepared.metric, seed=seed,
         progress=progress, dictionary=spec.params.get("dictionary"), **options,

@@ -24,7 +24,7 @@ from relp_cli.features.sites import Site, parse_site
 from relp_cli.methods.request import Progress
 from relp_cli.methods.scores import Scores
 from relp_cli.report.tables import show
-from relp_cli.runs.scoring import Prepared, Session, open_run, prepare
+from relp_cli.runs.scoring import Prepared, Session, prepare
 from relp_cli.runs.spec import ScoreSpec
 
 
@@ -51,19 +51,18 @@ def show_features(
 
 
 def with_edges(
-    path: Path,
+    spec: ScoreSpec,
+    prepared: Prepared,
+    session: Session,
     circuit: FeatureCircuit,
     threshold: float,
     annotations: Path | None,
-    session: Session,
     progress: Progress | None,
 ) -> FeatureCircuit:
     """The circuit with the edges among its nodes, and to the metric, whose |score| on the run's own pairs is > threshold.
 
     Raises: RelpError for annotations of features that do not exist, and as `relp.feature_edges`.
     """
-    _, spec, _ = open_run(path)
-    prepared = prepare(spec, session)
     params = dict(spec.params)
     dictionary = session.dictionaries(params.pop("dictionary"), prepared.model)
     _notes(annotations, dictionary)  # found to be wrong before the work
@@ -75,7 +74,13 @@ def with_edges(
 
 
 def show_edges(
-    path: Path, circuit: FeatureCircuit, annotations: Path | None, session: Session, console: Console, k: int = 10
+    spec: ScoreSpec,
+    prepared: Prepared,
+    session: Session,
+    circuit: FeatureCircuit,
+    annotations: Path | None,
+    console: Console,
+    k: int = 10,
 ) -> None:
     """The k strongest edges, and what the features at their ends mean."""
     edges = circuit.edges
@@ -90,8 +95,6 @@ def show_edges(
         return
     show(shown.drop(columns="n"), console, title, digits=3)
     ends = dict.fromkeys([*shown.source, *shown.target])
-    _, spec, _ = open_run(path)
-    prepared = prepare(spec, session)
     dictionaries = session.dictionaries(spec.params["dictionary"], prepared.model)
     notes = _notes(annotations, dictionaries)
     nodes = [parse_node(name) for name in ends if name != METRIC]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -39,8 +40,9 @@ def check_job(job: JobSpec) -> None:
 
     Raises: RelpError for what no cell could be computed with.
     """
-    for method, kind in {(c.method, c.kind): None for c in cells(job)}:
-        check_request(score_spec_of(job, cells(job)[0].group, method, kind))
+    group = cells(job)[0].group
+    for method, kind in itertools.product(job.methods, job.kinds):
+        check_request(score_spec_of(job, group, method, kind))
         known = _ABLATIONS[SCORED if kind in FEATURE_KINDS else kind if kind == "edges" else "nodes"]
         if job.evaluate is not None and job.evaluate.ablation not in known:
             raise unknown(f"ablation of {kind}", job.evaluate.ablation, known)

@@ -45,7 +45,8 @@ def report_run(path: Path, output: Path | None = None, annotations: Path | None 
             meanings = feature_meanings(spec, session, prepared, scores, of_features, annotations)
     except RelpError:
         if annotations is not None:
-            raise  # the model is elsewhere; the page then shows role labels without example tokens
+            raise
+        # The model is elsewhere: the page shows role labels without example tokens.
     methods = {spec.method: scores}
     return write_html(run.path, record, methods, circuit, evaluation, tokens, output, meanings=meanings)
 

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from relp_cli.circuits.circuit import ANY_POSITION, Circuit
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.missed import missed_effects
 from relp_cli.evaluation.verify import AnyNodes, confirmed
 from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.methods.request import Progress
-from relp_cli.runs.scoring import Session, open_run, prepare
+from relp_cli.methods.scores import Scores
+from relp_cli.runs.scoring import Session, prepare
+from relp_cli.runs.spec import ScoreSpec
 
 
 def verify_circuit(
-    path: Path, circuit: AnyNodes, confirm: float | None, device: str | None, progress: Progress | None
+    spec: ScoreSpec,
+    scores: Scores,
+    circuit: AnyNodes,
+    confirm: float | None,
+    session: Session,
+    progress: Progress | None,
 ) -> tuple[AnyNodes, list[str]]:
     """The confirmed part of a circuit: nodes with |exact effect| > `confirm` (default: the selection's τ) on the run's
     own pairs, and sentences on false positives and on what may have been missed (the diagnostic of AtP*, Kramár et al. 2024).
 
     Raises: RelpError for circuits without positions, and where no default for `confirm` exists.
     """
-    _, spec, scores = open_run(path)
     if not isinstance(circuit, Circuit | FeatureCircuit):
         raise RelpError("--verify patches nodes; for edges compare with edge_patch (relp compare --nodes edges)")
     if circuit.labels == ANY_POSITION:
         raise RelpError("--verify patches nodes at their positions; select with --aggregate none")
     tau = circuit.meta["selection"]["tau"] if confirm is None else confirm
-    session = Session(device)
     prepared = prepare(spec, session)
     where = spec.params.get("dictionary")
     dictionary = session.dictionaries(where, prepared.model) if where else None
