@@ -32,7 +32,7 @@ def acdc(setups: Sequence[EdgeSetup], params: AcdcParams, progress: Progress | N
     sources = [s.source()[0] for s in setups]
     values = [s.base.prompt_value("run") for s in setups]
     cut = torch.zeros(1, *graph.mask.shape, dtype=torch.bool, device=device)
-    scores = [torch.zeros(len(s), *graph.mask.shape, dtype=s.model.dtype, device=device) for s in setups]
+    scores = [v.new_zeros(len(v), *graph.mask.shape) for v in values]
     edges = [
         (u, v) for v in reversed(range(len(graph.readers))) for u in reversed(graph.mask[:, v].nonzero()[:, 0].tolist())
     ]

@@ -23,6 +23,7 @@ from relp_cli.errors import RelpError
 from relp_cli.methods.core import refuse_metric
 from relp_cli.methods.table import Params
 from relp_cli.models.model import Hook
+from relp_cli.precision import wide
 
 
 class EapGpParams(Params):
@@ -50,7 +51,7 @@ def eap_gp(setups: Sequence[EdgeSetup], params: EapGpParams, progress: Progress 
         for point in points[:-1]:
             at = reader_gradients(setup.base, clamp=[("blocks.0.hook_in", _set(point))])
             total = total + products.scores(at) / params.steps
-        far = torch.stack([(p - points[-1]).flatten(1).norm(dim=1).sum() for p in points[:-1]])
+        far = torch.stack([(wide(p) - wide(points[-1])).flatten(1).norm(dim=1).sum() for p in points[:-1]])
         distances, gaps, n = distances + far.cpu(), gaps + gap.sum(1).cpu(), n + len(setup)
         path = {"distance_to_target": (distances / n).tolist(), "gradient_gap": (gaps / n).tolist()}
         yield EdgeResult(setup.to_slots(total), meta={"path": path})
@@ -67,7 +68,7 @@ def gradient_path(
     ends = [_embedded(setup, tokens) for tokens in (base.batch.patch, base.batch.original)]
     point, target = ends if params.start == "patch" else reversed(ends)
     wanted = _gradient(setup, target, False).detach()
-    length = params.step / params.steps * (point - target).flatten(1).norm(dim=1)
+    length = params.step / params.steps * (wide(point) - wide(target)).flatten(1).norm(dim=1)
     points, gaps = [point], []
     for i in range(params.steps):
         leaf = points[-1].detach().requires_grad_(True)
@@ -78,9 +79,9 @@ def gradient_path(
             break
         (slope,) = torch.autograd.grad(squared.sum(), leaf)
         setup.base.passes.backward += 2
-        norm = slope.flatten(1).norm(dim=1)
+        norm = wide(slope).flatten(1).norm(dim=1)
         scale = torch.where(norm > 0, length / norm.clamp_min(torch.finfo(norm.dtype).tiny), torch.zeros_like(norm))
-        points.append(points[-1] - scale[:, None, None] * slope)
+        points.append((points[-1] - scale[:, None, None] * slope).to(leaf.dtype))
     return [*points, target], torch.stack(gaps)
 
 
@@ -102,7 +103,7 @@ def _gradient(setup: EdgeSetup, leaf: Tensor, again: bool) -> Tensor:
         (g,) = torch.autograd.grad(setup.base.value(logits).sum(), leaf, create_graph=again)
     setup.base.passes.forward += 1
     setup.base.passes.backward += 1
-    return g
+    return wide(g)
 
 
 def _set(value: Tensor) -> Hook:

@@ -100,4 +100,4 @@ def _sites(setup: EdgeSetup, delta: Written) -> Iterator[tuple[str, Tensor, slic
 
 def shifted(point: str, change: Tensor) -> tuple[str, Hook]:
     """The hook that adds `change` to a value of the run. Nothing before the site differs from the run, so this holds it."""
-    return point, lambda value: value + change
+    return point, lambda value: (value + change).to(value.dtype)

@@ -99,7 +99,7 @@ class _Patcher:
             self.out[:, slot, u, reader] = effects.T.to(self.out.dtype)
 
     def _added(self, changes: Tensor) -> Hook:
-        return lambda value: value + changes.flatten(0, 1)
+        return lambda value: (value + changes.flatten(0, 1)).to(value.dtype)
 
     def _projected(self, changes: Tensor, layer: int, kind: int, head: int) -> Hook:
         model = self.setup.model

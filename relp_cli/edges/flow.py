@@ -17,6 +17,7 @@ from relp_cli.edges.gradients import Products
 from relp_cli.edges.setup import EdgeResult, EdgeSetup, Progress
 from relp_cli.methods.table import Params
 from relp_cli.models.model import Hook
+from relp_cli.precision import wide
 
 
 def information_flow(setups: Sequence[EdgeSetup], params: Params, progress: Progress | None) -> Iterator[EdgeResult]:  # noqa: ARG001
@@ -35,7 +36,7 @@ def _scores(setup: EdgeSetup) -> Tensor:
 
     names = [f"blocks.{n}.{norm}.hook_in" for n in layers for norm in ("ln1", "ln2")] + ["ln_final.hook_in"]
     with setup.model.hooks([(name, keep(name)) for name in names]):
-        run = setup.run()
+        run = setup.run().map(wide)
     out = run.input.new_zeros(len(setup), batch.n_pos, *graph.mask.shape)
     products = Products(setup.model, graph, run)
     for rows in products.parts:
@@ -58,6 +59,7 @@ def _scores(setup: EdgeSetup) -> Tensor:
 
 def _shares(outputs: Tensor, stream: Tensor) -> Tensor:
     """Float[batch, pos, writer]: normalised proximities."""
+    stream = wide(stream)
     whole = stream.abs().sum(-1)
     near = torch.stack([(whole - (z - stream).abs().sum(-1)).clamp(min=0) for z in outputs], -1)
     return near / near.sum(-1, keepdim=True).clamp_min(torch.finfo(near.dtype).tiny)

@@ -29,6 +29,7 @@ from relp_cli.methods.setup import Setup
 from relp_cli.models.checks import TOLERANCE
 from relp_cli.models.model import Hook, Model
 from relp_cli.nodes.access import capture
+from relp_cli.precision import wide
 
 CHUNK = 1 << 22  # numbers of writer differences formed at a time (16 MiB in float32)
 
@@ -162,10 +163,14 @@ def pull_back(
         theirs = at.other[name]["inverse"][rows] if at.norm.rule.two_point and at.other else None
         weight = at.norm.rule.fn(torch.ones_like(inverse), inverse, theirs)
     for i, (part, (projection, _)) in enumerate(zip(QKV, projections(model, layer, transposed=True), strict=True)):
-        g = (at.heads[part][layer][rows] * weight).to(x.dtype).unflatten(-1, (heads, -1))
-        torch.bmm(g.permute(2, 0, 1, 3).flatten(1, 2), projection, out=out[i * heads : (i + 1) * heads].flatten(1, 2))
+        g = (wide(at.heads[part][layer][rows]) * weight).to(out.dtype).unflatten(-1, (heads, -1))
+        torch.bmm(
+            g.permute(2, 0, 1, 3).flatten(1, 2),
+            projection.to(out.dtype),
+            out=out[i * heads : (i + 1) * heads].flatten(1, 2),
+        )
     if at.norm is None:  # 1/σ moves with the stream
-        unit = (centre(norm, x) * inverse).to(x.dtype)
+        unit = (centre(norm, wide(x)) * inverse).to(out.dtype)
         along = torch.einsum("rbpd,bpd->rbp", out, unit)
         out.addcmul_(along[..., None], unit, value=-1 / x.shape[-1])
 
@@ -213,7 +218,7 @@ class Products:
                     grads[-1] = at.mlps[layer][rows]
                     _dot(out, deltas, grads, rows, slice(first, last), graph.readers_of(layer))
             last_reader = slice(len(graph.readers) - 1, len(graph.readers))
-            _dot(out, deltas, at.logits[rows][None], rows, slice(first, stop), last_reader)
+            _dot(out, deltas, at.logits[rows][None].to(deltas.dtype), rows, slice(first, stop), last_reader)
         return out.mul_(graph.mask.to(out.device))
 
 
@@ -230,7 +235,7 @@ def check(model: Model, at: Readers) -> None:
     """Raises RelpError unless, in every layer, the heads' pulled-back gradients sum to autograd's at the norm's input."""
     tolerance: Any = TOLERANCE[model.dtype]
     for layer, want in enumerate(at.attention):
-        out = want.new_empty(3 * model.shape.n_heads, 1, *want.shape[1:])
+        out = wide(want).new_empty(3 * model.shape.n_heads, 1, *want.shape[1:])
         pull_back(model, at, layer, slice(0, 1), out)
         got, want = out.sum(0), want[:1]
         error = ((got - want).abs().max() / out.abs().max().clamp_min(1e-30)).item()

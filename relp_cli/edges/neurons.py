@@ -17,6 +17,7 @@ from torch import Tensor
 from relp_cli.errors import RelpError
 from relp_cli.lrp.context import lrp
 from relp_cli.models.model import Hook, Model
+from relp_cli.precision import wide
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ def neuron_edges(
             for target in here:
                 activation = values[layer][:, target.position, target.unit]
                 grads = torch.autograd.grad(activation.sum(), below, retain_graph=True, materialize_grads=True)
-                weights = torch.stack(grads, 1)
-                of = torch.stack([v.detach() for v in below], 1)
+                weights = wide(torch.stack(grads, 1))
+                of = wide(torch.stack([v.detach() for v in below], 1))
                 if others is not None:
                     of = torch.stack(others[:layer], 1) - of
                 found[target] = NeuronEdges(target, weights, weights * of, activation.detach())

@@ -22,6 +22,7 @@ from torch import Tensor
 from relp_cli.errors import RelpError
 from relp_cli.lrp.sites import centred, linear_parameters
 from relp_cli.models.model import Hook, Model
+from relp_cli.precision import wide
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Written:
         return Written(fn(self.input, other.input), heads, mlps)
 
     def __sub__(self, other: Written) -> Written:
-        return self.zip(torch.sub, other)
+        return self.zip(lambda a, b: wide(a) - wide(b), other)
 
     def heads_out(
         self, model: Model, layer: int, rows: slice = slice(None), out: Tensor | None = None
@@ -64,7 +65,7 @@ def heads_out(
     if out is None:
         out = z.new_empty(heads, *z.shape[:2], model.shape.d_model)
     by_head = z.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3).flatten(1, 2)
-    torch.bmm(by_head, weight.T.unflatten(0, (heads, -1)), out=out.flatten(1, 2))
+    torch.bmm(by_head, weight.T.to(z.dtype).unflatten(0, (heads, -1)), out=out.flatten(1, 2))
     return out.copy_(centred(model.component(f"blocks.{layer}.ln1_post"), out)) if model.shape.post_norm else out
 
 
@@ -200,7 +201,7 @@ def project(
 ) -> Float[Tensor, "reader batch pos d_head"]:
     """norm and projection of one reader input per head: x must be centred already under LayerNorm (`projections`)."""
     sigma = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + norm_eps).sqrt()
-    out = torch.bmm(x.flatten(1, 2), projection.transpose(1, 2)).unflatten(1, x.shape[1:3]) / sigma
+    out = torch.bmm(x.flatten(1, 2), projection.to(x.dtype).transpose(1, 2)).unflatten(1, x.shape[1:3]) / sigma
     return (out if bias is None else out + bias[:, None, None]).to(x.dtype)
 
 

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from scipy import stats
+from torch import Tensor
 
 from relp_cli.errors import RelpError
 from relp_cli.models.model import Model
-from relp_cli.tasks.metrics import METRICS
+from relp_cli.tasks.metrics import METRICS, Metric, NotFinite
 from relp_cli.tasks.pairs import PairBatch
 
 
@@ -26,7 +28,7 @@ class Behaviour:
     metric_original: float
     metric_patch: float | None
     n: int
-    correct: tuple[torch.Tensor, ...]
+    correct: tuple[Tensor, ...]
     at_chance: bool
     too_few: bool = False
 
@@ -47,10 +49,10 @@ def behaviour(model: Model, pairs: Sequence[PairBatch], metric: str) -> Behaviou
     correct, original, patch = [], [], []
     for batch in (b.to(model.device) for b in pairs):
         logits = model.logits(batch.original)
+        original.append(_values(model, batch, batch.original, row, logits, logits))
         correct.append(METRICS["accuracy"].fn(logits, batch.answer, batch.foil).bool().cpu())
-        original.append(row.fn(logits, batch.answer, batch.foil, logits).double().cpu())
         if batch.patch is not None:
-            patch.append(row.fn(model.logits(batch.patch), batch.answer, batch.foil, logits).double().cpu())
+            patch.append(_values(model, batch, batch.patch, row, model.logits(batch.patch), logits))
     hits, n = int(torch.cat(correct).sum()), sum(len(b) for b in pairs)
     has_foil = all((b.foil >= 0).any(-1).all() for b in pairs)
     chance = has_foil and stats.binomtest(hits, n, 0.5, alternative="greater").pvalue > 0.01
@@ -64,6 +66,19 @@ def behaviour(model: Model, pairs: Sequence[PairBatch], metric: str) -> Behaviou
         at_chance=bool(chance and not too_few),
         too_few=bool(too_few),
     )
+
+
+def _values(
+    model: Model, batch: PairBatch, prompts: Tensor, metric: Metric, logits: Tensor, reference: Tensor
+) -> Float[Tensor, " batch"]:
+    """The metric per pair, in float64. Raises: RelpError naming the first prompt whose metric is not finite."""
+    try:
+        return metric.fn(logits, batch.answer, batch.foil, reference).double().cpu()
+    except NotFinite as error:
+        ids = prompts[error.row].tolist()
+        raise RelpError(
+            f"{error}, first on the prompt {ids if model.tokenizer is None else model.tokenizer.decode(ids)!r}"
+        ) from None
 
 
 def keep_correct(pairs: Sequence[PairBatch], seen: Behaviour) -> list[PairBatch]:

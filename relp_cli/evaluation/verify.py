@@ -124,7 +124,9 @@ def _effects(setup: Setup, mask: Tensor, labels: tuple[str, ...]) -> Tensor:
     (kind,), source = setup.kinds, setup.source_activations()
     here = mask[:, [labels.index(label) for label in setup.labels]]
     here = here[..., None] if kind.split == "vector" else here
-    effects = torch.zeros(len(setup.batch), *here.shape, dtype=setup.model.dtype, device=setup.model.device)
+    effects = torch.zeros(
+        len(setup.batch), *here.shape, device=setup.model.device, dtype=setup.prompt_value("run").dtype
+    )
     for layer in range(setup.model.shape.n_layers):
         nodes = [(slot, unit) for slot, unit in here[layer].nonzero().tolist()]
         if nodes:

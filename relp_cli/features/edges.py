@@ -36,6 +36,7 @@ from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import resolve_method
 from relp_cli.methods.setup import Passes, Setup
 from relp_cli.models.model import Hook, Model
+from relp_cli.precision import wide
 from relp_cli.tasks.pairs import PairBatch
 
 MAX_NODES = 10_000  # one backward pass each, and a matrix of all pairs
@@ -126,18 +127,20 @@ class _Here:
 
     def scores(self, h: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch node"]:
         """Σ over a node's positions of δ·∂/∂node, for a gradient h at the site."""
-        features = self.delta_f * (h @ self.d.w_dec[self.units].T)
+        h = wide(h)
+        features = self.delta_f * (h @ wide(self.d.w_dec[self.units]).T)
         errors = (self.delta_e * h).sum(-1, keepdim=True).expand(-1, -1, self.at.shape[1] - len(self.units))
         return torch.einsum("bpn,pn->bn", torch.cat([features, errors], -1), self.at)
 
     def weighed(self, x: Tensor, g: Tensor) -> list[Tensor]:
         """Per node ∂L/∂node · node, summed over examples and positions, as a function of the site's activation x."""
         count = len(self.units)
-        features = self.d.encode(x, self.units) * (g @ self.d.w_dec[self.units].T)
+        g = wide(g)
+        features = wide(self.d.encode(x, self.units)) * (g @ wide(self.d.w_dec[self.units]).T)
         values = list(torch.einsum("bpn,pn->n", features, self.at[:, :count]))
         # Apart from the features: their gradients then do not pass through decode(encode) of the whole dictionary.
         if count < self.at.shape[1]:
-            errors = (self.d.split(x)[1] * g).sum(-1)
+            errors = (wide(self.d.split(x)[1]) * g).sum(-1)
             values += list(torch.einsum("bp,pn->n", errors, self.at[:, count:]))
         return values
 
@@ -158,7 +161,7 @@ class _Batch:
         self.sites = tuple(dictionaries)
         self.here: dict[Site, _Here] = {}
         of_node = torch.tensor([labels.index(node.position) for node in nodes], device=slots.device)
-        masks = (slots[:, None] == of_node[None]).to(setup.model.dtype)  # [pos, node]
+        masks = wide((slots[:, None] == of_node[None]).to(setup.model.dtype))  # [pos, node]
         for site, d in dictionaries.items():
             mine = [i for i, node in enumerate(nodes) if node.site == site]
             if not mine:
@@ -200,7 +203,7 @@ class _Batch:
                 sites, torch.autograd.grad(metric.sum(), [leaves[s] for s in sites], allow_unused=True), strict=True
             ):
                 if grad is not None:
-                    mean = torch.einsum("a,ab...->b...", point.weights, grad.unflatten(0, (copies, -1)))
+                    mean = torch.einsum("a,ab...->b...", point.weights, wide(grad).unflatten(0, (copies, -1)))
                     found[site] = found[site] + mean if site in found else mean
         return found
 

@@ -24,6 +24,7 @@ from relp_cli.methods.path import RESID, Path, chunks, mean_gradients, quadratur
 from relp_cli.methods.relp import recorded_source
 from relp_cli.methods.setup import Setup
 from relp_cli.nodes.access import Activations
+from relp_cli.precision import wide
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def ig_inputs(setup: Setup, sites: Mapping[Site, Dictionary], params: Any) -> Si
     mean, _ = mean_gradients(setup, path, params)
     alphas, weights = quadrature(params.rule, params.steps)
     points = [
-        Point(path.start.new_tensor(weights[part]), {RESID.point(0): path.at(alphas[part])}, tuple(sites))
+        Point(wide(path.start).new_tensor(weights[part]), {RESID.point(0): path.at(alphas[part])}, tuple(sites))
         for part in chunks(len(alphas), setup, params.chunk_tokens)
     ]
     return SiteGradients(SiteRuns(path.values, path.source), _by_site(sites, mean), points=points)
@@ -108,7 +109,7 @@ def ig_activations(setup: Setup, sites: Mapping[Site, Dictionary], params: Any) 
         x, end = run[site.node_kind.name][site.at], source[site.node_kind.name][site.at]
         if setup.baseline == "zero":  # f = 0 and ε = 0
             end = dictionary.b_dec.expand_as(x)
-        points += _along_site(setup, site, x, end - x, params)
+        points += _along_site(setup, site, x, wide(end) - wide(x), params)
         grads[site] = _mean_over(setup, points, site)
     meta = {"interpolation": "joint (features and error of one site at once)"}
     return SiteGradients(SiteRuns(run, source), grads, points=points, meta=meta)
@@ -116,11 +117,11 @@ def ig_activations(setup: Setup, sites: Mapping[Site, Dictionary], params: Any) 
 
 def _along_site(setup: Setup, site: Site, x: Tensor, delta: Tensor, params: Any) -> list[Point]:
     """x clamped to x + α·δ at this site."""
-    alphas, weights = (
-        torch.as_tensor(v, dtype=x.dtype, device=x.device) for v in quadrature(params.rule, params.steps)
-    )
+    alphas, weights = (wide(x).new_tensor(v) for v in quadrature(params.rule, params.steps))
     return [
-        Point(weights[part], {site.point: (x + alphas[part].view(-1, 1, 1, 1) * delta).flatten(0, 1)}, (site,))
+        Point(
+            weights[part], {site.point: (x + alphas[part].view(-1, 1, 1, 1) * delta).flatten(0, 1).to(x.dtype)}, (site,)
+        )
         for part in chunks(len(alphas), setup, params.chunk_tokens)
     ]
 
@@ -136,7 +137,7 @@ def _mean_over(setup: Setup, points: Sequence[Point], site: Site) -> Float[Tenso
             (grad,) = torch.autograd.grad(setup.value(logits).sum(), leaf)
         setup.passes.forward += copies
         setup.passes.backward += copies
-        total = total + torch.einsum("a,ab...->b...", point.weights, grad.unflatten(0, (copies, -1)))
+        total = total + torch.einsum("a,ab...->b...", point.weights, wide(grad).unflatten(0, (copies, -1)))
     return total
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from relp_cli.features.dictionary import Dictionary
 from relp_cli.features.sites import Site
 from relp_cli.methods.setup import Setup
+from relp_cli.precision import wide
 
 
 def patch_features(
@@ -30,7 +31,7 @@ def patch_features(
     size = max(1, chunk_tokens // setup.batch.n_pos)
     for part in active.split(size) if len(active) else ():
         example, slot, unit = part.unbind(1)
-        change = (delta_f[example, :, unit] * by_slot[slot])[..., None] * d.w_dec[unit][:, None]
+        change = (delta_f[example, :, unit] * by_slot[slot])[..., None] * wide(d.w_dec[unit])[:, None]
         features[example, slot, unit] = effects(setup, site, example, change)
     for part in moved.split(size) if len(moved) else ():
         example, slot = part.unbind(1)
@@ -40,7 +41,7 @@ def patch_features(
 
 def effects(setup: Setup, site: Site, example: Tensor, change: Tensor) -> Tensor:
     """L(run | x ← x + change) − L(run) Float[rows], row r on prompt example[r]; change: Float[rows, pos, d_model]."""
-    with torch.no_grad(), setup.model.hooks({site.point: lambda x: x + change}):
+    with torch.no_grad(), setup.model.hooks({site.point: lambda x: (x + change).to(x.dtype)}):
         logits = setup.model.logits(setup.run[example])
     setup.passes.forward += len(example) / len(setup.batch)
     return setup.value(logits, example) - setup.prompt_value("run")[example]

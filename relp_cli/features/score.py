@@ -28,6 +28,7 @@ from relp_cli.methods.score import position_axis, resolve_method
 from relp_cli.methods.scores import Scores
 from relp_cli.methods.setup import Setup
 from relp_cli.models.model import Model
+from relp_cli.precision import wide
 from relp_cli.tasks.pairs import PairBatch
 
 BASELINES = ("patch", "zero")
@@ -104,8 +105,8 @@ def one_batch(
     features, errors = [], []
     for site, d in dictionaries.items():
         delta_f, delta_e = differences(setup, site, d, at.runs)
-        g = at.grads[site]
-        features.append(setup.to_slots((delta_f * (g @ d.w_dec.T))[:, None])[:, 0])
+        g = wide(at.grads[site])
+        features.append(setup.to_slots((delta_f * (g @ wide(d.w_dec).T))[:, None])[:, 0])
         errors.append(setup.to_slots((delta_e * g).sum(-1)[:, None])[:, 0])
     return features, errors, at.applied, at.meta
 
@@ -124,8 +125,8 @@ def _wanted(
 def differences(setup: Setup, site: Site, d: Dictionary, runs: SiteRuns) -> tuple[Tensor, Tensor]:
     """(δf Float[batch, pos, feature], δε Float[batch, pos, d_model]), source minus run; baseline zero: −f, −ε."""
     kind = site.node_kind.name
-    f, error = d.split(runs.run[kind][site.at])
+    f, error = map(wide, d.split(runs.run[kind][site.at]))
     if setup.baseline == "zero":
         return -f, -error
-    source_f, source_error = d.split(runs.source[kind][site.at])
+    source_f, source_error = map(wide, d.split(runs.source[kind][site.at]))
     return source_f - f, source_error - error

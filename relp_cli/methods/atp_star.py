@@ -24,6 +24,7 @@ from relp_cli.methods.table import Params, Result
 from relp_cli.models.model import Hook
 from relp_cli.nodes.access import Activations, capture
 from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
+from relp_cli.precision import wide
 
 PATTERN = NodeKind("pattern", "blocks.{l}.attn.hook_pattern", "vector", "attention probabilities, not a node")
 SCORES = NodeKind("attention scores", "blocks.{l}.attn.hook_attn_scores", "vector", "before the softmax, masked")
@@ -157,7 +158,7 @@ def fixed_scores(
 
 def query_effects(before: Tensor, after: Tensor, grad: Tensor) -> Float[Tensor, "batch head pos"]:
     """Σ_k (P' − P)·∂L/∂P for each query; before, after, grad: Float[batch, head, query, key]."""
-    return ((_softmax(after) - _softmax(before)) * grad).sum(-1)
+    return ((_softmax(after) - _softmax(before)) * wide(grad)).sum(-1)
 
 
 def key_effects(before: Tensor, after: Tensor, grad: Tensor) -> Float[Tensor, "batch head pos"]:
@@ -167,9 +168,9 @@ def key_effects(before: Tensor, after: Tensor, grad: Tensor) -> Float[Tensor, "b
     scores, and ḡ does not change. (METHODS.md writes u/(1+u)·(g_qt − G_q); where P_qt → 1, the saturated case, that is
     0/0 in floating point: G_q rounds to g_qt.)
     """
-    wide = torch.promote_types(before.dtype, torch.float32)
-    lowest = torch.finfo(wide).min / 4  # of masked keys; differences stay finite
-    before, after = (s.to(wide).clamp_min(lowest) for s in (before, after))
+    lowest = torch.finfo(wide(before).dtype).min / 4  # of masked keys; differences stay finite
+    before, after = (wide(s).clamp_min(lowest) for s in (before, after))
+    grad = wide(grad)
     others, mean = _without_each(before, grad)
     return ((torch.sigmoid(after - others) - torch.sigmoid(before - others)) * (grad - mean)).sum(-2)
 
@@ -195,7 +196,7 @@ def _without_each(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _softmax(scores: Tensor) -> Tensor:
     """In float32 at least, as models do."""
-    return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
+    return wide(scores).softmax(-1)
 
 
 def _sum_of_others(p: Tensor) -> Tensor:

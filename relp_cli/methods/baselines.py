@@ -33,7 +33,7 @@ def random(setup: Setup, params: RandomParams) -> Result:
             # Seeded by label: a role has the same noise in batches of every length.
             generator = torch.Generator().manual_seed(params.seed * 1_000_003 + _stable_hash(f"{kind.name}/{label}"))
             layers.append(torch.randn(setup.model.shape.n_layers, *n_units, generator=generator))
-        noise = torch.stack(layers, 1).to(setup.model.device, setup.model.dtype)
+        noise = torch.stack(layers, 1).to(setup.model.device)
         scores[kind.name] = noise.expand(len(setup.batch), *noise.shape)
     return Result(scores)
 

@@ -15,6 +15,7 @@ from relp_cli.methods.path import Path, PathParams, QuadratureRule, along, chunk
 from relp_cli.methods.setup import Setup
 from relp_cli.methods.table import Result
 from relp_cli.nodes.access import Activations, capture
+from relp_cli.precision import wide
 
 
 class ConductanceParams(PathParams):
@@ -74,7 +75,7 @@ def _values(setup: Setup, path: Path, alphas: np.ndarray) -> Activations:
 
 
 def _by_point(values: Activations, n: int) -> Activations:
-    return {k: [v.unflatten(0, (n, -1)) for v in layers] for k, layers in values.items()}
+    return {k: [wide(v).unflatten(0, (n, -1)) for v in layers] for k, layers in values.items()}
 
 
 def _join(a: Activations, b: Activations) -> Activations:
@@ -90,4 +91,4 @@ def _add(total: PerExample, setup: Setup, steps: Activations, slopes: Activation
 
 def _dot(step: Tensor, slope: Tensor) -> Tensor:
     """Σ over points of step·slope: Float[batch, pos, width]."""
-    return torch.einsum("a...,a...->...", step, slope)
+    return torch.einsum("a...,a...->...", step, wide(slope))

@@ -13,6 +13,7 @@ from relp_cli.errors import RelpError
 from relp_cli.lrp.context import lrp
 from relp_cli.methods.setup import Setup
 from relp_cli.nodes.access import Activations, capture, per_node
+from relp_cli.precision import wide
 
 PerExample = dict[str, Tensor]  # node kind → Float[batch, layer, slot, *unit]
 
@@ -83,14 +84,15 @@ def must_reach(grad: Tensor | None, kind: str, layer: int, rules: Sequence[str])
 
 
 def products(setup: Setup, deltas: Activations, grads: Activations) -> PerExample:
-    """Σ over each node's dimensions of δ·g, stacked over layers, on the slot axis."""
+    """Σ over each node's dimensions of δ·g, stacked over layers, on the slot axis; in float32 at least."""
     out: PerExample = {}
     for kind in setup.kinds:
-        layers = [per_node(setup.model, kind, d * g) for d, g in zip(deltas[kind.name], grads[kind.name], strict=True)]
+        pairs = zip(deltas[kind.name], grads[kind.name], strict=True)
+        layers = [per_node(setup.model, kind, wide(d) * wide(g)) for d, g in pairs]
         out[kind.name] = setup.to_slots(torch.stack(layers, 1))
     return out
 
 
 def differences(source: Activations, values: Activations) -> Activations:
-    """δn = n(source) − n(run)."""
-    return {k: [s - v for s, v in zip(source[k], values[k], strict=True)] for k in values}
+    """δn = n(source) − n(run), in float32 at least."""
+    return {k: [wide(s) - wide(v) for s, v in zip(source[k], values[k], strict=True)] for k in values}

@@ -21,6 +21,7 @@ from relp_cli.methods.setup import Setup
 from relp_cli.methods.table import Result
 from relp_cli.nodes.access import per_node, split, units
 from relp_cli.nodes.kinds import NodeKind
+from relp_cli.precision import wide
 
 Nodes = Sequence[tuple[int, int]]  # (slot, unit) of one layer; unit 0 for vector nodes
 
@@ -62,10 +63,11 @@ def _layer(
     shape = (*value.shape[:2],) if kind.split == "vector" else (*value.shape[:2], n_units)
     if len(chosen) < n_units:
         everything = torch.ones(1, *value.shape[1:2], n_units, dtype=torch.bool, device=value.device)
-        mean = _mean_gradient(setup, kind, layer, everything, value, source - value, params)
-        joint = setup.to_slots(per_node(setup.model, kind, (source - value) * mean)[:, None])[:, 0]
+        delta = wide(source) - wide(value)
+        mean = _mean_gradient(setup, kind, layer, everything, value, delta, params)
+        joint = setup.to_slots(per_node(setup.model, kind, delta * mean)[:, None])[:, 0]
     else:
-        joint = value.new_zeros(shape[0], len(setup.labels), *shape[2:])
+        joint = wide(value).new_zeros(shape[0], len(setup.labels), *shape[2:])
     if not chosen:
         return joint
     nodes = [(slot, unit) for slot in range(len(setup.labels)) for unit in chosen]
@@ -101,7 +103,8 @@ def ig_one_node(
     )
     for row, (slot, unit) in enumerate(nodes):
         where[row, setup.slots == slot, unit] = True
-    delta, out = source - value, value.new_zeros(len(nodes), len(value))
+    delta = wide(source) - wide(value)
+    out = delta.new_zeros(len(nodes), len(value))
     for rows, weights, grads in _points(setup, kind, layer, where, value, delta, params):
         moved = split(setup.model, kind, delta) * where[rows][:, None, :, :, None]
         effects = (moved * split(setup.model, kind, grads)).sum((-3, -2, -1))
@@ -112,7 +115,7 @@ def ig_one_node(
 def _mean_gradient(
     setup: Setup, kind: NodeKind, layer: int, where: Tensor, value: Tensor, delta: Tensor, params: PathParams
 ) -> Float[Tensor, "batch pos width"]:
-    total = torch.zeros_like(value)
+    total = torch.zeros_like(delta)
     for _, weights, grads in _points(setup, kind, layer, where, value, delta, params):
         total += torch.einsum("a,ab...->b...", weights, grads)
     return total
@@ -124,13 +127,13 @@ def _points(
     """(which row of `where`, weight, ∂L/∂site Float[copies, batch, pos, width]) for every row and point, in chunks."""
     refuse_metric(setup, at_run=False)
     rule = quadrature(params.rule, params.steps)
-    alphas, weights = (torch.as_tensor(x, dtype=value.dtype, device=value.device) for x in rule)
+    alphas, weights = (delta.new_tensor(x) for x in rule)
     n = len(alphas)
     for part in chunks(len(where) * n, setup, params.chunk_tokens):
         copies = torch.arange(part.start, part.stop, device=value.device)
         rows, points = copies // n, copies % n
         move = where[rows][:, None, :, :, None] * alphas[points].view(-1, 1, 1, 1, 1)
-        site = value + (move * split(setup.model, kind, delta)).flatten(-2)
+        site = (value + (move * split(setup.model, kind, delta)).flatten(-2)).to(value.dtype)
         leaf = site.flatten(0, 1).requires_grad_(True)
         with torch.enable_grad():
             with setup.model.hooks({kind.point(layer): lambda _, leaf=leaf: leaf}):  # type: ignore[misc]
@@ -138,4 +141,4 @@ def _points(
             (grad,) = torch.autograd.grad(setup.value(logits).sum(), leaf)
         setup.passes.forward += len(copies)
         setup.passes.backward += len(copies)
-        yield rows, weights[points], grad.unflatten(0, (len(copies), -1))
+        yield rows, weights[points], wide(grad).unflatten(0, (len(copies), -1))

@@ -25,6 +25,7 @@ from relp_cli.methods.setup import Setup
 from relp_cli.methods.table import Params
 from relp_cli.nodes.access import Activations
 from relp_cli.nodes.kinds import NODE_KINDS
+from relp_cli.precision import wide
 
 QuadratureRule = Literal["left", "right", "midpoint", "trapezoid", "gauss_legendre"]
 RESID = NODE_KINDS["resid_pre"]
@@ -79,8 +80,9 @@ class Path:
 
     def at(self, alphas: Sequence[float] | np.ndarray) -> Float[Tensor, "rows pos d_model"]:
         """x(α) for every α and pair: rows are [α, batch] flattened."""
-        a = torch.as_tensor(np.asarray(alphas), dtype=self.start.dtype, device=self.start.device).view(-1, 1, 1, 1)
-        return (self.start + a * (self.end - self.start)).flatten(0, 1)
+        start, end = wide(self.start), wide(self.end)
+        points = start + start.new_tensor(np.asarray(alphas)).view(-1, 1, 1, 1) * (end - start)
+        return points.flatten(0, 1).to(self.start.dtype)
 
 
 def chunks(n: int, setup: Setup, chunk_tokens: int) -> list[slice]:
@@ -111,9 +113,9 @@ def mean_gradients(
     applied: dict[str, int] = {}
     for part, at in along(setup, path, alphas, params.chunk_tokens, rules):
         applied = at.applied
-        w = torch.as_tensor(weights[part], dtype=path.start.dtype, device=path.start.device)
+        w = wide(path.start).new_tensor(weights[part])
         for kind, layers in at.grads.items():
-            summed = [torch.einsum("a,ab...->b...", w, g.unflatten(0, (len(w), -1))) for g in layers]
+            summed = [torch.einsum("a,ab...->b...", w, wide(g).unflatten(0, (len(w), -1))) for g in layers]
             before = total.get(kind)
             total[kind] = summed if before is None else [a + b for a, b in zip(before, summed, strict=True)]
     return total, applied
