@@ -8,19 +8,20 @@ flat gradients the metric's gradient at the run against its size along the strai
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from relp_cli.methods.atp_star import SCORES, layer_drop_gradients, moved_scores
+from relp_cli.methods.atp_star import layer_drop_gradients
 from relp_cli.methods.core import differences, products
 from relp_cli.methods.path import Path, along
 from relp_cli.methods.score import Running, position_axis
 from relp_cli.methods.scores import NodeScores
 from relp_cli.methods.setup import Setup
 from relp_cli.models.model import Model
+from relp_cli.nodes.attention import attention_scores, scores_with, softmax
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
@@ -98,12 +99,15 @@ def saturation(model: Model, pairs: Sequence[PairBatch], metric: str, direction:
     names = ("entropy_run", "entropy_source", "max_run", "max_source", "moved", "moved_by_query")
     means = _Means(model, pairs, dict.fromkeys(names, "query"))
     for setup in setups(model, pairs, metric, direction, ("query", "key")):
-        setup = replace(setup, kinds=(*setup.kinds, SCORES))
-        at_run, at_source = setup.run_activations(), setup.source_activations()
-        by_query = moved_scores(setup, "query", at_source, at_run)
+        with attention_scores(model) as run_scores:
+            at_run = setup.run_activations()
+        with attention_scores(model) as source_scores:
+            at_source = setup.source_activations()
+        by_query = scores_with(model, setup.run, at_run | {"query": at_source["query"]})
+        setup.passes.forward += 1
         run, source, moved = (
-            torch.stack(scores, 1).float().softmax(-1).transpose(2, 3)  # [batch, layer, query, head, key]
-            for scores in (at_run[SCORES.name], at_source[SCORES.name], by_query)
+            softmax(torch.stack(scores, 1)).transpose(2, 3)  # [batch, layer, query, head, key]
+            for scores in (run_scores, source_scores, by_query)
         )
         entropy = [-torch.xlogy(p, p).sum(-1) for p in (run, source)]
         shares = [0.5 * (p - run).abs().sum(-1) for p in (source, moved)]

@@ -1,7 +1,8 @@
 """AtP* (Kramár et al. 2024): attribution patching without its two known blind spots.
 
 1. QK fix, for queries and keys: the attention scores are computed with the source's queries (or keys) in place of the
-   run's, by the model itself, so rotary embeddings, grouped keys, softcaps and windows are the model's own.
+   run's, by the model itself, so rotary embeddings, grouped keys, softcaps and windows are the model's own. Where a norm
+   over all heads couples them (OLMo-2), one head is replaced at a time, and what it does to all heads is its own.
 2. The softmax is then redone exactly, for one query or one key at a time; only what follows the pattern is linear.
 3. GradDrop, for all kinds: the gradient is taken once per layer with that layer's contribution held constant, and the
    absolute scores are averaged, so that a direct and an indirect effect that cancel are still seen. Unsigned.
@@ -10,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -22,13 +23,19 @@ from relp_cli.methods.core import Gradients, PerExample, differences, must_reach
 from relp_cli.methods.setup import Setup
 from relp_cli.methods.table import Params, Result
 from relp_cli.models.model import Hook
-from relp_cli.nodes.access import Activations, capture
-from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
+from relp_cli.nodes.access import Activations, capture, units
+from relp_cli.nodes.attention import (
+    PATTERN,
+    QUERIES_AND_KEYS,
+    attention_scores,
+    heads_are_coupled,
+    scores_with,
+    softmax,
+    with_one,
+)
+from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.precision import wide
 
-PATTERN = NodeKind("pattern", "blocks.{l}.attn.hook_pattern", "vector", "attention probabilities, not a node")
-SCORES = NodeKind("attention scores", "blocks.{l}.attn.hook_attn_scores", "vector", "before the softmax, masked")
-ATTENTION = (NODE_KINDS["query"], NODE_KINDS["key"], SCORES, PATTERN)
 BETWEEN_LAYERS = ("resid_pre", "resid_dim")  # kinds that no layer contains
 
 
@@ -40,21 +47,25 @@ class AtpStarParams(Params):
 
 
 def atp_star(setup: Setup, params: AtpStarParams) -> Result:
-    """2 forward + 1 backward (with grad_drop: per layer); with qk_fix + 1 forward for queries and 1 for keys."""
+    """2 forward + 1 backward (with grad_drop: per layer); with qk_fix + 1 forward for queries and 1 for keys (one per head
+    where a norm couples the heads).
+
+    Raises: RelpError for queries or keys of a model whose attention scores cannot be read and verified.
+    """
     n_layers = setup.model.shape.n_layers
     dropped = [frozenset([layer]) for layer in range(n_layers)] if params.grad_drop else [frozenset[int]()]
     fixed = [k.name for k in setup.kinds if k.name in ("query", "key")] if params.qk_fix else []
     source = setup.source_activations()
-    wide = (*setup.kinds, *(k for k in ATTENTION if fixed and k not in setup.kinds))
-    runs = layer_drop_gradients(replace(setup, kinds=wide), dropped)
+    kinds = (*setup.kinds, *(k for k in (*QUERIES_AND_KEYS, PATTERN) if fixed and k not in setup.kinds))
+    with attention_scores(setup.model) if fixed else nullcontext([]) as before:
+        runs = layer_drop_gradients(replace(setup, kinds=kinds), dropped)
     run = runs[0].values
     deltas = differences(source, {k.name: run[k.name] for k in setup.kinds})
-    after = {name: moved_scores(setup, name, source, run) for name in fixed}
+    slopes = [at.grads[PATTERN.name] for at in runs] if fixed else []
+    exact = {name: fixed_scores(setup, name, source, run, before, slopes) for name in fixed}
     total: PerExample = {}
-    for dropping, at in zip(dropped, runs, strict=True):
-        scores = products(setup, deltas, at.grads)
-        for name in fixed:
-            scores[name] = fixed_scores(setup, name, run[SCORES.name], after[name], at.grads[PATTERN.name])
+    for i, (dropping, at) in enumerate(zip(dropped, runs, strict=True)):
+        scores = products(setup, deltas, at.grads) | {name: each[i] for name, each in exact.items()}
         for name, value in scores.items():
             kept = value.abs() * _outside(name, value, dropping) if params.grad_drop else value
             total[name] = total[name] + kept if name in total else kept
@@ -126,39 +137,36 @@ def _gates(setup: Setup, dropping: Collection[int]) -> Iterator[None]:
         yield
 
 
-def moved_scores(setup: Setup, kind: str, source: Activations, run: Activations) -> list[Tensor]:
-    """Attention scores with the source's queries or keys, per layer: Float[batch, head, query, key], masked as ever.
-
-    One forward pass; every layer's queries and keys are set, so that no layer sees what the others changed.
-    """
-    other = "key" if kind == "query" else "query"
-    replaced = {kind: source[kind], other: run[other]}
-    hooks: list[tuple[str, Hook]] = [
-        (NODE_KINDS[name].point(layer), lambda _, v=value: v)  # type: ignore[misc]
-        for name, layers in replaced.items()
-        for layer, value in enumerate(layers)
-    ]
-    setup.passes.forward += 1
-    with torch.no_grad(), setup.model.hooks(hooks), capture(setup.model, [SCORES]) as seen:
-        setup.model.logits(setup.run)
-    return seen[SCORES.name]
-
-
 def fixed_scores(
-    setup: Setup, kind: str, before: list[Tensor], after: list[Tensor], grads: list[Tensor]
-) -> Float[Tensor, "batch layer slot head"]:
-    """The QK fix for all queries or all keys, from scores before and after and ∂L/∂pattern, one tensor per layer."""
+    setup: Setup, kind: str, source: Activations, run: Activations, before: list[Tensor], slopes: Sequence[list[Tensor]]
+) -> list[Float[Tensor, "batch layer slot head"]]:
+    """The QK fix for all queries or all keys, once per set of slopes (∂L/∂pattern, one tensor per layer)."""
+    model, node = setup.model, NODE_KINDS[kind]
+    held = {k.name: run[k.name] for k in QUERIES_AND_KEYS}
+    coupled = heads_are_coupled(model, node)
+    moves = (with_one(model, node, run[kind], source[kind], h) for h in range(units(model, node)))
+    found: list[list[Tensor]] = [[] for _ in slopes]
+    for values in moves if coupled else [source[kind]]:
+        setup.passes.forward += 1
+        after = scores_with(model, setup.run, held | {kind: values})
+        for columns, slope in zip(found, slopes, strict=True):
+            columns.append(_effects(kind, before, after, slope))
+    if coupled:  # what a head does to any head
+        return [setup.to_slots(torch.stack([c.sum(-1) for c in columns], -1)) for columns in found]
+    shape = (units(model, node), -1)  # a key serves its group of query heads
+    return [setup.to_slots(c.unflatten(-1, shape).sum(-1)) for (c,) in found]
+
+
+def _effects(
+    kind: str, before: list[Tensor], after: list[Tensor], slope: list[Tensor]
+) -> Float[Tensor, "batch layer pos query_head"]:
     function = query_effects if kind == "query" else key_effects
-    layers = [function(b, a, g) for b, a, g in zip(before, after, grads, strict=True)]
-    effects = torch.stack(layers, 1).transpose(-1, -2)
-    if kind == "key":  # a key serves its group of query heads
-        effects = effects.unflatten(-1, (setup.model.shape.n_kv_heads, -1)).sum(-1)
-    return setup.to_slots(effects)
+    return torch.stack([function(b, a, g) for b, a, g in zip(before, after, slope, strict=True)], 1).transpose(-1, -2)
 
 
 def query_effects(before: Tensor, after: Tensor, grad: Tensor) -> Float[Tensor, "batch head pos"]:
     """Σ_k (P' − P)·∂L/∂P for each query; before, after, grad: Float[batch, head, query, key]."""
-    return ((_softmax(after) - _softmax(before)) * wide(grad)).sum(-1)
+    return ((softmax(after) - softmax(before)) * wide(grad)).sum(-1)
 
 
 def key_effects(before: Tensor, after: Tensor, grad: Tensor) -> Float[Tensor, "batch head pos"]:
@@ -192,11 +200,6 @@ def _without_each(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     mass = torch.where(is_best, (runner_weight * values).sum(-1, keepdim=True), _sum_of_others(weight * values))
     total = total.clamp_min(torch.finfo(scores.dtype).tiny)  # 0 where there is no other key at all
     return torch.where(is_best, second, largest) + total.log(), mass / total
-
-
-def _softmax(scores: Tensor) -> Tensor:
-    """In float32 at least, as models do."""
-    return wide(scores).softmax(-1)
 
 
 def _sum_of_others(p: Tensor) -> Tensor:
