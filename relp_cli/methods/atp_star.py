@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -57,7 +57,8 @@ def atp_star(setup: Setup, params: AtpStarParams) -> Result:
     fixed = [k.name for k in setup.kinds if k.name in ("query", "key")] if params.qk_fix else []
     source = setup.source_activations()
     kinds = (*setup.kinds, *(k for k in (*QUERIES_AND_KEYS, PATTERN) if fixed and k not in setup.kinds))
-    with attention_scores(setup.model) if fixed else nullcontext([]) as before:
+    reading: AbstractContextManager[list[Tensor]] = attention_scores(setup.model) if fixed else nullcontext([])
+    with reading as before:
         runs = layer_drop_gradients(replace(setup, kinds=kinds), dropped)
     run = runs[0].values
     deltas = differences(source, {k.name: run[k.name] for k in setup.kinds})

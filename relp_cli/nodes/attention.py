@@ -35,7 +35,7 @@ class _SoftmaxInputs(TorchFunctionMode):
         super().__init__()
         self.n_heads, self.seen = n_heads, seen
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in SOFTMAX and args and args[0].ndim == 4 and args[0].shape[1] == self.n_heads:
             self.seen.append(args[0].detach())
         return func(*args, **(kwargs or {}))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .edges import Edit, EdgeTrace
+from .edges import EdgeTrace, Edit
 from .make import exact_float64
 
 N_LAYERS, N_HEADS = 2, 4
@@ -60,14 +60,18 @@ class Row:
     multiplier: float = 1.0
 
 
-OPT = dict(layers="model.decoder.layers", ln1="self_attn_layer_norm", o="self_attn.out_proj", ln2="final_layer_norm",
-           mlp="fc1", mlp_out="fc2", final="model.decoder.final_layer_norm",
-           positions="model.decoder.embed_positions", many={})  # fmt: skip
-H = dict(layers="transformer.h", final="transformer.ln_f", many={})
-LN12 = dict(ln1="ln_1", ln2="ln_2")
-FUSED = dict(qkv="self_attention.query_key_value", o="self_attention.dense")
-SANDWICH = dict(ln1_post="post_attention_layernorm", ln2="pre_feedforward_layernorm", ln2_post="post_feedforward_layernorm")
-POST = SANDWICH | dict(ln1=None, ln2=None)
+OPT = {"layers": "model.decoder.layers", "ln1": "self_attn_layer_norm", "o": "self_attn.out_proj", "ln2": "final_layer_norm",
+           "mlp": "fc1", "mlp_out": "fc2", "final": "model.decoder.final_layer_norm",
+           "positions": "model.decoder.embed_positions", "many": {}}  # fmt: skip
+H = {"layers": "transformer.h", "final": "transformer.ln_f", "many": {}}
+LN12 = {"ln1": "ln_1", "ln2": "ln_2"}
+FUSED = {"qkv": "self_attention.query_key_value", "o": "self_attention.dense"}
+SANDWICH = {
+    "ln1_post": "post_attention_layernorm",
+    "ln2": "pre_feedforward_layernorm",
+    "ln2_post": "post_feedforward_layernorm",
+}
+POST = SANDWICH | {"ln1": None, "ln2": None}
 WINDOW = {"head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 3}
 FALCON: dict[str, Any] = SIZE | {"new_decoder_architecture": False}
 
