@@ -23,6 +23,14 @@ COMPONENTS = "resid_pre,attn_out,mlp_out"
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of tables.")]
 DryRunFlag = Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and stop.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")]
+BosOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos",
+        help="Prepend the BOS token or not. Default: TransformerLens's, which prepends it for most models, GPT-2 among them "
+        "(whose tokenizer adds none); every output says what was done.",
+    ),
+]
 DtypeOption = Annotated[str, typer.Option(help="float32, float64, bfloat16, float16")]
 
 

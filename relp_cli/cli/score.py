@@ -9,6 +9,7 @@ import typer
 
 from relp_cli.cli.common import (
     COMPONENTS,
+    BosOption,
     DeviceOption,
     DryRunFlag,
     DtypeOption,
@@ -48,9 +49,7 @@ def command(
         str | None, typer.Option(help="LRP rules, comma-separated (default: the family's preset).")
     ] = None,
     settings: Annotated[list[str], typer.Option("--set", help="A parameter of the method: --set steps=20")] = [],  # noqa: B006
-    bos: Annotated[
-        bool | None, typer.Option("--bos/--no-bos", help="Prepend BOS (default: as the model does).")
-    ] = None,
+    bos: BosOption = None,
     only_correct: Annotated[bool, typer.Option(help="Keep the pairs that the model gets right.")] = False,
     per_example: Annotated[
         bool | None, typer.Option(help="Store scores per example (default: where they fit).")

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated
 
 import typer
 
-from relp_cli.cli.common import JsonFlag, note, out, print_json
+from relp_cli.cli.common import BosOption, JsonFlag, note, out, print_json
 
 
 def validate(
-    task: Annotated[
-        str, typer.Argument(help="A task YAML, a shipped task's name, or a batch job YAML (with `tasks:`).")
-    ],
+    task: Annotated[str, typer.Argument(help="A task YAML, a file of pairs, or a shipped task's name.")],
     json: JsonFlag = False,
 ) -> None:
-    """Check a task YAML (templates, word lists, pairing rule) without loading any model.
+    """Check a task (templates, word lists, pairing rule) or a file of pairs, without loading any model.
 
     Example: relp validate my_task.yaml
     """
-    from relp_cli.tasks.spec import read_task
+    from relp_cli.tasks.source import read_source
 
-    text = read_task(task)
-    spec = text.spec
+    source = read_source(task)
+    text, spec = source.text, source.text.spec
     about = {
         "task": spec.name,
         "description": spec.description,
@@ -30,13 +29,15 @@ def validate(
         "templates": len(spec.templates) if spec.templates else 0,
         "lists": {name: len(words.rows) for name, words in text.lists.items()},
         "pairs": spec.pairs,
+        "splits": dict(Counter(str(raw.split) for raw in source.fixed)),
+        "notes": list(source.notes),
         "hash": text.hash,
     }
     if json:
         print_json(about)
         return
     for key, value in about.items():
-        if value not in (None, {}, ""):
+        if value not in (None, {}, [], ""):
             out.print(f"{key}: {value}", highlight=False)
     out.print("valid")
 
@@ -50,9 +51,7 @@ def show(
     examples: Annotated[int, typer.Option(help="Pairs to print per token length.")] = 1,
     seed: Annotated[int, typer.Option(help="Draws the pairs.")] = 0,
     split: Annotated[str, typer.Option(help="discovery, heldout or all.")] = "discovery",
-    bos: Annotated[
-        bool | None, typer.Option("--bos/--no-bos", help="Prepend BOS (default: as the model does).")
-    ] = None,
+    bos: BosOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Print aligned tokenised pairs with position roles, and the model's own accuracy on them.
@@ -78,7 +77,8 @@ def show(
             for b in prepared.pairs
             for o, p, a, f in list(_rows(b))[:examples]
         ]
-        print_json({"task": prepared.task.name, "model": prepared.model.name, **seen.as_dict(), "pairs": rows})
+        about = {"task": prepared.task.name, "model": prepared.model.name, "bos": prepared.bos, "notes": prepared.notes}
+        print_json({**about, **seen.as_dict(), "pairs": rows})
         return
     for line in prepared.notes:
         note(line)
@@ -95,9 +95,8 @@ def show(
                 table.add_row(str(i), role, a, f"[bold]{b}[/]" if changed else b)
             out.print(table)
     patch_value = "" if seen.metric_patch is None else f", on patches {seen.metric_patch:+.3f}"
-    start = "no BOS" if spec.bos is False or (spec.bos is None and prepared.model.bos is None) else "BOS prepended"
     out.print(
-        f"{prepared.model.name} on {prepared.task.name}: accuracy {seen.accuracy:.3f} over {seen.n} pairs ({start}); mean "
+        f"{prepared.model.name} on {prepared.task.name}: accuracy {seen.accuracy:.3f} over {seen.n} pairs; mean "
         f"{prepared.metric} on originals {seen.metric_original:+.3f}{patch_value}",
         highlight=False,
     )

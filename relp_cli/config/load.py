@@ -1,6 +1,7 @@
 """YAML → pydantic model, with `include`, dotted overrides, and errors that name file, line and key.
 
-1. Each file is composed to YAML nodes, so that every key keeps its line; duplicate keys are refused.
+1. Each file is composed to YAML nodes, so that every key keeps its line; duplicate keys are refused, and aliases that would
+   make more values than the file has characters.
 2. `include: base.yaml` (or a list) puts the base's values underneath: mappings merge, a null removes a key.
 3. Overrides `a.b=value` (the value is YAML) are set last.
 4. pydantic checks the result; its first complaint becomes one RelpError line.
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from relp_cli.errors import RelpError, nearest
 
+MOST_FILES = 100  # that one file may include, each of them counted as often as it is
 M = TypeVar("M", bound=BaseModel)
 Key = tuple[str | int, ...]
 
@@ -28,9 +30,10 @@ class Source:
     """Plain values of a YAML file and where each key stands: key path → `file:line`."""
 
     path: Path
-    values: dict[str, Any] = field(default_factory=dict)
+    values: Any = field(default_factory=dict)
     marks: dict[Key, str] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
+    room: int = 0  # how many more values the text may have
 
     def at(self, *key: str | int) -> str:
         """The `file:line: key: ` prefix of an error message; falls back to the nearest enclosing key."""
@@ -68,25 +71,13 @@ def load_with_source(path: str | Path, model: type[M], overrides: Sequence[str] 
 def read_yaml(path: Path, _chain: tuple[Path, ...] = ()) -> Source:
     """The values of a YAML mapping with its includes merged in.
 
-    Raises: RelpError for an unreadable file, wrong YAML, a duplicate key, a circular include, or a file that is
-    not a mapping.
+    Raises: RelpError as `read_values`, and for a circular include, too many of them, or a file that is not a mapping.
     """
     if path.resolve() in _chain:
         raise RelpError(f"{path}:1: include: circular, the file includes itself")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RelpError(f"{path}: cannot be read: {error}") from None
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else 1
-        raise RelpError(f"{path}:{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    source = Source(path, files=[path])
-    if not isinstance(node, yaml.MappingNode):
+    source = read_values(path)
+    if not isinstance(source.values, dict):
         raise RelpError(f"{path}:1: expected `key: value` lines at the top")
-    source.values = _plain(node, (), source)
     bases = source.values.pop("include", [])
     for base in reversed([bases] if isinstance(bases, str) else bases if isinstance(bases, list) else [None]):
         if not isinstance(base, str):
@@ -98,6 +89,36 @@ def read_yaml(path: Path, _chain: tuple[Path, ...] = ()) -> Source:
         source.values = _merge(below.values, source.values)
         source.marks = below.marks | source.marks
         source.files = below.files + source.files
+        if len(source.files) > MOST_FILES:
+            raise RelpError(f"{source.at('include')}more than {MOST_FILES} files are included")
+    return source
+
+
+def read_values(path: Path) -> Source:
+    """The values of a YAML file, whatever they are. Raises: RelpError for an unreadable file and as `parse`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RelpError(f"{path}: cannot be read: {error}") from None
+    return parse(text, path)
+
+
+def parse(text: str, path: Path) -> Source:
+    """The values of a YAML text; `path` is what messages call it.
+
+    Raises: RelpError for wrong YAML, a duplicate key, nesting beyond Python's limits, and aliases that expand to more values
+    than the text has characters.
+    """
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).partition("\n")[0]
+        raise RelpError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {problem}") from None
+    except RecursionError:
+        raise RelpError(f"{path}:1: nested too deeply") from None
+    source = Source(path, files=[path], room=len(text) + 1000)
+    source.values = None if node is None else _plain(node, (), source)
     return source
 
 
@@ -106,6 +127,11 @@ def _plain(node: yaml.Node, key: Key, source: Source) -> Any:
     source.marks.setdefault(key, f"{source.path}:{node.start_mark.line + 1}")
     if len(key) > 50:
         raise RelpError(f"{source.at(*key[:3])}nested too deeply (an anchor that contains itself?)")
+    source.room -= 1
+    if source.room < 0:
+        raise RelpError(
+            f"{source.at(*key[:3])}its aliases (`*name`) expand to more values than the file has characters"
+        )
     if isinstance(node, yaml.MappingNode):
         values: dict[str, Any] = {}
         for name_node, value_node in node.value:
@@ -122,8 +148,11 @@ def _plain(node: yaml.Node, key: Key, source: Source) -> Any:
         return [_plain(item, (*key, i), source) for i, item in enumerate(node.value)]
     try:
         return yaml.SafeLoader("").construct_object(node)
-    except (yaml.YAMLError, ValueError) as error:
+    except yaml.YAMLError as error:
         raise RelpError(f"{source.at(*key)}{getattr(error, 'problem', None) or error}") from None
+    except ValueError as error:
+        many = "integer string conversion" in str(error)  # int() of thousands of digits
+        raise RelpError(f"{source.at(*key)}{'a number of too many digits' if many else error}") from None
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -144,10 +173,7 @@ def _override(source: Source, text: str) -> None:
     parts = dotted.strip().split(".")
     if not equals or not all(parts):
         raise RelpError(f"override '{text}': expected dotted.key=value")
-    try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError:
-        raise RelpError(f"override '{text}': the value is not valid YAML") from None
+    value = parse(raw, Path(f"override '{text}'")).values
     here: Any = source.values
     key: Key = ()
     for i, part in enumerate(parts):

@@ -99,7 +99,7 @@ def read_corpus(model: Model, path: Path) -> list[PairBatch]:
     except (OSError, UnicodeDecodeError) as error:
         raise RelpError(f"corpus {path} cannot be read: {error}") from error
     rows = [model.tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines]
-    rows = [([model.bos] if model.bos is not None else []) + ids for ids in rows if ids]
+    rows = [model.with_bos(ids) for ids in rows if ids]
     if not rows:
         raise RelpError(f"corpus {path} has no text")
     nothing = torch.full((1,), -1)

@@ -75,7 +75,7 @@ class Text:
             if line.strip()
             for ids in [model.tokenizer(line, add_special_tokens=False)["input_ids"]]
         ]
-        rows = [([model.bos] if model.bos is not None else []) + ids for ids in rows if len(ids) > 1]
+        rows = [model.with_bos(ids) for ids in rows if len(ids) > 1]
         if len(rows) < 2 * HELDOUT:
             raise RelpError(f"training needs at least {2 * HELDOUT} lines of text, got {len(rows)}")
         parts = [[row for i, row in enumerate(rows) if (i % HELDOUT == 0) is held] for held in (False, True)]

@@ -35,7 +35,7 @@ def load_model(
 
     Parameters are frozen, attention is eager (so that patterns exist), dropout is off, weights are the raw Hugging
     Face weights (nothing folded). `device` defaults to the GPU if there is one. `bos` overrides whether prompts start
-    with the BOS token (default: as the bridge does for this model).
+    with the BOS token (default: TransformerLens's for this architecture).
 
     Raises: RelpError for an unknown name, a folder without complete weights, an unreachable hub, or an architecture
     whose residual stream is not the sum that every method here assumes.
@@ -80,6 +80,7 @@ def wrap(
         revision=revision,
         dtype=next(hf.parameters()).dtype,
         device=torch.device(device),
+        bos_asked=bos is not None,
     )
     check_model(model)
     return model

@@ -44,6 +44,7 @@ class Model:
     points:    hook point name (`blocks.0.hook_in`) → module, and `logits`, through which the final logits pass.
     tokenizer: Hugging Face fast tokenizer, or None (token-id pairs only).
     bos:       the token id that prompts start with, or None.
+    bos_asked: whether that was asked for at loading; otherwise it is TransformerLens's default for the architecture.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Model:
     revision: str
     dtype: torch.dtype
     device: torch.device
+    bos_asked: bool = False
 
     def point(self, name: str) -> nn.Module:
         """The hook point of that name. Raises RelpError where the architecture has none."""
@@ -70,6 +72,10 @@ class Model:
         for part in name.split("."):
             component = component[int(part)] if part.isdigit() else getattr(component, part)
         return component
+
+    def with_bos(self, ids: list[int]) -> list[int]:
+        """Token ids of a text with this model's BOS in front, unless it has none or they start with it already."""
+        return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
 
     @property
     def activation(self) -> Activation:

@@ -65,6 +65,7 @@ class Prepared:
     pairs: list[PairBatch]
     metric: str
     behaviour: Behaviour
+    bos: str
     notes: tuple[str, ...]
 
 
@@ -99,7 +100,7 @@ def prepare(spec: ScoreSpec, session: Session, at_most: bool = False) -> Prepare
             f"WARNING: {model.name} is at chance on {task.name} (accuracy {seen.accuracy:.2f}, n = {seen.n}); "
             "scores explain no behaviour here"
         )
-    return Prepared(model, task, pairs, metric, seen, tuple(notes))
+    return Prepared(model, task, pairs, metric, seen, built.bos, tuple(notes))
 
 
 def check_request(spec: ScoreSpec, folder: Path | None = None) -> None:
@@ -224,7 +225,7 @@ def with_meta(scores: Any, prepared: Prepared, spec: ScoreSpec, digest: str) -> 
         "task_hash": prepared.task.hash,
         "seed": spec.seed,
         "split": spec.split,
-        "bos": bool(prepared.model.bos is not None if spec.bos is None else spec.bos),
+        "bos": prepared.bos,
         "hash": digest,
     }
     if isinstance(scores, Scores):

@@ -1,16 +1,13 @@
 """Readers of fixed pairs: our JSON-lines, Marks et al.'s JSON-lines, EAP-IG CSV, auto-circuit JSON.
 
-A file is a list of records; its format is recognised from their keys. Text is used as written, and answers follow
-the prompt as written, except that a space is put where two words would touch.
+A file is a list of records; its format is recognised from their keys. Text is used as written; what stands between prompt
+and answer is the record's `join`, or `spacing.space_between`.
 """
 
 from __future__ import annotations
 
 import ast
-import csv
-import io
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +15,7 @@ from typing import Any
 from relp_cli.errors import RelpError, nearest
 from relp_cli.tasks.generate import side
 from relp_cli.tasks.prompt import PromptPair, RawPair
-
-FILE_ENDINGS = (".jsonl", ".json", ".csv")
-Record = tuple[str, dict[str, Any]]  # (`file:line: `, values)
+from relp_cli.tasks.records import read_records
 
 
 @dataclass(frozen=True)
@@ -37,13 +32,13 @@ def _form(name: str, required: str, optional: str = "") -> Form:
 
 
 FORMS = (
-    _form("text", "original answer foil", "patch roles split"),
+    _form("text", "original answer foil", "patch roles split join"),
     _form("text with token-id answers", "original answer_id foil_id", "patch roles split"),
     _form("token ids", "original_ids answer_id foil_id", "patch_ids roles split"),
-    _form("single prompts", "prompt answer", "foil roles split"),
-    _form("feature-circuits", "clean_prefix patch_prefix clean_answer patch_answer", "split"),
+    _form("single prompts", "prompt answer", "foil roles split join"),
+    _form("feature-circuits", "clean_prefix patch_prefix clean_answer patch_answer", "split join"),
     _form("EAP-IG", "clean corrupted correct_idx incorrect_idx", "split"),
-    _form("auto-circuit", "clean corrupt answers wrong_answers", "split"),
+    _form("auto-circuit", "clean corrupt answers wrong_answers", "split join"),
 )
 _ALL_KEYS = frozenset().union(*(form.required | form.optional for form in FORMS))
 
@@ -53,13 +48,7 @@ def read_pairs(path: Path) -> list[RawPair]:
 
     Raises: RelpError `file:line: what was expected` on unreadable files, missing or mixed keys, and wrong values.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RelpError(f"{path}: cannot be read: {error}") from None
-    records = list(_csv_records(path, text) if path.suffix == ".csv" else _json_records(path, text))
-    if not records:
-        raise RelpError(f"{path}: no pairs in this file")
+    records = read_records(path)
     forms = {_recognise(values, where).name for where, values in records}
     if len(forms) > 1:
         raise RelpError(f"{path}: mixes formats in one file: {', '.join(sorted(forms))}")
@@ -67,6 +56,27 @@ def read_pairs(path: Path) -> list[RawPair]:
     if len({pair.split is None for pair in pairs}) > 1:
         raise RelpError(f"{path}: some records have the key 'split' and some have not")
     return pairs
+
+
+def distinct(pairs: Sequence[RawPair]) -> tuple[list[RawPair], str]:
+    """Each pair once, and a note on how many were copies: n counts independent pairs.
+
+    Raises: RelpError for the same prompts and answers with other roles, another split or another join.
+    """
+    first: dict[object, RawPair] = {}
+    for raw in pairs:
+        text = replace(raw.pair, roles=(), answer=tuple(sorted(raw.pair.answer)), foil=tuple(sorted(raw.pair.foil)))
+        before = first.setdefault((text, raw.ids, raw.outcome_ids), raw)
+        for key, a, b in (
+            ("split", before.split, raw.split),
+            ("roles", (before.pair.roles, before.labels), (raw.pair.roles, raw.labels)),
+            ("join", before.join, raw.join),
+        ):
+            if a != b:
+                raise RelpError(f"{raw.where}{key}: the pair of {before.where.strip(': ')} again, with another {key}")
+    copies = len(pairs) - len(first)
+    note = f"{copies} of {len(pairs)} records are copies of another one: each pair counts once" if copies else ""
+    return list(first.values()), note
 
 
 def assign_splits(pairs: Sequence[RawPair]) -> tuple[list[RawPair], str]:
@@ -101,54 +111,6 @@ def _prompts(raw: RawPair) -> tuple[object, object | None]:
     return raw.ids if raw.ids is not None else (raw.pair.original, raw.pair.patch)
 
 
-def _csv_records(path: Path, text: str) -> Iterable[Record]:
-    reader = csv.DictReader(io.StringIO(text))
-    for values in reader:
-        where = f"{path}:{reader.line_num}: "
-        if None in values or None in values.values():
-            raise RelpError(f"{where}expected {len(reader.fieldnames or ())} cells")
-        # A first column without a name is pandas' row index.
-        yield where, {key: value for key, value in values.items() if key}
-
-
-def _json_records(path: Path, text: str) -> Iterable[Record]:
-    """Records of JSON-lines, of a JSON list, or of `{"prompts": [...]}`."""
-    first = next((line for line in text.splitlines() if line.strip()), "")
-    try:
-        head = json.loads(first)
-    except json.JSONDecodeError:
-        head = None
-    if path.suffix == ".jsonl" or (isinstance(head, dict) and "prompts" not in head):
-        for i, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                yield _checked_record(f"{path}:{i}: ", _json(line, path, i - 1))
-        return
-    whole = _json(text, path)
-    items = whole.get("prompts") if isinstance(whole, dict) else whole
-    if not isinstance(items, list):
-        raise RelpError(f"{path}:1: expected JSON-lines, a list of records, or an object with the key 'prompts'")
-    place = text.index("[", text.index('"prompts"') if isinstance(whole, dict) else 0) + 1
-    for _ in items:
-        while text[place] in " \t\r\n,":
-            place += 1
-        values, end = json.JSONDecoder().raw_decode(text, place)
-        yield _checked_record(f"{path}:{text.count(chr(10), 0, place) + 1}: ", values)
-        place = end
-
-
-def _json(text: str, path: Path, above: int = 0) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RelpError(f"{path}:{above + error.lineno}: not valid JSON: {error.msg}") from None
-
-
-def _checked_record(where: str, values: Any) -> Record:
-    if not isinstance(values, dict):
-        raise RelpError(f"{where}expected a JSON object with the keys of a pair")
-    return where, values
-
-
 def _recognise(values: dict[str, Any], where: str) -> Form:
     """The format whose keys these are. Raises: RelpError on missing, mixed, or misspelt keys."""
     keys = set(values)
@@ -172,7 +134,10 @@ def _pair(form: Form, values: dict[str, Any], where: str) -> RawPair:
     """One record as a pair."""
     split = values.get("split")
     if split is not None and split not in ("discovery", "heldout"):
-        raise RelpError(f"{where}split: expected discovery or heldout, got {split!r}")
+        raise RelpError(f"{where}split: expected discovery or heldout, got {_shown(split)}")
+    join = values.get("join")
+    if join is not None and not isinstance(join, str):
+        raise RelpError(f"{where}join: expected text, got {_shown(join)}")
     ids = outcome_ids = None
     answer: tuple[str, ...] = ()
     foil: tuple[str, ...] = ()
@@ -202,13 +167,19 @@ def _pair(form: Form, values: dict[str, Any], where: str) -> RawPair:
         foil = _strings(values, wrong, where) if wrong in values else ()
     roles, labels = _roles(values.get("roles"), original, where)
     pair = PromptPair(original, patch, answer, foil, roles)
-    return RawPair(pair, ids=ids, outcome_ids=outcome_ids, labels=labels, split=split, where=where)
+    return RawPair(pair, join=join, ids=ids, outcome_ids=outcome_ids, labels=labels, split=split, where=where)
+
+
+def _shown(value: Any) -> str:
+    """A wrong value in an error message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _string(values: dict[str, Any], key: str, where: str) -> str:
     value = values[key]
     if not isinstance(value, str) or not value.strip():
-        raise RelpError(f"{where}{key}: expected text, got {value!r}")
+        raise RelpError(f"{where}{key}: expected text, got {_shown(value)}")
     return value
 
 
@@ -216,7 +187,7 @@ def _strings(values: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
     """One text, or a list of texts."""
     value = values[key] if isinstance(values[key], list) else [values[key]]
     if not value or not all(isinstance(text, str) and text.strip() for text in value):
-        raise RelpError(f"{where}{key}: expected text or a list of texts, got {values[key]!r}")
+        raise RelpError(f"{where}{key}: expected text or a list of texts, got {_shown(values[key])}")
     return tuple(dict.fromkeys(value))
 
 
@@ -226,11 +197,11 @@ def _ids(values: dict[str, Any], key: str, where: str) -> tuple[int, ...]:
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             value = None
     value = value if isinstance(value, list) else [value]
     if not value or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
-        raise RelpError(f"{where}{key}: expected a token id or a list of token ids, got {values[key]!r}")
+        raise RelpError(f"{where}{key}: expected a token id or a list of token ids, got {_shown(values[key])}")
     return tuple(value)
 
 
@@ -244,6 +215,6 @@ def _roles(value: Any, original: str, where: str) -> tuple[tuple[tuple[str, int,
     for role, span in value.items() if isinstance(value, dict) else [("roles", [])]:
         good = isinstance(span, list) and len(span) == 2 and all(type(i) is int for i in span)
         if not good or not 0 <= span[0] < span[1] <= len(original):
-            raise RelpError(f"{where}roles: expected a label per token, or role: [start, end], got {value!r}")
+            raise RelpError(f"{where}roles: expected a label per token, or role: [start, end], got {_shown(value)}")
         spans.append((str(role), span[0], span[1]))
     return tuple(spans), None

@@ -7,6 +7,7 @@ a file task has `pairs: FILE`. See configs/tasks/ for examples of both.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from relp_cli.config.load import Source, load_with_source
 from relp_cli.config.paths import find_config, list_configs
 from relp_cli.errors import RelpError, nearest
+from relp_cli.tasks.records import FILE_ENDINGS
 from relp_cli.tasks.template import Mention, Template, parse
 from relp_cli.tasks.words import WordList, find_list, inline_list, read_list
 
 OTHER = "other"
+NAME_BYTES = 100
+_NAME = re.compile(r"\w[\w.-]*")
 MetricName = Literal["logit_diff", "prob_diff", "kl", "accuracy"]  # the rows of tasks/metrics.py, which needs torch
 
 
@@ -63,7 +67,7 @@ class WordSet(_Strict):
 class TaskSpec(_Strict):
     """One task: templates, or a file of fixed pairs."""
 
-    name: str = Field(min_length=1)
+    name: str
     description: str = ""
     metric: MetricName = "logit_diff"
     pairs: str | None = None
@@ -80,6 +84,14 @@ class TaskSpec(_Strict):
         default="error",
         description="`pairs` only: refuse a file with pairs that do not fit the model, or drop and count",
     )
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_name(cls, name: str) -> str:
+        """It becomes the name of folders and files."""
+        if not _NAME.fullmatch(name) or ".." in name or len(name.encode()) > NAME_BYTES:
+            raise ValueError(f"expected a name of letters, digits and - _ . (no '..', at most {NAME_BYTES} bytes)")
+        return name
 
     @field_validator("slots", mode="before")
     @classmethod
@@ -146,6 +158,10 @@ def read_task(name_or_path: str | Path) -> TaskText:
         if any(used):
             raise RelpError(f"{source.at('pairs')}a task has either `pairs: FILE` or slots and templates, not both")
         file = path.parent / spec.pairs
+        if file.suffix not in FILE_ENDINGS:
+            raise RelpError(
+                f"{source.at('pairs')}expected a file that ends in {', '.join(FILE_ENDINGS)}, got '{spec.pairs}'"
+            )
         if not file.is_file():
             raise RelpError(f"{source.at('pairs')}no such file: {file}")
         return TaskText(spec, path, content_hash([*source.files, file]))

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 
 from relp_cli.errors import RelpError
-from relp_cli.tasks.files import FILE_ENDINGS, assign_splits, read_pairs
+from relp_cli.tasks.bos import Bos, HasTokenizer, choose_bos
+from relp_cli.tasks.encoder import Encoder
 from relp_cli.tasks.generate import check_split, generate, too_few
 from relp_cli.tasks.pairs import PairBatch
 from relp_cli.tasks.prompt import PromptPair, RawPair
-from relp_cli.tasks.spec import TaskSpec, TaskText, content_hash, read_task
-from relp_cli.tasks.tokenise import Encoder, TokenPair, tokenise, vocabulary
-
-
-class HasTokenizer(Protocol):
-    """What a task needs of a model: its name, a fast Hugging Face tokenizer or None, and the BOS id to prepend."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def tokenizer(self) -> Any: ...
-    @property
-    def bos(self) -> int | None: ...
+from relp_cli.tasks.source import read_source
+from relp_cli.tasks.spec import TaskSpec, TaskText
+from relp_cli.tasks.tokenise import TokenPair, tokenise, vocabulary
 
 
 @dataclass(frozen=True)
@@ -36,12 +26,14 @@ class Built:
     batches:    one per (token length, roles).
     text_pairs: the same pairs as text, in the order of the batches' rows.
     dropped:    word list → (rows dropped, rows kept) by the model's tokenizer; for files `pairs` → the same.
-    notes:      sentences that an output should carry.
+    bos:        which BOS token the prompts start with, and who decided.
+    notes:      sentences that an output should carry, the one on BOS among them.
     """
 
     batches: list[PairBatch]
     text_pairs: tuple[PromptPair, ...]
     dropped: dict[str, tuple[int, int]]
+    bos: str
     notes: tuple[str, ...] = ()
 
 
@@ -67,7 +59,8 @@ class Task:
     ) -> list[PairBatch]:
         """`n` pairs (None: all) as batches, one per (token length, roles). Same seed, same pairs.
 
-        split: "discovery", "heldout" (disjoint from it), or "all". bos: None as the model says, True, False.
+        split: "discovery", "heldout" (disjoint from it), or "all". bos: prepend BOS or not; None: the
+        model's own (TransformerLens's default, unless it was loaded with another). Prompts that start with BOS get no other.
         Raises: RelpError on too few pairs, unequal token lengths, answers of several tokens, unknown words.
         """
         return self.build(model, n, seed, split, bos).batches
@@ -84,7 +77,8 @@ class Task:
         check_split(split)
         if n is not None and n < 1:
             raise RelpError(f"expected at least one pair, got {n}")
-        encoder = Encoder(model.tokenizer, model.name, _bos_id(model, bos))
+        chosen = choose_bos(model, bos)
+        encoder = Encoder(model.tokenizer, model.name, chosen.id)
         if self.fixed:
             raws, dropped, note = self._draw_fixed(encoder, n, seed, split)
         else:
@@ -99,11 +93,15 @@ class Task:
             tokens = tokenise(raw, encoder)
             groups.setdefault(tokens.roles, []).append((tokens, raw.pair))
         ordered = sorted(groups.values(), key=lambda group: len(group[0][0].roles))
+        everything = [tokens for group in ordered for tokens, _ in group]
+        about = _about_bos(chosen, everything)
+        notes = [*self.notes, f"BOS: {about}", note, _merged(encoder), _repeated(everything, encoder.name)]
         return Built(
             [_batch([tokens for tokens, _ in group]) for group in ordered],
             tuple(pair for group in ordered for _, pair in group),
             dropped,
-            (*self.notes, note) if note else self.notes,
+            about,
+            tuple(note for note in notes if note),
         )
 
     def _draw_fixed(
@@ -130,23 +128,9 @@ def load_task(name_or_path: str | Path) -> Task:
 
     Raises: RelpError, one line `file:line: key: what was expected`; unknown names with the nearest shipped one.
     """
-    path = Path(name_or_path)
-    if path.suffix in FILE_ENDINGS:
-        if not path.is_file():
-            raise RelpError(f"{path}: no such file")
-        raws, note = assign_splits(read_pairs(path))
-        sets = any(len(ids) > 1 for raw in raws for ids in raw.outcome_ids or (raw.pair.answer, raw.pair.foil))
-        spec = TaskSpec(name=path.stem, metric="prob_diff" if sets else "logit_diff", pairs=path.name)
-        text = TaskText(spec, path, content_hash([path]))
-        return Task(spec.name, spec, spec.metric, text.hash, text, tuple(raws), (note,))
-    text = read_task(name_or_path)
-    spec = text.spec
-    if spec.pairs is None:
-        return Task(spec.name, spec, spec.metric, text.hash, text)
-    raws, note = assign_splits(read_pairs(text.path.parent / spec.pairs))
-    if spec.join is not None:
-        raws = [replace(raw, join=spec.join) for raw in raws]
-    return Task(spec.name, spec, spec.metric, text.hash, text, tuple(raws), (note,))
+    source = read_source(name_or_path)
+    spec = source.text.spec
+    return Task(spec.name, spec, spec.metric, source.text.hash, source.text, source.fixed, source.notes)
 
 
 def _usable(rows: list[RawPair], encoder: Encoder) -> tuple[list[RawPair], list[str]]:
@@ -162,15 +146,32 @@ def _usable(rows: list[RawPair], encoder: Encoder) -> tuple[list[RawPair], list[
     return usable, reasons
 
 
-def _bos_id(model: HasTokenizer, bos: bool | None) -> int | None:
-    if bos is False:
-        return None
-    found = model.bos
-    if bos and found is None:
-        found = getattr(model.tokenizer, "bos_token_id", None)
-        if found is None:
-            raise RelpError(f"{model.name} has no BOS token to prepend")
-    return found
+def _about_bos(chosen: Bos, pairs: list[TokenPair]) -> str:
+    count = sum(pair.written for pair in pairs)
+    if not count:
+        return chosen.about
+    return f"{chosen.about}; {count} of {len(pairs)} pairs start with it as given, and get no other"
+
+
+def _merged(encoder: Encoder) -> str:
+    """A note on answers that are no tokens of their own in the joined text."""
+    if not encoder.merged:
+        return ""
+    how = next(iter(encoder.merged.values()))
+    return (
+        f"{len(encoder.merged)} answers merge with the prompt's last word ({how}, the first); their own tokens are read, as "
+        "a model that writes token by token would go on"
+    )
+
+
+def _repeated(pairs: list[TokenPair], name: str) -> str:
+    """A note on texts that differ while their tokens do not."""
+    extra = len(pairs) - len({(pair.original, pair.patch, pair.answer, pair.foil) for pair in pairs})
+    return (
+        f"WARNING: {extra} of {len(pairs)} pairs are the tokens of another pair for {name}: n is too large"
+        if extra
+        else ""
+    )
 
 
 def _batch(pairs: list[TokenPair]) -> PairBatch:

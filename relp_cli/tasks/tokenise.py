@@ -5,111 +5,29 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 from relp_cli.errors import RelpError
+from relp_cli.tasks.encoder import Encoder, Offsets
 from relp_cli.tasks.generate import Vocabulary
 from relp_cli.tasks.prompt import RawPair
 from relp_cli.tasks.spec import TaskText, WordSet
 from relp_cli.tasks.template import Mention, Template, Text
 from relp_cli.tasks.words import Row
 
-Offsets = list[tuple[int, int]]
-
 
 @dataclass(frozen=True)
 class TokenPair:
-    """One pair as token ids, BOS included: `original` and `patch` of one length, a role per position."""
+    """One pair as token ids, BOS included: `original` and `patch` of one length, a role per position.
+
+    written: whether the prompts started with BOS as they were given.
+    """
 
     original: tuple[int, ...]
     patch: tuple[int, ...] | None
     answer: tuple[int, ...]
     foil: tuple[int, ...]
     roles: tuple[str, ...]
-
-
-class Encoder:
-    """A fast Hugging Face tokenizer used without its special tokens; BOS (an id or None) is prepended here."""
-
-    def __init__(self, tokenizer: Any, model_name: str, bos: int | None) -> None:
-        if tokenizer is not None and not getattr(tokenizer, "is_fast", False):
-            raise RelpError(f"the tokenizer of {model_name} gives no character offsets (not a fast tokenizer)")
-        self.tokenizer, self.name, self.bos = tokenizer, model_name, bos
-        self._outcomes: dict[tuple[str, str], tuple[int, ...]] = {}
-        self._singles: dict[tuple[str, str, str], bool] = {}
-
-    @cached_property
-    def unk(self) -> int | None:
-        """The id that stands for unknown text; None for tokenizers that can spell everything."""
-        unk = self.tokenizer.unk_token_id
-        # Byte-level tokenizers name an ordinary special token (GPT-2: end of text) that text never produces.
-        return None if unk is None or unk == self.tokenizer.eos_token_id else int(unk)
-
-    def encode(self, text: str) -> tuple[tuple[int, ...], Offsets]:
-        """Token ids of the text and their character spans, unknown tokens included."""
-        if self.tokenizer is None:
-            raise RelpError(f"{self.name} has no tokenizer: only pairs of token ids can be used with it")
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return tuple(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
-
-    def pieces(self, ids: Sequence[int]) -> str:
-        """The tokens, made visible: `The| athlete`."""
-        if self.tokenizer is None:
-            return " ".join(map(str, ids))
-        texts = [self.tokenizer.decode([i]) for i in ids]
-        names = self.tokenizer.convert_ids_to_tokens(list(ids))
-        return "|".join(n if str(n)[:1] in "▁Ġ<[" else t for t, n in zip(texts, names, strict=True)).replace("Ġ", " ")
-
-    def known(self, text: str, where: str) -> tuple[tuple[int, ...], Offsets]:
-        """As `encode`. Raises: RelpError naming the words that the model's vocabulary lacks."""
-        ids, offsets = self.encode(text)
-        missing = [text[s:e] for i, (s, e) in zip(ids, offsets, strict=True) if i == self.unk]
-        if missing:
-            words = ", ".join(dict.fromkeys(missing))
-            raise RelpError(f"{where}'{text}': not in the vocabulary of {self.name}: {words}")
-        if not ids:
-            raise RelpError(f"{where}an empty prompt")
-        return ids, offsets
-
-    def single(self, left: str, word: str, right: str) -> bool:
-        """Whether `word` is exactly one known token (a leading space may belong to it) between left and right."""
-        key = (left, word, right)
-        if key not in self._singles:
-            ids, offsets = self.encode(left + word + right)
-            start, end = len(left), len(left) + len(word)
-            inside = [(i, s, e) for i, (s, e) in zip(ids, offsets, strict=True) if s < end and e > start]
-            self._singles[key] = (
-                len(inside) == 1
-                and inside[0][0] != self.unk
-                and inside[0][2] == end
-                and (inside[0][1] == start or (inside[0][1] == start - 1 and left[-1].isspace()))
-            )
-        return self._singles[key]
-
-    def outcome(self, prompt: str, answer: str, join: str | None) -> tuple[int, ...]:
-        """Token ids of `answer` where it follows `prompt` (one id when it is a single token)."""
-        if join is None:
-            join = " " if answer[:1].isalpha() and prompt and not prompt[-1].isspace() else ""
-        context = prompt[len(prompt.rstrip()) - len((prompt.split() or [""])[-1]) :]
-        key = (context, join + answer)
-        if key not in self._outcomes:
-            before, _ = self.encode(context)
-            ids, _ = self.encode(context + join + answer)
-            if ids[: len(before)] == before and len(ids) == len(before) + 1:
-                found = ids[len(before) :]
-            else:  # the answer merges with the prompt's last word ("17" + "76"): as generated, token by token
-                found, _ = self.encode(join + answer)
-            self._outcomes[key] = found
-        return self._outcomes[key]
-
-    def outcome_id(self, prompt: str, answer: str, join: str | None, where: str) -> int:
-        """The single token of an answer. Raises: RelpError that shows the pieces otherwise."""
-        ids = self.outcome(prompt, answer, join)
-        if len(ids) != 1 or ids[0] == self.unk:
-            pieces = self.pieces(ids) or "nothing"
-            raise RelpError(f"{where}answer '{answer}' is not a single token of {self.name}: {pieces}")
-        return ids[0]
+    written: bool = False
 
 
 def vocabulary(task: TaskText, encoder: Encoder) -> Vocabulary:
@@ -153,8 +71,8 @@ def _in_text(encoder: Encoder, word: str, lefts: Sequence[str], rights: Sequence
 
 
 def _is_outcome(encoder: Encoder, task: TaskText, prompt: str, word: str) -> bool:
-    ids = encoder.outcome(prompt, word, task.spec.join)
-    return len(ids) == 1 and ids[0] != encoder.unk
+    (ids,) = encoder.outcomes(prompt, [word], task.spec.join)
+    return encoder.is_outcome(ids)
 
 
 def _columns(task: TaskText, mention: Mention) -> list[str | None]:
@@ -213,10 +131,11 @@ def _endings(task: TaskText, name: str) -> set[tuple[str, str | None]]:
 
 
 def tokenise(raw: RawPair, encoder: Encoder) -> TokenPair:
-    """One pair as token ids.
+    """One pair as token ids. Prompts that start with BOS themselves get no other one.
 
     Raises: RelpError where the prompts' token lengths differ, where they differ outside the spans that the pairing
-    rule changes (both show the two tokenisations), on unknown tokens, and on answers of several tokens.
+    rule changes (both show the two tokenisations), where one of them starts with BOS, on unknown tokens, and on answers
+    of several tokens.
     """
     pair, where = raw.pair, raw.where
     patch: tuple[int, ...] | None
@@ -235,14 +154,24 @@ def tokenise(raw: RawPair, encoder: Encoder) -> TokenPair:
         answer, foil = raw.outcome_ids
     else:
         answer, foil = (
-            tuple(encoder.outcome_id(pair.original, text, raw.join, where) for text in texts)
+            encoder.outcome_ids(pair.original, texts, raw.join, where) if texts else ()
             for texts in (pair.answer, pair.foil)
         )
     if set(answer) & set(foil):
         raise RelpError(f"{where}answer and foil share the token {encoder.pieces(sorted(set(answer) & set(foil))[:1])}")
-    bos = () if encoder.bos is None else (encoder.bos,)
-    roles = _labels(raw, original, patch, offsets)
-    return TokenPair(bos + original, None if patch is None else bos + patch, answer, foil, ("bos",) * len(bos) + roles)
+    written = _starts_with_bos(encoder, original, patch, where)
+    bos = original[:1] if written else () if encoder.bos is None else (encoder.bos,)
+    if written:
+        original, patch, offsets = original[1:], None if patch is None else patch[1:], offsets[1:]
+    roles = ("bos",) * len(bos) + _labels(raw, original, patch, offsets, written)
+    return TokenPair(bos + original, None if patch is None else bos + patch, answer, foil, roles, written)
+
+
+def _starts_with_bos(encoder: Encoder, original: tuple[int, ...], patch: tuple[int, ...] | None, where: str) -> bool:
+    starts = {ids[0] == encoder.own_bos for ids in (original, patch) if ids is not None}
+    if len(starts) > 1:
+        raise RelpError(f"{where}one of original and patch starts with the BOS token, the other does not")
+    return starts.pop() and len(original) > 1
 
 
 def _check_aligned(
@@ -267,39 +196,59 @@ def _touches(token: tuple[int, int], span: tuple[int, int]) -> bool:
 
 
 def _labels(
-    raw: RawPair, original: tuple[int, ...], patch: tuple[int, ...] | None, offsets: Offsets
+    raw: RawPair, original: tuple[int, ...], patch: tuple[int, ...] | None, offsets: Offsets, written: bool
 ) -> tuple[str, ...]:
     """One label per token (BOS apart). A span's tokens are `S1`, `S1.1`, ...; others count from the anchor before
     them (`S1+1`); the first anchor is `start`, the last token is always `end`.
 
-    A file without roles is anchored where original and patch differ: `diff`, `diff2`, ...
+    A file without roles is anchored where original and patch differ: `diff`, `diff2`, ... A file's own labels may repeat
+    (their positions are then scored jointly), but none is `bos`. written: they may count the BOS that the prompt starts
+    with.
     """
     if raw.labels is not None:
-        if len(raw.labels) != len(original):
-            raise RelpError(f"{raw.where}{len(raw.labels)} roles for {len(original)} tokens (BOS is not counted)")
-        return raw.labels
-    spans: list[str | None] = [None] * len(original)
-    if raw.pair.roles:
-        for role, start, end in raw.pair.roles:
-            for i, token in enumerate(offsets):
-                if spans[i] is None and _touches(token, (start, end)):
-                    spans[i] = role
-    elif patch is not None:
-        runs = 0
-        for i, (x, y) in enumerate(zip(original, patch, strict=True)):
-            if x != y:
-                runs += i == 0 or spans[i - 1] is None
-                spans[i] = "diff" if runs == 1 else f"diff{runs}"
-    labels: list[str] = []
+        labels = raw.labels[1:] if written and len(raw.labels) == len(original) + 1 else raw.labels
+        if len(labels) != len(original):
+            raise RelpError(f"{raw.where}{len(labels)} roles for {len(original)} tokens (BOS is not counted)")
+        if "bos" in labels:
+            raise RelpError(f"{raw.where}roles: 'bos' is the BOS token's own role; choose another name")
+        return labels
+    names = _named(raw, original, patch, offsets)
+    labels_: list[str] = []
     anchor, since, within = "start", 0, 0
-    for i, span in enumerate(spans):
-        if span is not None and i > 0 and spans[i - 1] == span:
+    for i, name in enumerate(names):
+        if name is not None and i > 0 and names[i - 1] == name:
             within += 1
-            labels.append(f"{span}.{within}")
-        elif span is not None:
-            anchor, since, within = span, 0, 0
-            labels.append(span)
+            labels_.append(f"{name}.{within}")
+        elif name is not None:
+            anchor, since, within = name, 0, 0
+            labels_.append(name)
         else:
-            since += labels != []
-            labels.append(f"{anchor}+{since}" if since else anchor)
-    return (*labels[:-1], "end")
+            since += labels_ != []
+            labels_.append(f"{anchor}+{since}" if since else anchor)
+    labels_[-1] = "end"
+    used = ["bos", *labels_]
+    if len(set(used)) < len(used):
+        twice = next(label for label in used if used.count(label) > 1)
+        raise RelpError(f"{raw.where}roles: two positions would be called '{twice}'; choose other names")
+    return tuple(labels_)
+
+
+def _named(
+    raw: RawPair, original: tuple[int, ...], patch: tuple[int, ...] | None, offsets: Offsets
+) -> list[str | None]:
+    """The role that each token belongs to: its span's, or that of a run of differing tokens."""
+    names: list[str | None] = [None] * len(original)
+    for role, start, end in raw.pair.roles:
+        mine = [i for i, token in enumerate(offsets) if names[i] is None and _touches(token, (start, end))]
+        if not mine and raw.where:
+            raise RelpError(f"{raw.where}roles: '{role}' [{start}, {end}] has no token of its own")
+        for i in mine:
+            names[i] = role
+    if raw.pair.roles or patch is None:
+        return names
+    runs = 0
+    for i, (x, y) in enumerate(zip(original, patch, strict=True)):
+        if x != y:
+            runs += i == 0 or names[i - 1] is None
+            names[i] = "diff" if runs == 1 else f"diff{runs}"
+    return names

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
+from relp_cli.config.load import read_values
 from relp_cli.config.paths import data_root
 from relp_cli.errors import RelpError, unknown
 
@@ -48,10 +47,17 @@ class WordList:
 def find_list(name: str, base: Path) -> Path:
     """The file of a list: a path relative to the folder `base`, or the name of a shipped list.
 
-    Raises: RelpError on an unknown name, with the nearest shipped one.
+    Raises: RelpError on an unknown name, with the nearest shipped one, and on a path that leaves the folder: a task that
+    somebody else wrote shows no other files of yours.
     """
-    if Path(name).suffix:
+    if "/" in name or "\\" in name or Path(name).suffix:
         path = base / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise RelpError(
+                f"'{name}' leaves the task's folder; a word list is a shipped one or a file beside or below the task"
+            )
+        if path.suffix not in _ENDINGS:
+            raise RelpError(f"'{name}': expected a word list that ends in {', '.join(_ENDINGS)}")
         if not path.is_file():
             raise RelpError(f"no such word list: {path}")
         return path
@@ -64,24 +70,23 @@ def find_list(name: str, base: Path) -> Path:
 
 def read_list(name: str, path: Path) -> WordList:
     """Read a word list. Raises: RelpError on an empty list, a repeated word, and rows with missing forms."""
+    if path.suffix == ".yaml":
+        values = read_values(path).values
+        if not isinstance(values, list):
+            raise RelpError(f"{path}:1: expected a YAML list of words or of rows")
+        return inline_list(name, values, str(path), path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RelpError(f"{path}: cannot be read: {error}") from None
-    if path.suffix == ".yaml":
-        try:
-            values = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise RelpError(f"{path}: not valid YAML: {getattr(error, 'problem', error)}") from None
-        if not isinstance(values, list):
-            raise RelpError(f"{path}:1: expected a YAML list of words or of rows")
-        return inline_list(name, values, str(path), path)
-    lines = [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1)]
+    lines = [(i, line.strip()) for i, line in enumerate(text.split("\n"), 1)]
     lines = [(i, line) for i, line in lines if line and not line.startswith("#")]
     if path.suffix == ".csv":
         if not lines:
             raise RelpError(f"{path}: word list '{name}' is empty")
-        cells = [tuple(cell.strip() for cell in next(csv.reader([line]))) for _, line in lines]
+        cells = [_cells(line, f"{path}:{i}: ") for i, line in lines]
+        if len(set(cells[0])) < len(cells[0]):
+            raise RelpError(f"{path}:{lines[0][0]}: two forms of one name in {cells[0]}")
         for (i, _), row in zip(lines, cells, strict=True):
             if len(row) != len(cells[0]) or not all(row):
                 raise RelpError(f"{path}:{i}: expected {len(cells[0])} words ({', '.join(cells[0])}), got {row}")
@@ -91,16 +96,25 @@ def read_list(name: str, path: Path) -> WordList:
     return _checked(name, rows, str(path), path)
 
 
+def _cells(line: str, where: str) -> tuple[str, ...]:
+    try:
+        return tuple(cell.strip() for cell in next(csv.reader([line])))
+    except csv.Error as error:
+        raise RelpError(f"{where}not valid CSV: {error}") from None
+
+
 def inline_list(name: str, values: Sequence[object], where: str, path: Path | None = None) -> WordList:
     """A list from YAML values: words, or mappings of forms that all have the same keys."""
     rows = []
     for value in values:
-        if isinstance(value, dict):
-            rows.append(Row(tuple(map(str, value)), tuple(map(str, value.values()))))
+        if isinstance(value, dict) and value and all(isinstance(word, str) for word in value.values()):
+            rows.append(Row(tuple(value), tuple(value.values())))
         elif isinstance(value, str):
             rows.append(Row(("word",), (value,)))
         else:
-            raise RelpError(f"{where}: expected a word or a mapping of forms, got {value!r} (quote it if it is a word)")
+            got = repr(value)
+            got = got if len(got) <= 60 else f"{got[:57]}..."
+            raise RelpError(f"{where}: expected a word or a mapping of forms, got {got} (quote it if it is a word)")
     for row in rows:
         if row.columns != rows[0].columns:
             raise RelpError(f"{where}: all rows need the same keys {rows[0].columns}, got {row.columns}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ class Fake:
     tokenizer: Any
     bos: int | None = None
     name: str = "fake"
+    bos_asked: bool = False
 
 
 def word_level(words: list[str], **special: str) -> PreTrainedTokenizerFast:
@@ -29,20 +31,48 @@ def word_level(words: list[str], **special: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", unk_token="<unk>", **special)
 
 
-def pieces(words: list[str]) -> PreTrainedTokenizerFast:
-    """GPT-2's scheme with hand-made merges: words of `words` are whole after a space, anything else goes by byte."""
+def pieces(words: list[str], bare: Sequence[str] = (), **special: str) -> PreTrainedTokenizerFast:
+    """GPT-2's scheme with hand-made merges: words of `words` are whole after a space, those of `bare` by themselves, anything
+    else goes by byte.
+    """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate(letters)}
     merges: list[tuple[str, str]] = []
-    for word in words:
-        for end in range(2, len(word) + 2):
-            whole = ("Ġ" + word)[:end]
+    for word in [*("Ġ" + word for word in words), *bare]:
+        for end in range(2, len(word) + 1):
+            whole = word[:end]
             if whole not in vocabulary:
                 vocabulary[whole] = len(vocabulary)
                 merges.append((whole[:-1], whole[-1]))
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def metaspace(words: list[str]) -> PreTrainedTokenizerFast:
+    """Llama-2's scheme: a space is put before the text and spaces are ▁, which belong to the word after them; words of
+    `words` are whole with and without it, anything else goes by character.
+    """
+    letters = sorted({*"▁\"'.,!?:", *"".join(words)})
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    merges: list[tuple[str, str]] = []
+    for word in [*words, *("▁" + word for word in words)]:
+        steps = [(word[:end], word[end]) for end in range(1, len(word))]
+        if word[0] == "▁":  # ▁ joins a word that is whole already
+            steps = [("▁", word[1:])]
+        for left, right in steps:
+            if left + right not in vocabulary:
+                vocabulary[left + right] = len(vocabulary)
+                merges.append((left, right))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def by_character(text: str) -> PreTrainedTokenizerFast:
+    """One token per character of `text`."""
+    vocabulary = {letter: i for i, letter in enumerate(sorted(set(text)))}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocabulary, [])))
 
 
 def write(folder: Path, name: str, text: str) -> Path:

@@ -159,7 +159,7 @@ def test_words_of_several_tokens_are_dropped_and_counted(swap):
     known = [word for word in SWAP_WORDS if word not in ("Gus", "farm", "mill")]
     built = swap.build(Fake(word_level(known)), n=10, split="all")
     assert built.dropped == {"people.txt": (1, 7), "places.txt": (2, 3)}
-    assert "1 of 8 words of 'people.txt' dropped" in built.notes[0]
+    assert "1 of 8 words of 'people.txt' dropped" in built.notes[1]
     assert not any("Gus" in pair.original or "farm" in pair.original for pair in built.text_pairs)
 
 

@@ -47,6 +47,7 @@ class _Named:
     name: str
     tokenizer: Any
     bos: int | None
+    bos_asked: bool = True
 
 
 def make(name: str, root: Path = EMBEDDED) -> dict[str, Any]:
