@@ -36,6 +36,14 @@ def test_task_yaml_is_a_task_that_the_embedded_model_does(tmp_path, relp):
     ]
 
 
+def test_the_documents_that_anything_cites_exist():
+    root = Path(__file__).parent.parent
+    texts = [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("relp_cli/**/*.py"), *root.glob("tests/**/*.py")]
+    cited = {name for path in texts for name in re.findall(r"\bdocs/\w+\.md|\b[A-Z]+\.md", path.read_text())}
+    assert "docs/methods.md" in cited
+    assert all((root / name).is_file() for name in cited), cited
+
+
 def test_every_command_named_exists(relp):
     for verb in sorted(set(re.findall(r"`relp ([a-z-]+)", README))):
         assert relp(verb, "--help").code == 0, verb

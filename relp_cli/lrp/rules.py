@@ -1,4 +1,4 @@
-"""LRP rules as data (paper Table 1, METHODS.md).
+"""LRP rules as data (paper Table 1, docs/methods.md).
 
 Every rule is a *surrogate*: a function f of the layer's inputs whose gradient is the rule's. `lrp()` puts
 `value.detach() + f − f.detach()` in place of the layer's value, so the forward pass cannot change and the backward pass
@@ -112,15 +112,17 @@ for _row in (
     Rule("identity", "act", _identity, "Identity-rule: act(x) = x·[act(x)/x], ratio constant", "RelP Table 1"),
     Rule("half", "gate", _half, "Half-rule: half of a gate's product is constant", "Arras et al. 2019; RelP Table 1"),
     Rule("ah", "attention", _ah, "AH-rule: the attention pattern is constant", "Ali et al. 2022; RelP Table 1"),
-    Rule("softcap", "softcap", _softcap, "cap·tanh(x/cap) = x·ratio, ratio constant", "relp (METHODS.md)"),
+    Rule("softcap", "softcap", _softcap, "cap·tanh(x/cap) = x·ratio, ratio constant", "relp (docs/methods.md)"),
     Rule(
         "epsilon", "linear", _epsilon, "ε-rule: z/(z + ε·sign z) on linear layers", "Montavon et al. 2019", default=1e-2
     ),
     Rule("gamma", "linear", _gamma, "γ-rule: weights w + γ·w⁺ on linear layers", "Montavon et al. 2019", default=0.25),
-    Rule("ln2", "norm", _ln2, "1/σ is the mean of the two runs'", "relp (METHODS.md)", two_point=True),
-    Rule("act2", "act", _act2, "secant of the activation between the two runs", "relp (METHODS.md)", two_point=True),
-    Rule("gate2", "gate", _gate2, "product rule at the two runs' averages", "relp (METHODS.md)", two_point=True),
-    Rule("attn2", "attention", _attn2, "pattern·V at the two runs' averages", "relp (METHODS.md)", two_point=True),
+    Rule("ln2", "norm", _ln2, "1/σ is the mean of the two runs'", "relp (docs/methods.md)", two_point=True),
+    Rule(
+        "act2", "act", _act2, "secant of the activation between the two runs", "relp (docs/methods.md)", two_point=True
+    ),
+    Rule("gate2", "gate", _gate2, "product rule at the two runs' averages", "relp (docs/methods.md)", two_point=True),
+    Rule("attn2", "attention", _attn2, "pattern·V at the two runs' averages", "relp (docs/methods.md)", two_point=True),
 ):
     RULES.add(_row.name, _row)
 

@@ -76,7 +76,7 @@ def atp_star(setup: Setup, params: AtpStarParams) -> Result:
 
 
 def _n_drops(kind: str, n_layers: int) -> int:
-    """K of METHODS.md: how many layers can be dropped without dropping the node itself."""
+    """K of docs/methods.md: how many layers can be dropped without dropping the node itself."""
     k = n_layers if kind in BETWEEN_LAYERS else n_layers - 1
     if k == 0:
         raise RelpError(
@@ -174,8 +174,8 @@ def key_effects(before: Tensor, after: Tensor, grad: Tensor) -> Float[Tensor, "b
     """The same for each key t on its own: Σ_{q ≥ t} (P'_qt − P_qt)·(g_qt − ḡ_qt), with ḡ_qt the other keys' mean of g.
 
     Only t's score moves, so the others keep their proportions: P_qt = sigmoid(s_qt − o_qt), o_qt = logsumexp of the other
-    scores, and ḡ does not change. (METHODS.md writes u/(1+u)·(g_qt − G_q); where P_qt → 1, the saturated case, that is
-    0/0 in floating point: G_q rounds to g_qt.)
+    scores, and ḡ does not change. (With u = P_qt·expm1(s'_qt − s_qt) that is u/(1+u)·(g_qt − Σ_j P_qj·g_qj); where P_qt → 1, the
+    saturated case, this form is 0/0 in floating point: the sum rounds to g_qt.)
     """
     lowest = torch.finfo(wide(before).dtype).min / 4  # of masked keys; differences stay finite
     before, after = (wide(s).clamp_min(lowest) for s in (before, after))

@@ -1,6 +1,6 @@
 """The methods as rows. A method is one function `(setup, params) → Result`; adding one touches its file and one row here.
 
-Every signed score estimates c(n), the change of the metric when the node is patched (METHODS.md).
+Every signed score estimates c(n), the change of the metric when the node is patched (docs/methods.md).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ for _row in (
            "steps × (forward + backward) + 2 forward", "zero-gradient regions, saturation",
            "Sundararajan et al. 2017; Hanna et al. 2024"),
     Method("relp_ig", "relp_ig:relp_ig:RelpIgParams", "c(n), LRP coefficients averaged over the same path",
-           "steps × (forward + backward) + 2 forward", "as relp and ig_inputs", "relp (METHODS.md)", rules=True),
+           "steps × (forward + backward) + 2 forward", "as relp and ig_inputs", "relp (docs/methods.md)", rules=True),
     Method("ig_activations", "ig_activations:ig_activations:IgActivationsParams",
            "c(n), gradient averaged while a layer's site moves from run to source",
            "steps × (forward + backward) per layer and kind + 2 forward", "zero-gradient regions, saturation",
@@ -86,13 +86,13 @@ for _row in (
     Method("eap", "eap:eap:", "c(u→v), linearised at the run", "2 forward + 1 backward", "cost", "Syed et al. 2023",
            scope="edges"),
     Method("relp_edges", "eap:relp_edges:RelpParams", "c(u→v), with LRP coefficients for the gradient",
-           "2 forward + 1 backward", "noisy gradients of norms, activations and gates", "relp (METHODS.md)", rules=True,
+           "2 forward + 1 backward", "noisy gradients of norms, activations and gates", "relp (docs/methods.md)", rules=True,
            scope="edges"),
     Method("eap_ig", "eap_ig:eap_ig:EapIgParams", "c(u→v), gradient averaged over embeddings between run and source",
            "steps × (forward + backward) + 2 forward", "zero-gradient regions, saturation", "Hanna et al. 2024",
            scope="edges"),
     Method("relp_edges_ig", "eap_ig:relp_edges_ig:RelpEdgesIgParams", "c(u→v), LRP coefficients averaged over eap_ig's path",
-           "steps × (forward + backward) + 2 forward", "as relp_edges and eap_ig", "relp (METHODS.md)", rules=True,
+           "steps × (forward + backward) + 2 forward", "as relp_edges and eap_ig", "relp (docs/methods.md)", rules=True,
            scope="edges"),
     Method("eap_ig_activations", "eap_ig:eap_ig_activations:EapIgParams",
            "c(u→v), gradient averaged while u's site moves from run to source",

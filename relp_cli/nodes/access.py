@@ -43,7 +43,7 @@ def capture(model: Model, kinds: Sequence[NodeKind], leaf: Tensor | None = None)
     """Collect the activations of every kind and layer during the forward passes inside the block.
 
     Enter it *inside* any `lrp` block: hooks run in the order of registration, and a node must be read downstream of a
-    rule that sits at the same hook point (METHODS.md: the Half-rule and `mlp_neuron` share one). With gradients on, the
+    rule that sits at the same hook point (docs/methods.md: the Half-rule and `mlp_neuron` share one). With gradients on, the
     first block's input becomes the leaf of the graph (parameters are frozen): `leaf` if given, else the embeddings.
     """
     seen: Activations = {kind.name: [] for kind in kinds}

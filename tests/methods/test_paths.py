@@ -54,7 +54,7 @@ def test_ig_inputs_and_relp_ig_equal_the_oracle(shape, rule, direction):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_left_step_is_atp_and_fifty_are_not(shape):
-    """The trap of METHODS.md: an IG that reads the α = 0 rows only."""
+    """The trap of docs/methods.md: an IG that reads the α = 0 rows only."""
     c = case(shape)
     atp, one, fifty = run(c, "atp"), run(c, "ig_inputs", steps=1, rule="left"), run(c, "ig_inputs", steps=50)
     for kind in S.KINDS:

@@ -1,4 +1,4 @@
-"""Scores and circuit evaluation in float64 from `forward` alone; each function restates its METHODS.md definition.
+"""Scores and circuit evaluation in float64 from `forward` alone; each function restates its docs/methods.md definition.
 
 Every score estimates L(M(base | do(n ← n(other)))) − L(M(base)), per example: [batch, layer, pos, *unit]. noising:
 base = original, other = patch; denoising: base = patch, other = original. A metric maps logits [b pos vocab] to [b].
