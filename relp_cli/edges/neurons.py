@@ -17,6 +17,8 @@ from torch import Tensor
 from relp_cli.errors import RelpError
 from relp_cli.lrp.context import lrp
 from relp_cli.models.model import Hook, Model
+from relp_cli.nodes.access import units
+from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.precision import wide
 
 
@@ -54,11 +56,12 @@ def neuron_edges(
     source: other prompts of the same shape: contributions are weight · (n(source) − n(tokens)) instead of weight · n(tokens).
     Cost: 1 forward per distinct target layer, 1 backward per target. Raises: RelpError for neurons that do not exist.
     """
+    n_units = units(model, NODE_KINDS["mlp_neuron"])
     for target in targets:
-        if not (0 < target.layer < model.shape.n_layers and 0 <= target.unit < model.shape.d_mlp):
+        if not (0 < target.layer < model.shape.n_layers and 0 <= target.unit < n_units):
             raise RelpError(
                 f"neuron {target.layer}:{target.unit}: expected a layer from 1 to {model.shape.n_layers - 1} and a unit "
-                f"from 0 to {model.shape.d_mlp - 1}"
+                f"from 0 to {n_units - 1}"
             )
         if not -tokens.shape[1] <= target.position < tokens.shape[1]:
             raise RelpError(f"neuron position {target.position}: the prompts have {tokens.shape[1]} positions")

@@ -12,6 +12,7 @@ from torch import Tensor
 from relp_cli.errors import RelpError
 from relp_cli.lrp.rules import ActiveRule
 from relp_cli.models.model import Model
+from relp_cli.models.moe import CHOSEN, OUT, X, moe_of
 
 Values = Mapping[str, Tensor]
 
@@ -79,11 +80,48 @@ def centred(norm: Any, x: Tensor) -> Tensor:
 def _mlps(model: Model, act: ActiveRule | None, gate: ActiveRule | None) -> list[RuleSite]:
     if gate and not model.shape.gated:
         raise RelpError(f"rule '{gate}' matches no layer of {model.name} ({model.family.name}): its MLP is not gated")
-    return [_mlp(model, f"blocks.{layer}.mlp", act, gate) for layer in range(model.shape.n_layers)]
+    build = _moe if model.shape.moe else _mlp
+    return [build(model, layer, act, gate) for layer in range(model.shape.n_layers)]
 
 
-def _mlp(model: Model, name: str, act: ActiveRule | None, gate: ActiveRule | None) -> RuleSite:
-    activation, gated = model.activation, model.shape.gated
+def _mlp(model: Model, layer: int, act: ActiveRule | None, gate: ActiveRule | None) -> RuleSite:
+    name, gated = f"blocks.{layer}.mlp", model.shape.gated
+    hidden = _hidden(model, act, gate)
+
+    def surrogate(v: Values, _: Tensor, other: Values | None) -> Tensor:
+        runs = [v] if other is None else [v, other]
+        return hidden(*(t for run in runs for t in (run["pre"], run["up"] if gated else None)))
+
+    reads = {"pre": f"{name}.gate.hook_out", "up": f"{name}.in.hook_out"} if gated else {"pre": f"{name}.in.hook_out"}
+    rules = tuple(str(r) for r in (act, gate) if r)
+    return RuleSite(name, rules, reads, f"{name}.out.hook_in", surrogate, dict)
+
+
+def _moe(model: Model, layer: int, act: ActiveRule | None, gate: ActiveRule | None) -> RuleSite:
+    """A mixture of experts: `act` and `gate` as in any gated MLP, and `gate` again at weight × expert output. The choice of
+    experts is constant, and the router's softmax has its plain gradient.
+    """
+    moe, hidden = moe_of(model, layer), _hidden(model, act, gate)
+
+    def within(pre: Tensor, up: Tensor, *other: Tensor) -> Tensor:
+        # A value, and not only a gradient: the product with the weight reads it.
+        return replace(model.activation.fn(pre) * up, hidden(pre, up, *other))
+
+    def weigh(weight: Tensor, output: Tensor, *other: Tensor) -> Tensor:
+        return gate.rule.fn(weight, output, *other) if gate else weight * output
+
+    def surrogate(v: Values, _: Tensor, other: Values | None) -> Tensor:
+        return moe.output(v["x"], v["chosen"], within, weigh, other and other["x"])
+
+    rules = tuple(str(r) for r in (act, gate) if r)
+    at = f"blocks.{layer}."
+    reads = {"x": at + X, "chosen": at + CHOSEN}
+    return RuleSite(f"{at}mlp", rules, reads, at + OUT, surrogate, dict)
+
+
+def _hidden(model: Model, act: ActiveRule | None, gate: ActiveRule | None) -> Callable[..., Tensor]:
+    """(pre, up or None[, the same of the other run]) → surrogate of an MLP's hidden units, act(pre) or act(pre)·up."""
+    activation = model.activation
 
     def activated(x: Tensor, other: Tensor | None) -> Tensor:
         if act is None:
@@ -92,17 +130,17 @@ def _mlp(model: Model, name: str, act: ActiveRule | None, gate: ActiveRule | Non
         slope = act.rule.fn(x.detach(), activation, other)
         return replace(activation.fn(x.detach()), x * slope)
 
-    def surrogate(v: Values, _: Tensor, other: Values | None) -> Tensor:
-        a = activated(v["pre"], None if other is None else other["pre"])
-        if not gated:
+    def hidden(
+        pre: Tensor, up: Tensor | None, pre_other: Tensor | None = None, up_other: Tensor | None = None
+    ) -> Tensor:
+        a = activated(pre, pre_other)
+        if up is None:
             return a
         if gate is None:
-            return a * v["up"]
-        return gate.rule.fn(a, v["up"], other and activation.fn(other["pre"]), other and other["up"])
+            return a * up
+        return gate.rule.fn(a, up, None if pre_other is None else activation.fn(pre_other), up_other)
 
-    reads = {"pre": f"{name}.gate.hook_out", "up": f"{name}.in.hook_out"} if gated else {"pre": f"{name}.in.hook_out"}
-    rules = tuple(str(r) for r in (act, gate) if r)
-    return RuleSite(name, rules, reads, f"{name}.out.hook_in", surrogate, dict)
+    return hidden
 
 
 def _attentions(model: Model, rule: ActiveRule) -> list[RuleSite]:
@@ -152,6 +190,10 @@ def _softcaps(model: Model, rule: ActiveRule) -> list[RuleSite]:
 
 
 def _linears(model: Model, rule: ActiveRule) -> list[RuleSite]:
+    if model.shape.moe:
+        raise RelpError(
+            f"rule '{rule}' does not reach the experts' linear layers of {model.name} ({model.family.name}); leave it out"
+        )
     parts = ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.in", "mlp.out", *(["mlp.gate"] if model.shape.gated else [])]
     return [_linear(model, f"blocks.{n}.{part}", rule) for n in range(model.shape.n_layers) for part in parts]
 

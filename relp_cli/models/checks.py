@@ -6,14 +6,20 @@ a forward pass. These checks compare each assumed formula with what the model co
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from relp_cli.errors import RelpError
 from relp_cli.models.families import ACTIVATIONS
 from relp_cli.models.model import Hook, Model
+from relp_cli.models.moe import CHOSEN, OUT, X, moe_of
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+UNGATED = ("mlp.in.hook_out", "mlp.out.hook_in")
+GATED = (*UNGATED, "mlp.gate.hook_out")
+MOE = (X, CHOSEN, OUT)
 
 
 def check_model(model: Model) -> None:
@@ -21,9 +27,8 @@ def check_model(model: Model) -> None:
     act(pre) or act(gate)·up with the activation that the configuration names.
     """
     layers = range(model.shape.n_layers)
-    names = ["hook_in", "hook_attn_out", "hook_mlp_out", "hook_out", "mlp.in.hook_out", "mlp.out.hook_in"]
-    if model.shape.gated:
-        names.append("mlp.gate.hook_out")
+    form = MOE if model.shape.moe else GATED if model.shape.gated else UNGATED
+    names = ["hook_in", "hook_attn_out", "hook_mlp_out", "hook_out", *form]
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Hook:
@@ -42,11 +47,21 @@ def check_model(model: Model) -> None:
         total = at["hook_in"] + at["hook_attn_out"] + at["hook_mlp_out"]
         _must_equal(model, layer, "resid_post = resid_pre + attn_out + mlp_out", at["hook_out"], total, tolerance)
         if model.shape.activation in ACTIVATIONS:
-            up = at["mlp.in.hook_out"]
-            pre = at["mlp.gate.hook_out"] if model.shape.gated else up
-            hidden = pre * model.activation.ratio(pre) * (up if model.shape.gated else 1)
-            formula = f"{model.shape.activation}(gate)·up" if model.shape.gated else f"{model.shape.activation}(pre)"
-            _must_equal(model, layer, f"MLP hidden = {formula}", at["mlp.out.hook_in"], hidden, tolerance)
+            claim, got, want = _mlp(model, layer, at)
+            _must_equal(model, layer, claim, got, want, tolerance)
+
+
+def _mlp(model: Model, layer: int, at: Mapping[str, Tensor]) -> tuple[str, Tensor, Tensor]:
+    """What is claimed of an MLP, the model's value and the formula's."""
+    name, act = model.shape.activation, model.activation
+    if model.shape.moe:
+        want = moe_of(model, layer).output(at[X], at[CHOSEN], lambda pre, up: pre * act.ratio(pre) * up, torch.mul)
+        return f"MLP = Σ weight·W_down({name}(gate)·up) over the chosen experts", at[OUT], want
+    up = at["mlp.in.hook_out"]
+    if not model.shape.gated:
+        return f"MLP hidden = {name}(pre)", at["mlp.out.hook_in"], up * act.ratio(up)
+    pre = at["mlp.gate.hook_out"]
+    return f"MLP hidden = {name}(gate)·up", at["mlp.out.hook_in"], pre * act.ratio(pre) * up
 
 
 def _must_equal(model: Model, layer: int, claim: str, got: Tensor, want: Tensor, tolerance: float) -> None:

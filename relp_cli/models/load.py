@@ -19,6 +19,7 @@ from relp_cli.models.catalog import EMBEDDED, embedded_names
 from relp_cli.models.checks import check_model
 from relp_cli.models.families import family_of
 from relp_cli.models.model import Model, Shape
+from relp_cli.models.moe import CHOSEN
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -64,6 +65,7 @@ def wrap(
 ) -> Model:
     """A Model from a Hugging Face causal language model that is already in memory (its weights are frozen, not copied)."""
     hf.config._attn_implementation = "eager"
+    hf.config._experts_implementation = "eager"  # grouped_mm, the default, has no float64
     hf.to(device).eval().requires_grad_(False)
     bridge = _bridge(hf, name)
     hf.requires_grad_(False)
@@ -221,7 +223,8 @@ def _shape(config: Any, bridge: Any) -> Shape:
         d_head=int(getattr(cfg, "d_head", 0) or cfg.d_model // heads),
         d_mlp=int(cfg.d_mlp),
         vocab=int(config.vocab_size),
-        gated="blocks.0.mlp.gate.hook_out" in points,
+        gated="blocks.0.mlp.gate.hook_out" in points,  # of a mixture of experts: its router, and its experts are gated
+        moe=f"blocks.0.{CHOSEN}" in points,
         parallel="blocks.0.hook_resid_mid" not in points,
         post_norm="blocks.0.ln2_post.hook_out" in points,
         attn_softcap=getattr(config, "attn_logit_softcapping", None),

@@ -18,7 +18,7 @@ Hook = Callable[[Tensor], "Tensor | None"]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes, and what the blocks are made of."""
+    """Sizes, and what the blocks are made of. moe: every MLP is a mixture of (gated) experts of d_mlp hidden units each."""
 
     n_layers: int
     d_model: int
@@ -28,6 +28,7 @@ class Shape:
     d_mlp: int
     vocab: int
     gated: bool
+    moe: bool
     parallel: bool
     post_norm: bool
     attn_softcap: float | None

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from relp_cli.errors import RelpError
 from relp_cli.models.model import Model
 from relp_cli.nodes.kinds import NodeKind
 
@@ -20,8 +21,13 @@ Activations = dict[str, list[Tensor]]  # node kind → one Float[batch, pos, wid
 
 
 def units(model: Model, kind: NodeKind) -> int:
-    """Nodes per layer and position."""
+    """Nodes per layer and position. Raises RelpError for MLP neurons where the MLPs are mixtures of experts."""
     shape = model.shape
+    if kind.name == "mlp_neuron" and shape.moe:
+        raise RelpError(
+            f"model {model.name} ({model.family.name}) has no {kind.name} nodes: its MLPs are mixtures of experts, and "
+            "TransformerLens shows no expert's hidden units or output; mlp_out and mlp_dim stand for the whole mixture"
+        )
     if kind.split == "unit":
         return shape.d_mlp if kind.name == "mlp_neuron" else shape.d_model
     return {"vector": 1, "head": shape.n_heads, "kv_head": shape.n_kv_heads}[kind.split]

@@ -1,4 +1,4 @@
-"""Forward pass of GPT-2, GPT-NeoX, Qwen2, Llama and Gemma-2 in plain float64 torch, from a HF state_dict and config.
+"""Forward pass of GPT-2, GPT-NeoX, Qwen2, Llama, Gemma-2 and mixtures of experts (Mixtral, Qwen-MoE, OLMoE) in plain float64 torch, from a HF state_dict and config.
 
 Every LRP rule is a `.detach()` in the forward pass: it changes the gradient, never the value. One function, no modules,
 no hooks. Each named node passes through `node(...)`, which applies an intervention, if any, and records the tensor
@@ -40,6 +40,8 @@ _LLAMA = {
     "ln2": "post_attention_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
     "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
 }  # fmt: skip
+_MOE = {k: v for k, v in _LLAMA.items() if k not in ("gate", "up", "down")} | {"moe": "mlp"}
+_QK_NORM = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 NAMES: dict[str, dict[str, str]] = {
     "gpt2": {
         "embed": "transformer.wte", "positions": "transformer.wpe", "final": "transformer.ln_f",
@@ -57,6 +59,7 @@ NAMES: dict[str, dict[str, str]] = {
         "ln1_post": "post_attention_layernorm", "ln2": "pre_feedforward_layernorm",
         "ln2_post": "post_feedforward_layernorm",
     },
+    "mixtral": _MOE, "qwen2_moe": _MOE, "qwen3_moe": _MOE | _QK_NORM, "olmoe": _MOE | _QK_NORM,
 }  # fmt: skip
 
 
@@ -111,6 +114,35 @@ def softcap(x: Tensor, cap: float | None, rule: bool) -> Tensor:
         return x
     u = x / cap
     return x * torch.where(u == 0, 1.0, torch.tanh(u) / u).detach() if rule else cap * torch.tanh(u)
+
+
+def moe(x: Tensor, w: Weights, at: str, config: Any, rules: frozenset[str]) -> Tensor:
+    """Mixture of experts [b pos d], each expert applied to every token and weighted 0 where it is not among the top k.
+
+    identity and half within every expert; half also at weight × expert output. The choice has no gradient, the routing
+    softmax its plain one.
+    """
+
+    def half(p: Tensor) -> Tensor:
+        return 0.5 * p + 0.5 * p.detach() if "half" in rules else p
+
+    def hidden(gate: Tensor, up: Tensor) -> Tensor:
+        ratio = RATIO[config.hidden_act](gate)
+        return half(gate * (ratio.detach() if "identity" in rules else ratio) * up)
+
+    probability = (x @ w[at + ".gate.weight"].T).softmax(-1)
+    best = probability.topk(config.num_experts_per_tok).indices
+    weight = probability * torch.zeros_like(probability).scatter(-1, best, 1.0)
+    if config.model_type == "mixtral" or config.norm_topk_prob:
+        weight = weight / weight.sum(-1, keepdim=True)
+    gate, up = torch.einsum("bpd,eid->bpei", x, w[at + ".experts.gate_up_proj"]).chunk(2, -1)
+    outputs = torch.einsum("bpei,edi->bped", hidden(gate, up), w[at + ".experts.down_proj"])
+    out = half(weight[..., None] * outputs).sum(-2)
+    if config.model_type == "qwen2_moe":
+        gate, up, down = (w[f"{at}.shared_expert.{part}_proj.weight"] for part in ("gate", "up", "down"))
+        shared = hidden(x @ gate.T, x @ up.T) @ down.T
+        out = out + half((x @ w[at + ".shared_expert_gate.weight"].T).sigmoid() * shared)
+    return out
 
 
 def rotate(x: Tensor, config: Any) -> Tensor:
@@ -185,6 +217,9 @@ def forward(
         else:
             q, k, v = (project(y, at[i]).unflatten(-1, (-1, head_dim)) for i in "qkv")
         q, k, v = node("query", layer, q), node("key", layer, k), node("value", layer, v)
+        if "q_norm" in at:  # of each head (Qwen3) or of all heads together (OLMoE)
+            whole = -2 if family == "olmoe" else -1
+            q, k = (norm(t.flatten(whole), at[i]).view_as(t) for t, i in ((q, "q_norm"), (k, "k_norm")))
         if "positions" not in names:
             q, k = rotate(q, config), rotate(k, config)
         k, v = (t.repeat_interleave(heads // kv_heads, dim=2) for t in (k, v))
@@ -200,12 +235,15 @@ def forward(
         x = x + (attn := node("attn_out", layer, norm(attn, at["ln1_post"]) if "ln1_post" in at else attn))
         parallel = family == "gpt_neox" and config.use_parallel_residual
         y = norm(resid if parallel else x, at["ln2"])
-        a = project(y, at["gate" if "gate" in at else "up"])
-        p = a * (ratio(a).detach() if "identity" in rules else ratio(a))
-        if "gate" in at:
-            p = p * project(y, at["up"])
-            p = 0.5 * p + 0.5 * p.detach() if "half" in rules else p
-        mlp = project(node("mlp_neuron", layer, p), at["down"])
+        if "moe" in at:
+            mlp = moe(y, w, at["moe"], config, rules)
+        else:
+            a = project(y, at["gate" if "gate" in at else "up"])
+            p = a * (ratio(a).detach() if "identity" in rules else ratio(a))
+            if "gate" in at:
+                p = p * project(y, at["up"])
+                p = 0.5 * p + 0.5 * p.detach() if "half" in rules else p
+            mlp = project(node("mlp_neuron", layer, p), at["down"])
         x = x + node("mlp_out", layer, norm(mlp, at["ln2_post"]) if "ln2_post" in at else mlp)
     unembed = w.get("lm_head.weight", w.get("embed_out.weight", w[names["embed"] + ".weight"]))
     logits = softcap(norm(x, names["final"]) @ unembed.T, _first(config, "final_logit_softcapping"), "softcap" in rules)

@@ -16,8 +16,17 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 SHAPES = ("gpt2", "pythia", "pythia-serial", "qwen2", "llama", "gemma2")
+MOE: dict[str, dict[str, Any]] = {  # mixtures of experts; what each adds to grouped queries
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
+                  "shared_expert_intermediate_size": 40},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8,
+                  "norm_topk_prob": True},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+}  # fmt: skip
 
 
 class exact_float64(TorchFunctionMode):
@@ -61,7 +70,9 @@ def _config(shape: str) -> PreTrainedConfig:
             **gqa, head_dim=12, query_pre_attn_scalar=20, sliding_window=3, attn_logit_softcapping=2.0,
             final_logit_softcapping=3.0,
         )  # fmt: skip
-    raise ValueError(f"unknown shape {shape!r}; one of {', '.join(SHAPES)}")
+    if shape in MOE:
+        return CONFIG_MAPPING[shape](**gqa, **MOE[shape])
+    raise ValueError(f"unknown shape {shape!r}; one of {', '.join((*SHAPES, *MOE))}")
 
 
 def random_model(shape: str, seed: int, bias: bool = True) -> PreTrainedModel:
@@ -73,6 +84,8 @@ def random_model(shape: str, seed: int, bias: bool = True) -> PreTrainedModel:
     config = _config(shape)
     with exact_float64():  # exact rotary tables
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
+    if shape in MOE:
+        model.set_experts_implementation("eager")  # the default, grouped_mm, has no float64
     model.requires_grad_(False)
     rng = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
@@ -83,7 +96,7 @@ def random_model(shape: str, seed: int, bias: bool = True) -> PreTrainedModel:
             p.copy_((shape != "gemma2") + 0.3 * noise)
         elif name.endswith(("embed_tokens.weight", "wte.weight", "wpe.weight", "embed_in.weight")):
             p.copy_(noise * (0.2 if shape == "gemma2" else 0.7))
-        else:  # Conv1D stores [in out], Linear [out in]
-            fan_in = p.shape[0] if shape == "gpt2" else p.shape[1]
+        else:  # Conv1D stores [in out], Linear [out in], experts [expert out in]
+            fan_in = p.shape[0] if shape == "gpt2" else p.shape[-1]
             p.copy_(1.5 * noise / fan_in**0.5)
     return model
