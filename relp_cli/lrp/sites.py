@@ -111,7 +111,7 @@ def _moe(model: Model, layer: int, act: ActiveRule | None, gate: ActiveRule | No
         return gate.rule.fn(weight, output, *other) if gate else weight * output
 
     def surrogate(v: Values, _: Tensor, other: Values | None) -> Tensor:
-        return moe.output(v["x"], v["chosen"], within, weigh, other and other["x"])
+        return moe.output(v["x"], v["chosen"], within, weigh, None if other is None else other["x"])
 
     rules = tuple(str(r) for r in (act, gate) if r)
     at = f"blocks.{layer}."

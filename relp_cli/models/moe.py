@@ -83,22 +83,27 @@ def moe_of(model: Model, layer: int) -> MoE:
     """A layer's experts, as views of its parameters. Raises RelpError for experts of another form than the formula's."""
     block = _plain(model.component(f"blocks.{layer}.mlp"))
     parts = {name: _plain(part) for name, part in block.named_children()}
-    experts = parts.get("experts")
-    pair = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
-    plain = getattr(experts, "is_concatenated", False) and not (experts.has_bias or experts.is_transposed)
-    if not plain or set(parts) - PARTS or any(p is None or p.ndim != 3 for p in pair):
+    experts: Any = parts.get("experts")
+    if not _known(experts) or set(parts) - PARTS:
         raise RelpError(
             f"model {model.name} ({model.family.name}): the mixture of experts of layer {layer} ({type(block).__name__}) "
             "is of no form known here (Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE); this architecture is not supported"
         )
+    gate, up = experts.gate_up_proj.chunk(2, dim=1)
     shared = parts.get("shared_expert")
     return MoE(
         router=parts["gate"].weight,
-        experts=tuple(Expert(*gate_up.chunk(2), down) for gate_up, down in zip(*pair, strict=True)),
+        experts=tuple(Expert(*of) for of in zip(gate, up, experts.down_proj, strict=True)),
         normalised=getattr(parts["gate"], "norm_topk_prob", True),
         shared=shared and Expert(*(_plain(p).weight for p in (shared.gate_proj, shared.up_proj, shared.down_proj))),
         shared_gate=parts["shared_expert_gate"].weight if shared else None,
     )
+
+
+def _known(experts: Any) -> bool:
+    """Gate above up in one tensor, no biases, [expert, out, in]."""
+    stacked = isinstance(getattr(experts, "gate_up_proj", None), Tensor) and experts.gate_up_proj.ndim == 3
+    return stacked and experts.is_concatenated and not (experts.has_bias or experts.is_transposed)
 
 
 def _plain(module: Any) -> Any:

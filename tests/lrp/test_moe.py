@@ -179,7 +179,7 @@ def test_experts_are_no_nodes_and_say_so(shape):
 
 
 def test_rules_on_linear_layers_are_refused():
-    with pytest.raises(RelpError, match="'epsilon=0.01' does not reach the experts' linear layers"):
+    with pytest.raises(RelpError, match=r"'epsilon=0\.01' does not reach the experts' linear layers"):
         run(case("mixtral"), "relp+epsilon", ["resid_pre"])
 
 

@@ -1,4 +1,5 @@
-"""Forward pass of GPT-2, GPT-NeoX, Qwen2, Llama, Gemma-2 and mixtures of experts (Mixtral, Qwen-MoE, OLMoE) in plain float64 torch, from a HF state_dict and config.
+"""Forward pass in plain float64 torch, from a HF state_dict and config: GPT-2, GPT-NeoX, Qwen2, Llama, Gemma-2, and mixtures
+of experts (Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE).
 
 Every LRP rule is a `.detach()` in the forward pass: it changes the gradient, never the value. One function, no modules,
 no hooks. Each named node passes through `node(...)`, which applies an intervention, if any, and records the tensor
