@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .edges import EdgeTrace, Edit
-from .make import exact_float64
+from .make import MOE, exact_float64
 
 N_LAYERS, N_HEADS = 2, 4
 IDS = {"bos_token_id": 0, "eos_token_id": 0}
@@ -127,6 +127,7 @@ ROWS: dict[str, Row] = {
     "smollm3": Row("smollm3", GQA),
     "exaone4": Row("exaone4", GQA | {"sliding_window": 3}, **POST),
     "glm4": Row("glm4", GQA | {"head_dim": 8}, ln1_post="post_self_attn_layernorm", ln2_post="post_mlp_layernorm"),
+    **{name: Row(name, GQA | extra) for name, extra in MOE.items()},
 }  # fmt: skip
 
 
@@ -135,6 +136,7 @@ def build(row: Row, seed: int = 0, **changes: Any) -> nn.Module:
     with exact_float64():
         config = CONFIG_MAPPING[row.model_type](**{**row.config, **changes})
         hf = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
+    hf.config._experts_implementation = "eager"  # the default, grouped_mm, has no float64
     hf.requires_grad_(False)
     rng = torch.Generator().manual_seed(seed)
     for name, p in hf.named_parameters():
