@@ -1,47 +1,148 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and reading JSON without surprises."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from relp_cli.errors import RelpError, RunFailed
+
+TEMPORARY = (".relp-", ".tmp")
+MOST_DIGITS = 300  # of a number in a file; Python itself refuses integers of more than 4300
+# What the user can only mend by naming another place.
+_BAD_PLACE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EROFS,
+              errno.ELOOP)  # fmt: skip
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write to a temporary file beside `path`, flush it to disk, and rename it over `path`.
 
-    Raises: RelpError where the folder cannot be written to, RunFailed where writing fails (a full disk).
+    Raises: RelpError where `path` cannot be a file of ours, RunFailed where writing fails (a full disk).
     """
     data = content.encode() if isinstance(content, str) else content
-    temporary = None
+    check_writable(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise RelpError(f"cannot write {path}: {error.strerror or error}") from error
+        remove_stale(path.parent)
+        with _locked_temporary(path.parent) as (handle, temporary):
+            with os.fdopen(handle, "wb", closefd=False) as stream:
+                stream.write(data)
+            os.fsync(handle)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
     except OSError as error:
-        raise RunFailed(f"writing {path} failed: {error.strerror or error}") from error
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
+        raise _write_error(path, error) from error
 
 
-def check_writable(folder: Path) -> None:
-    """Fail before a long computation, not after it. Raises RelpError where `folder` cannot be created or written to."""
-    probe = folder / ".writable"
-    created = [p for p in [folder, *folder.parents] if not p.exists()]
+def check_writable(path: Path) -> None:
+    """Fail before a long computation, not after it. Nothing is written: another process may be at the same folder.
+
+    path: a folder, or a file to be, with any of its parents missing.
+    Raises: RelpError where it cannot be made or written to.
+    """
+    there, missing = path, list[str]()
     try:
-        write_atomically(probe, b"")
-    except RunFailed as error:
-        raise RelpError(f"output folder {folder} is not writable ({error})") from error
-    probe.unlink()
-    for made in created:  # nothing half-written stays behind
-        made.rmdir()
+        while not there.exists():
+            missing.append(there.name)
+            if there == there.parent:
+                raise FileNotFoundError(errno.ENOENT, "the working folder was deleted")
+            there = there.parent
+        longest = os.pathconf(there, "PC_NAME_MAX")
+    except OSError as error:
+        raise _write_error(path, error) from error
+    reason = ""
+    if ".." in missing:
+        reason = f"'..' stands after a folder that does not exist ({there / missing[-1]})"
+    elif any(len(os.fsencode(name)) > longest for name in missing):
+        reason = f"a name is longer than {longest} bytes"
+    elif missing and not there.is_dir():
+        reason = f"{there} is not a folder"
+    elif not os.access(there if there.is_dir() else there.parent, os.W_OK | os.X_OK):
+        reason = f"{there} is not writable"
+    if reason:
+        raise RelpError(f"cannot write {path}: {reason}")
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what killed processes left half-written in a folder. A living process's file is locked and stays."""
+    for entry in list(os.scandir(folder)):
+        if not (entry.name.startswith(TEMPORARY[0]) and entry.name.endswith(TEMPORARY[1])):
+            continue
+        with suppress(OSError):  # locked, or renamed by its owner in between
+            handle = os.open(entry.path, os.O_WRONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(entry.path)
+            finally:
+                os.close(handle)
+
+
+@contextmanager
+def _locked_temporary(folder: Path) -> Iterator[tuple[int, str]]:
+    """An open temporary file that says by its lock that its writer lives; gone afterwards, unless it was renamed."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=folder, prefix=TEMPORARY[0], suffix=TEMPORARY[1])
+        with suppress(OSError):  # a file system without locks: then nothing counts as stale
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:  # else taken for a stale one before it was locked
+            break
+        os.close(handle)
+    try:
+        yield handle, name
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(name)
+        os.close(handle)
+
+
+def _write_error(path: Path, error: OSError) -> RelpError:
+    if error.errno in _BAD_PLACE:
+        return RelpError(f"cannot write {path}: {error.strerror}")
+    if error.errno == errno.ENOENT:
+        return RunFailed(f"writing {path} failed: its folder was deleted meanwhile")
+    return RunFailed(f"writing {path} failed: {error.strerror or error}")
+
+
+def read_json(path: str | Path, what: str = "file") -> Any:
+    """The content of a JSON file; `what` names it in errors.
+
+    Raises: RelpError for one that cannot be opened, or with a key twice, numbers of too many digits or too deep nesting
+    (which other readers accept in different ways), RunFailed for one that is not JSON (cut short).
+    """
+    where = f"{what} {path}"
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise RelpError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    return parse_json(text, where)
+
+
+def parse_json(text: str, where: str) -> Any:
+    """JSON text as `read_json` takes it; `where` names its place in errors."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise RelpError(f"{where}: duplicate key '{twice}'")
+        return values
+
+    def whole(digits: str) -> int:
+        if len(digits) > MOST_DIGITS:
+            raise RelpError(f"{where}: a number of {len(digits)} digits ({digits[:12]}…)")
+        return int(digits)
+
+    try:
+        return json.loads(text, object_pairs_hook=once, parse_int=whole)
+    except RecursionError:
+        raise RelpError(f"{where}: nested too deeply") from None
+    except ValueError as error:
+        raise RunFailed(f"{where} is not valid JSON ({error})") from error

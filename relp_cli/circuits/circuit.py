@@ -15,13 +15,14 @@ from jaxtyping import Bool
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 from torch import Tensor
 
-from relp_cli.errors import RelpError, RunFailed
-from relp_cli.files import write_atomically
+from relp_cli.errors import RelpError, unknown
+from relp_cli.files import read_json, write_atomically
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.tasks.pairs import PairBatch
 
 SCHEMA = 1
 ANY_POSITION = ("*",)
+MOST_NODES = 10**9  # of one kind in a file; the neurons of a 70B model at 100 positions are a fifth of this
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class Circuit:
         file = read_file(path, _File, "relp node circuit")
         masks = {}
         for kind, columns in file.nodes.items():
+            if kind not in NODE_KINDS:
+                raise unknown("node kind", kind, NODE_KINDS, f"circuit file {path}: nodes: ")
             axes = NODE_KINDS[kind].axes
             shape, found = columns.get("shape", []), [columns.get(axis, []) for axis in axes]
             fits = columns.keys() == {"shape", *axes} and len(shape) == len(axes) and len(set(map(len, found))) == 1
@@ -111,6 +114,8 @@ class Circuit:
                 raise RelpError(
                     f"circuit file {path}: {kind} needs a shape and columns {', '.join(axes)} of equal length within it"
                 )
+            if math.prod(shape) > MOST_NODES:
+                raise RelpError(f"circuit file {path}: {kind}: a shape of {shape} has more than {MOST_NODES:,} nodes")
             masks[kind] = torch.zeros(shape, dtype=torch.bool)
             masks[kind][tuple(torch.tensor(column, dtype=torch.long) for column in found)] = True
         circuit = cls(masks, tuple(file.labels), with_tau(file.meta))
@@ -139,7 +144,7 @@ File = TypeVar("File", bound=BaseModel)
 
 def read_file(path: str | Path, form: type[File], kind: str) -> File:
     """A circuit file's content. Raises RelpError for one that is not of this kind and form, RunFailed for one cut short."""
-    content = read_json(path)
+    content = read_json(path, "circuit file")
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or content.get("type") != kind:
         raise RelpError(f"circuit file {path}: expected a {kind} (schema {SCHEMA})")
     try:
@@ -150,11 +155,14 @@ def read_file(path: str | Path, form: type[File], kind: str) -> File:
 
 
 def with_tau(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's metadata with τ as a number ("inf" in JSON)."""
-    selection = meta.get("selection")
-    if isinstance(selection, dict) and isinstance(selection.get("tau"), str):
-        return {**meta, "selection": {**selection, "tau": float(selection["tau"])}}
-    return dict(meta)
+    """A file's metadata with τ as a number ("inf" in JSON). Raises RelpError for a selection or a τ that is none."""
+    selection = meta.get("selection", {})
+    if not isinstance(selection, dict):
+        raise RelpError(f"meta.selection: expected an object, got {selection!r:.40}")
+    try:
+        return {**meta, "selection": {**selection, "tau": float(selection["tau"])}} if "tau" in selection else dict(meta)
+    except (TypeError, ValueError):
+        raise RelpError(f"meta.selection.tau: expected a number, got {selection['tau']!r:.40}") from None
 
 
 def positions_of(labels: tuple[str, ...], batch: PairBatch) -> list[int]:
@@ -167,16 +175,6 @@ def positions_of(labels: tuple[str, ...], batch: PairBatch) -> list[int]:
             f"the circuit has no position '{missing[0]}' (it has {', '.join(labels)}), but the pairs to evaluate have"
         )
     return [labels.index(label) for label in batch.labels]
-
-
-def read_json(path: str | Path) -> Any:
-    """A circuit file of any sort. Raises RelpError for a file that cannot be opened, RunFailed for one that is not JSON."""
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise RelpError(f"circuit file {path}: {getattr(error, 'strerror', None) or error}") from error
-    except ValueError as error:
-        raise RunFailed(f"circuit file {path} is not valid JSON ({error})") from error
 
 
 def finite(value: Any) -> Any:

@@ -13,11 +13,11 @@ from jaxtyping import Bool
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from relp_cli.circuits.circuit import ANY_POSITION, SCHEMA, Circuit, Strict, finite, read_file, read_json, with_tau
+from relp_cli.circuits.circuit import ANY_POSITION, SCHEMA, Circuit, Strict, finite, read_file, with_tau
 from relp_cli.edges.graph import Graph
 from relp_cli.edges.scores import KIND
 from relp_cli.errors import RelpError
-from relp_cli.files import write_atomically
+from relp_cli.files import read_json, write_atomically
 
 TYPE = "relp edge circuit"
 
@@ -185,7 +185,7 @@ class _File(Strict):
 
 def load_circuit(path: str | Path) -> Circuit | EdgeCircuit:
     """A circuit file of either sort."""
-    content = read_json(path)
+    content = read_json(path, "circuit file")
     edges = isinstance(content, dict) and content.get("type") == TYPE
     return EdgeCircuit.load(path) if edges else Circuit.load(path)
 

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relp_cli.circuits.circuit import ANY_POSITION, read_json
+from relp_cli.circuits.circuit import ANY_POSITION
 from relp_cli.edges.circuit import EdgeCircuit
 from relp_cli.edges.graph import Graph
 from relp_cli.edges.scores import EdgeScores
 from relp_cli.errors import RelpError, RunFailed
-from relp_cli.files import write_atomically
+from relp_cli.files import read_json, write_atomically
 from relp_cli.models.model import Model
 
 PT_KEYS = ("cfg", "edges_scores", "edges_in_graph")
@@ -107,7 +107,7 @@ def is_eap_ig(path: str | Path) -> bool:
     """Whether a file is a `.pt`, or a JSON file with the keys of EAP-IG's circuits."""
     if Path(path).suffix == ".pt":
         return True
-    content = read_json(path)
+    content = read_json(path, "circuit file")
     return isinstance(content, dict) and {"cfg", "nodes", "edges"} <= content.keys()
 
 
@@ -116,7 +116,7 @@ def _graph(cfg: Any) -> Graph:
 
 
 def _from_json(path: Path) -> tuple[dict[str, Any], Tensor, Tensor]:
-    content = read_json(path)
+    content = read_json(path, "circuit file")
     graph = _graph(content["cfg"])
     if any(isinstance(node, dict) and not all(node.get("neurons") or [True]) for node in content["nodes"].values()):
         raise RelpError(f"circuit file {path}: it is a circuit of neurons; only edges can be read")

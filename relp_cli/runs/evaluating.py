@@ -23,7 +23,7 @@ from relp_cli.features.circuit import ERRORS, FeatureCircuit
 from relp_cli.features.circuit import TYPE as FEATURES
 from relp_cli.features.kinds import SCORED
 from relp_cli.features.scores import FeatureScores
-from relp_cli.files import write_atomically
+from relp_cli.files import read_json, write_atomically
 from relp_cli.methods.request import Progress
 from relp_cli.models.model import Model
 from relp_cli.runs.scoring import Session, open_run, prepare
@@ -195,12 +195,9 @@ def read_circuit(
     """
     if is_eap_ig(path):
         return import_circuit(path, model)[0]
-    try:
-        kind = json.loads(path.read_text()).get("type")
-    except (OSError, ValueError, AttributeError):
-        kind = None  # Circuit.load says what is wrong
-    if kind != FEATURES:
-        return load_circuit(path)
+    content = read_json(path, "circuit file")
+    if not isinstance(content, dict) or content.get("type") != FEATURES:
+        return load_circuit(path)  # which says what is wrong with others
     if errors is not None and errors not in ERRORS:
         raise unknown("choice of error terms", errors, ERRORS)
     circuit = FeatureCircuit.load(path)

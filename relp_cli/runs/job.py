@@ -21,6 +21,7 @@ from relp_cli.config.load import load_config
 from relp_cli.config.paths import find_config
 from relp_cli.errors import RelpError
 from relp_cli.features.kinds import FEATURE_KINDS, SCORED, scored_as
+from relp_cli.files import read_json
 from relp_cli.runs.spec import ScoreSpec
 
 COSTS = ("forwards_per_pair", "backwards_per_pair", "seconds")  # of a cell's scores, beside every point of its curve
@@ -169,7 +170,12 @@ def cell_hash(job: JobSpec, cell: Cell, **identity: str) -> str:
 def read_cell(path: Path) -> dict[str, Any] | None:
     """A cell file's content; None where there is none, or none that can be read (it is then redone)."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        content = read_json(path)
+    except RelpError:
         return None
-    return content if isinstance(content, dict) and ("rows" in content or "error" in content) else None
+    return content if isinstance(content, dict) and (_rows(content.get("rows")) or "error" in content) else None
+
+
+def _rows(rows: Any) -> bool:
+    """Whether these are a finished cell's rows: there is at least one, and each says what it is of."""
+    return isinstance(rows, list) and bool(rows) and all(isinstance(r, dict) and "what" in r for r in rows)
