@@ -160,7 +160,9 @@ def with_tau(meta: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(selection, dict):
         raise RelpError(f"meta.selection: expected an object, got {selection!r:.40}")
     try:
-        return {**meta, "selection": {**selection, "tau": float(selection["tau"])}} if "tau" in selection else dict(meta)
+        return (
+            {**meta, "selection": {**selection, "tau": float(selection["tau"])}} if "tau" in selection else dict(meta)
+        )
     except (TypeError, ValueError):
         raise RelpError(f"meta.selection.tau: expected a number, got {selection['tau']!r:.40}") from None
 

@@ -55,7 +55,7 @@ def command(
 
     Example: relp circuit runs/ioi --threshold 0.005
     """
-    from relp_cli.runs.scoring import Session, open_run, prepare
+    from relp_cli.runs.scoring import Session, open_run, prepare_again
 
     if confirm is not None and not verify:
         raise RelpError("--confirm belongs to --verify")
@@ -97,7 +97,7 @@ def command(
     if edge_threshold is not None:
         from relp_cli.runs.features import show_edges, with_edges
 
-        prepared = prepare(spec, session)
+        prepared = prepare_again(spec, scores, session)
         with progress() as bar:
             circuit = with_edges(spec, prepared, session, circuit, edge_threshold, annotations, bar)
     if circuit.n_nodes in (0, circuit.n_possible):

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from relp_cli.edges.graph import Graph
-from relp_cli.methods.scores import NodeScores
+from relp_cli.methods.scores import NodeScores, expect
 
 KIND = "edges"
 EVERYWHERE = ("*",)
@@ -117,6 +117,10 @@ class EdgeScores:
     def from_parts(
         cls, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any], meta: Mapping[str, Any]
     ) -> EdgeScores:
-        """What `parts` gave; `kind` is "edges"."""
+        """What `parts` gave; `kind` is "edges". Raises ValueError for tensors that do not fit together, or are not finite."""
         assert kind == KIND
-        return cls(Graph(**header["graph"]), labels=tuple(header["labels"]), axis=header["axis"], meta=meta, **tensors)
+        graph, labels = Graph(**header["graph"]), len(header["labels"])
+        shape = (*tensors["mean"].shape[:-2], *graph.mask.shape)
+        expect(tensors, mean=shape, variance=shape, n=(labels,), present=(None, labels),
+               examples=(None, labels, int(graph.mask.sum())))  # fmt: skip
+        return cls(graph, labels=tuple(header["labels"]), axis=header["axis"], meta=meta, **tensors)

@@ -65,6 +65,10 @@ def evaluate(
     circuits: list[Any] = [circuit] if isinstance(circuit, AnyCircuit) else list(circuit)
     if not circuits or not pairs:
         raise RelpError("nothing to evaluate: no circuit or no pairs")
+    if corpus is not None and not isinstance(circuits[0], Circuit):
+        raise RelpError(
+            f"corpus {corpus}: only circuits of nodes are ablated with a corpus, not those of edges or features"
+        )
     if isinstance(circuits[0], EdgeCircuit):
         return evaluate_edges(
             model, pairs, circuits, ablation, exclude_layers or 0, metric, seed, random_circuits, bootstrap, progress

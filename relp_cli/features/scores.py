@@ -13,7 +13,7 @@ from torch import Tensor
 from relp_cli.errors import RelpError
 from relp_cli.features.sites import Site, parse_site
 from relp_cli.methods.score import KEEP_LIMIT
-from relp_cli.methods.scores import NodeScores
+from relp_cli.methods.scores import NodeScores, expect
 
 KIND = "feature"
 _TENSORS = ("index", "mean", "variance", "error_mean", "error_variance", "n")
@@ -168,7 +168,12 @@ class FeatureScores:
         header: Mapping[str, Any],
         meta: Mapping[str, Any],
     ) -> FeatureScores:
-        """What `parts` gave."""
+        """What `parts` gave. Raises ValueError for tensors that do not fit together, or are not finite."""
+        nodes, at = len(tensors["index"]), (len(header["sites"]), len(header["labels"]))
+        entries = tensors.get(f"{_EXAMPLES}values", tensors["mean"]).shape[0]
+        expect(tensors, index=(None, 3), mean=(nodes,), variance=(nodes,), n=at[1:], error_mean=at, error_variance=at,
+               example_index=(entries, 2), example_values=(entries,), example_errors=(None, *at),
+               example_present=(None, at[1]))  # fmt: skip
         sites = [parse_site(name) for name in header["sites"]]
         kept = {n.removeprefix(_EXAMPLES): t for n, t in tensors.items() if n.startswith(_EXAMPLES)}
         return cls(

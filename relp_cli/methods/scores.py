@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from relp_cli.errors import RunFailed, unknown
+from relp_cli.errors import RelpError, RunFailed, unknown
 from relp_cli.files import write_atomically
+from relp_cli.nodes.kinds import NODE_KINDS
 
 SCHEMA = 1
 SIGN = "c(n) = L(patched) − L(run); higher L = more of the original behaviour"
@@ -56,7 +57,11 @@ class NodeScores:
     def from_parts(
         cls, kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any], meta: Mapping[str, Any]
     ) -> NodeScores:
-        """What `parts` gave."""
+        """What `parts` gave. Raises ValueError for tensors that do not fit together, or are not finite."""
+        labels, shape = len(header["labels"]), tuple(tensors["mean"].shape)
+        units = (None,) * (len(NODE_KINDS[kind].axes) - 2)
+        expect(tensors, mean=(None, labels, *units), variance=shape, n=(labels,), examples=(None, *shape),
+               present=(None, labels))  # fmt: skip
         return cls(kind=kind, labels=tuple(header["labels"]), axis=header["axis"], meta=meta, **tensors)
 
 
@@ -101,11 +106,34 @@ class Scores(Mapping[str, NodeScores]):
             raise RunFailed(f"score file {path} cannot be read ({error}); score again to replace it") from error
         if not isinstance(header, dict) or header.get("schema") != SCHEMA:
             raise RunFailed(f"score file {path} was not written by this version of relp (schema {SCHEMA})")
-        kinds = {}
-        for kind, about in header["kinds"].items():
-            parts = {name.partition("/")[2]: t for name, t in tensors.items() if name.startswith(f"{kind}/")}
-            kinds[kind] = _entry_class(kind).from_parts(kind, parts, about, header["meta"])
+        kinds: dict[str, Any] = {}
+        try:
+            for kind, about in header["kinds"].items():
+                parts = {name.partition("/")[2]: t for name, t in tensors.items() if name.startswith(f"{kind}/")}
+                kinds[kind] = _entry_class(kind).from_parts(kind, parts, about, header["meta"])
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError, RelpError) as error:
+            raise RunFailed(f"score file {path} is damaged ({error}); score again to replace it") from error
+        if len({tuple(s.labels) for s in kinds.values()}) != 1 or not isinstance(header["meta"], dict):
+            raise RunFailed(
+                f"score file {path} is damaged (its kinds have different positions); score again to replace it"
+            )
         return cls(kinds, header["meta"])
+
+
+def expect(tensors: Mapping[str, Tensor], **shapes: tuple[int | None, ...]) -> None:
+    """Raises ValueError for tensors of another shape (None: of any size), or that are not finite, but for variances, which
+    one example has none of.
+    """
+    for name, shape in shapes.items():
+        if name not in tensors:
+            continue
+        found = tuple(tensors[name].shape)
+        if len(found) != len(shape) or any(want not in (None, got) for want, got in zip(shape, found, strict=True)):
+            raise ValueError(f"{name} has shape {list(found)}, expected {[n or 'any' for n in shape]}")
+        if "variance" not in name and not tensors[name].isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    if len({len(tensors[name]) for name in ("examples", "present") if name in tensors}) > 1:
+        raise ValueError("examples and present are of different lengths")
 
 
 # Kinds whose scores have a class of their own, in packages above this one: imported when a file holds them.

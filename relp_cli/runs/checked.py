@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -28,3 +31,26 @@ def one_line(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"unknown key '{name}'{nearest(name, ScoreSpec.model_fields)}"
     return f"{name}: {first['msg']} (got {first['input']!r})"
+
+
+def distinct(what: str, names: Sequence[Any]) -> None:
+    """Raises RelpError for a name that is there twice: its rows could not be told apart."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise RelpError(f"{what} '{name}' is given {count} times; expected each once")
+
+
+def model_labels(models: Sequence[str]) -> dict[str, str]:
+    """What tables call each model: a folder's name, or the path as it was typed where two folders have one name.
+
+    Raises: RelpError for a model that is there twice.
+    """
+    distinct("model", [str(Path(m).expanduser().resolve()) if Path(m).expanduser().is_dir() else m for m in models])
+    names = {m: Path(m).name if Path(m).is_dir() else m for m in models}
+    count = Counter(names.values())
+    return {m: name if count[name] == 1 else m for m, name in names.items()}
+
+
+def file_label(name: str) -> str:
+    """A model's or task's label as part of a file name: `./a/m` → `a_m`."""
+    return "_".join(part for part in name.split("/") if part not in ("", ".", "..", "~")) or "model"

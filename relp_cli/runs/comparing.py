@@ -16,7 +16,7 @@ from relp_cli.methods.request import Progress
 from relp_cli.methods.scores import Scores
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.report.figures import heatmaps
-from relp_cli.runs.checked import score_spec
+from relp_cli.runs.checked import distinct, file_label, model_labels, score_spec
 from relp_cli.runs.scoring import (
     Prepared,
     Session,
@@ -25,6 +25,7 @@ from relp_cli.runs.scoring import (
     digest_of,
     open_run,
     prepare,
+    prepare_again,
     score_run,
 )
 from relp_cli.runs.spec import ScoreSpec
@@ -65,24 +66,27 @@ def compare_tasks(
     tasks: Sequence[str], options: CompareOptions, folder: Path, device: str | None, progress: Progress | None
 ) -> Compared:
     """Score every task × model with every method and the reference; write compare.csv and heatmaps per task × model."""
+    for what, names in (("task", tasks), ("method", options.methods), ("node kind", options.nodes)):
+        distinct(what, names)
     options = replace(options, reference=exact_method(options.nodes, options.reference))
+    labels = model_labels(options.models)
     session = Session(device)
-    for task in tasks:
-        session.task(task)  # a misspelt one is found before the first is scored
+    distinct("task name", [session.task(t).name for t in tasks])  # a misspelt one is found before the first is scored
     specs = [_spec(task, model, options) for task in tasks for model in options.models]
     check_writable(folder)
     tables, files, notes = [], [], []
     for spec in specs:
         prepared = prepare(spec, session)
-        notes += [f"{prepared.model.name}, {prepared.task.name}: {line}" for line in prepared.notes]
+        label = labels[spec.model]
+        notes += [f"{label}, {prepared.task.name}: {line}" for line in prepared.notes]
         scores = {m: _scores(spec, m, prepared, session, folder, progress) for m in _all_methods(options)}
         result = run_comparison(
             prepared.model, prepared.pairs, options.methods, options.nodes, prepared.metric, options.direction,
             options.reference, options.top_k, seed=options.seed, scores=scores,
         )  # fmt: skip
         result.table.insert(0, "task", prepared.task.name)
-        tables.append(result.table)
-        files += _figure(prepared, scores, options, folder)
+        tables.append(result.table.assign(model=label))
+        files += _figure(prepared, label, scores, options, folder)
     table = pd.concat(tables, ignore_index=True)
     path = folder / "compare.csv"
     write_atomically(path, table.to_csv(index=False))
@@ -91,18 +95,17 @@ def compare_tasks(
 
 def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path) -> Compared:
     """Compare runs that exist; one of them must be of the reference method."""
+    distinct("run", [str(path.resolve()) for path in paths])
     runs = [open_run(path) for path in paths]
     specs = [spec.model_copy(update={"method": "", "params": {}, "keep_examples": None}) for _, spec, _ in runs]
     for path, spec in zip(paths[1:], specs[1:], strict=True):
         different = [k for k in ScoreSpec.model_fields if getattr(spec, k) != getattr(specs[0], k)]
         if different:
             raise RelpError(f"runs {paths[0]} and {path} cannot be compared: they differ in {', '.join(different)}")
-    dictionaries = [scores.meta.get("dictionary_hash") for _, _, scores in runs]
-    for path, found in zip(paths, dictionaries, strict=True):
-        if found != dictionaries[0]:
-            raise RelpError(
-                f"runs {paths[0]} and {path} cannot be compared: they have features of different dictionaries"
-            )
+    for what, noun in (("task_hash", "tasks"), ("revision", "models"), ("dictionary_hash", "dictionaries")):
+        for path, (_, _, scores) in zip(paths, runs, strict=True):
+            if scores.meta.get(what) != runs[0][2].meta.get(what):
+                raise RelpError(f"runs {paths[0]} and {path} cannot be compared: they are of different {noun} ({what})")
     options = replace(options, reference=exact_method(specs[0].nodes, options.reference))
     names = [spec.method for _, spec, _ in runs]
     if names.count(options.reference) > 1:
@@ -118,7 +121,7 @@ def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path) -
     methods = [m for m in by_method if m != options.reference]
     if not methods:
         raise RelpError("only the reference run was given; expected at least one other method")
-    prepared = prepare(specs[0].model_copy(update={"method": methods[0]}), Session())
+    prepared = prepare_again(specs[0].model_copy(update={"method": methods[0]}), runs[0][2], Session())
     first = runs[0][2].meta
     result = run_comparison(
         prepared.model, prepared.pairs, methods, tuple(runs[0][2]), first["metric"], first["direction"],
@@ -152,12 +155,15 @@ def _scores(
     return score_run(one, session, run_folder, progress, prepared=prepared)[1]
 
 
-def _figure(prepared: Prepared, scores: dict[str, Scores], options: CompareOptions, folder: Path) -> list[Path]:
+def _figure(
+    prepared: Prepared, model: str, scores: dict[str, Scores], options: CompareOptions, folder: Path
+) -> list[Path]:
     kinds = [k for k in options.nodes if k in NODE_KINDS and NODE_KINDS[k].split == "vector"]
     if not kinds:
         return []
-    path = folder / f"heatmaps-{prepared.task.name}-{prepared.model.name}-{options.direction}.png"
-    title = f"{prepared.task.name}, {prepared.model.name}, {options.direction}"
+    task = prepared.task.name
+    path = folder / f"heatmaps-{file_label(task)}-{file_label(model)}-{options.direction}.png"
+    title = f"{task}, {model}, {options.direction}"
     heatmaps(scores, kinds, path, title, example_tokens(prepared, scores[options.reference]))
     return [path]
 

@@ -26,7 +26,7 @@ from relp_cli.features.scores import FeatureScores
 from relp_cli.files import read_json, write_atomically
 from relp_cli.methods.request import Progress
 from relp_cli.models.model import Model
-from relp_cli.runs.scoring import Session, open_run, prepare
+from relp_cli.runs.scoring import Session, open_run, prepare_again
 from relp_cli.runs.spec import ScoreSpec
 from relp_cli.selection import select
 
@@ -129,7 +129,7 @@ def evaluate_run(
     if sweep is not None:
         sweep_points(sweep)  # found to be wrong before a model is loaded
     file = circuit or (run.circuit if run.circuit.is_file() and sweep is None else None)
-    prepared = prepare(held_out(spec, pairs, seed, metric), session, at_most=True)
+    prepared = prepare_again(held_out(spec, pairs, seed, metric), scores, session, at_most=True)
     layers = prepared.model.shape.n_layers
     default = 0 if "edges" in scores else layers // 3
     exclude = default if options.get("exclude_layers") is None else options["exclude_layers"]
@@ -217,11 +217,11 @@ def minimality_of_run(
     **options: Any,
 ) -> tuple[Path, pd.DataFrame]:
     """Drop the nodes of a run's circuit one by one on held-out pairs and write minimality.csv into the run."""
-    run, spec, _ = open_run(path)
+    run, spec, scores = open_run(path)
     file = circuit or run.circuit
     if not file.is_file():
         raise RelpError(f"run '{path}' has no circuit to drop nodes of; run `relp circuit {path} --threshold …`")
-    prepared = prepare(held_out(spec, pairs, seed, metric), session, at_most=True)
+    prepared = prepare_again(held_out(spec, pairs, seed, metric), scores, session, at_most=True)
     table = minimality(
         prepared.model, prepared.pairs, read_circuit(file, errors, prepared.model), metric=prepared.metric, seed=seed,
         progress=progress, dictionary=spec.params.get("dictionary"), **options,

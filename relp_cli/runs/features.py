@@ -24,7 +24,7 @@ from relp_cli.features.sites import Site, parse_site
 from relp_cli.methods.request import Progress
 from relp_cli.methods.scores import Scores
 from relp_cli.report.tables import show
-from relp_cli.runs.scoring import Prepared, Session, prepare
+from relp_cli.runs.scoring import Prepared, Session, prepare_again
 from relp_cli.runs.spec import ScoreSpec
 
 
@@ -34,7 +34,7 @@ def show_features(
     """The k features and error terms with the largest |score|, with annotations or contexts and promoted tokens."""
     found = scores[SCORED]
     assert isinstance(found, FeatureScores)
-    prepared = prepare(spec, session)
+    prepared = prepare_again(spec, scores, session)
     dictionaries = session.dictionaries(spec.params["dictionary"], prepared.model)
     notes = _notes(annotations, dictionaries)
     table = described(top_features(found, k), prepared.model, dictionaries, prepared.pairs, notes)

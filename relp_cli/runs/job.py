@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from relp_cli.config.load import load_config
 from relp_cli.config.paths import find_config
@@ -36,7 +37,7 @@ class EvaluateSpec(_Strict):
 
     sweep: str = "counts:log:15"
     ablation: str = "mean"
-    exclude_layers: int | None = None
+    exclude_layers: int | None = Field(default=None, ge=0)
     heldout: int = Field(default=100, ge=1)
     random_circuits: int = Field(default=3, ge=0)
     metric: str | None = None
@@ -71,13 +72,25 @@ class JobSpec(_Strict):
     dictionary: str | None = None
     published: Literal["table5", "figure3"] | None = None
 
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        if not re.fullmatch(r"\w[\w.+-]{0,99}", name):
+            raise ValueError(
+                "expected a name of at most 100 letters, digits, '_', '-', '.', '+' (it names the job's folder)"
+            )
+        return name
+
     @model_validator(mode="after")
     def _something_to_do(self) -> JobSpec:
         if self.evaluate is None and self.agreement is None:
             raise ValueError("expected `evaluate:` or `agreement:`, or both")
         for axis in ("tasks", "models", "methods", "kinds", "directions", "seeds"):
-            if not getattr(self, axis):
+            values = getattr(self, axis)
+            if not values:
                 raise ValueError(f"`{axis}` is empty: the grid has no cells")
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise ValueError(f"`{axis}`: {twice[0]} is there twice")
         features = [kind for kind in self.kinds if kind in FEATURE_KINDS]
         if features and self.dictionary is None:
             raise ValueError(

@@ -24,28 +24,63 @@ from relp_cli.features.kinds import FEATURE_KINDS, SCORED
 from relp_cli.files import check_writable, write_atomically
 from relp_cli.methods.scores import Scores
 from relp_cli.methods.table import METHODS
+from relp_cli.models.load import DTYPES
 from relp_cli.nodes.kinds import NODE_KINDS
-from relp_cli.runs.evaluating import circuits_of, held_out
+from relp_cli.runs.checked import distinct, model_labels
+from relp_cli.runs.evaluating import circuits_of, held_out, sweep_points
 from relp_cli.runs.job import COSTS, Cell, Group, JobSpec, cell_hash, cells, nodes_of, read_cell, score_spec_of
 from relp_cli.runs.rundir import provenance
 from relp_cli.runs.scoring import Prepared, Session, check_request, default_folder, digest_of, prepare, score_run
 from relp_cli.runs.spec import ScoreSpec
+from relp_cli.tasks.metrics import METRICS
+from relp_cli.tasks.task import load_task
 
 Report = Callable[[int, int, str], None]
 _ABLATIONS = {"nodes": ABLATIONS, "edges": EDGE_ABLATIONS, SCORED: FEATURE_ABLATIONS}
 
 
 def check_job(job: JobSpec) -> None:
-    """What can be known to be wrong before any cell runs: methods, their parameters and rules, dictionaries, ablations.
+    """What can be known to be wrong before any cell runs: tasks, methods, their parameters and rules, dictionaries,
+    ablations, metrics, the sweep, and models that are there twice. A model that does not load fails in its own cells.
 
     Raises: RelpError for what no cell could be computed with.
     """
+    model_labels(job.models)
+    distinct("task name", [load_task(task).name for task in job.tasks])
+    methods = [*job.methods, *([job.agreement.reference] if job.agreement else [])]
     group = cells(job)[0].group
-    for method, kind in itertools.product(job.methods, job.kinds):
+    for method, kind in itertools.product(methods, job.kinds):
         check_request(score_spec_of(job, group, method, kind))
-        known = _ABLATIONS[SCORED if kind in FEATURE_KINDS else kind if kind == "edges" else "nodes"]
-        if job.evaluate is not None and job.evaluate.ablation not in known:
-            raise unknown(f"ablation of {kind}", job.evaluate.ablation, known)
+    if job.dtype not in DTYPES:
+        raise unknown("dtype", job.dtype, DTYPES)
+    if any(_by_candidates(job, method, kind) for method, kind in itertools.product(methods, job.kinds)):
+        _cheap_methods(job)
+    if job.evaluate is not None:
+        sweep_points(job.evaluate.sweep)
+        if job.evaluate.metric is not None:
+            METRICS[job.evaluate.metric]
+        for kind in job.kinds:
+            known = _ABLATIONS[SCORED if kind in FEATURE_KINDS else kind if kind == "edges" else "nodes"]
+            if job.evaluate.ablation not in known:
+                raise unknown(f"ablation of {kind}", job.evaluate.ablation, known)
+            if job.evaluate.ablation == "corpus":
+                raise RelpError(
+                    "ablation 'corpus' needs a text file, which a job cannot give; use `relp evaluate RUN --corpus`"
+                )
+
+
+def _by_candidates(job: JobSpec, method: str, kind: str) -> bool:
+    """Whether a method of a job scores only candidates of this kind: exact patching of neurons and dimensions."""
+    exact = method == "act_patch" and job.exact_candidates is not None
+    return exact and kind in NODE_KINDS and NODE_KINDS[kind].split == "unit"
+
+
+def _cheap_methods(job: JobSpec) -> list[str]:
+    """The methods that choose candidates for exact patching. Raises RelpError where there is none."""
+    cheap = [m for m in job.methods if m != "act_patch" and METHODS[m.partition("+")[0]].signed]
+    if not cheap:
+        raise RelpError("exact_candidates needs at least one signed method besides act_patch to choose them")
+    return cheap
 
 
 @dataclass
@@ -79,18 +114,10 @@ class GroupRun:
 
     def scores(self, method: str, kind: str) -> Scores:
         """Scores of one method. Exact patching of neurons and dimensions re-scores the cheap methods' candidates only."""
-        if self._by_candidates(method, kind):
+        if _by_candidates(self.job, method, kind):
             return self._candidates(kind)
         spec = score_spec_of(self.job, self.group, method, kind)
-        return self._scored(spec, [k for k in spec.nodes if not self._by_candidates(method, k)])
-
-    def _by_candidates(self, method: str, kind: str) -> bool:
-        return bool(
-            method == "act_patch"
-            and self.job.exact_candidates
-            and kind in NODE_KINDS
-            and NODE_KINDS[kind].split == "unit"
-        )
+        return self._scored(spec, [k for k in spec.nodes if not _by_candidates(self.job, method, k)])
 
     def _scored(self, spec: ScoreSpec, kinds: Sequence[str]) -> Scores:
         key = f"{spec.method}/{','.join(kinds)}"
@@ -103,11 +130,8 @@ class GroupRun:
     def _candidates(self, kind: str) -> Scores:
         key = f"candidates/{kind}"
         if key not in self._scores:
-            cheap = [m for m in self.job.methods if m != "act_patch" and METHODS[m.partition("+")[0]].signed]
-            if not cheap:
-                raise RelpError("exact_candidates needs at least one signed method besides act_patch to choose them")
             assert self.job.exact_candidates is not None
-            found = [{kind: self.scores(m, kind)[kind]} for m in cheap]
+            found = [{kind: self.scores(m, kind)[kind]} for m in _cheap_methods(self.job)]
             p = self.prepared()
             self._scores[key] = rescore(p.model, p.pairs, found, self.job.exact_candidates)
         return self._scores[key]

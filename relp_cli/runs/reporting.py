@@ -15,7 +15,7 @@ from relp_cli.report.html import write_html
 from relp_cli.runs.comparing import example_tokens
 from relp_cli.runs.evaluating import circuit_hash, read_circuit
 from relp_cli.runs.features import feature_meanings
-from relp_cli.runs.scoring import Session, open_run, prepare
+from relp_cli.runs.scoring import Session, open_run, prepare_again
 
 
 def report_run(path: Path, output: Path | None = None, annotations: Path | None = None) -> list[Path]:
@@ -38,7 +38,7 @@ def report_run(path: Path, output: Path | None = None, annotations: Path | None 
     tokens = meanings = None
     try:
         session = Session()
-        prepared = prepare(spec.model_copy(update={"only_correct": False}), session)
+        prepared = prepare_again(spec.model_copy(update={"only_correct": False}), scores, session)
         tokens = example_tokens(prepared, scores)
         if SCORED in scores.kinds:
             of_features = circuit if isinstance(circuit, FeatureCircuit) else None

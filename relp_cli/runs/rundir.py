@@ -17,6 +17,7 @@ from typing import Any
 
 from relp_cli.errors import RelpError, RunFailed
 from relp_cli.files import read_json, write_atomically
+from relp_cli.methods.scores import Scores
 
 PACKAGES = ("relp-cli", "torch", "transformers", "transformer-lens", "numpy")
 
@@ -68,25 +69,47 @@ class RunDir:
         except RunFailed:
             return False  # an interrupted or damaged record: redo
         if content["hash"] != digest:
+            spec = ", ".join(str(content["spec"].get(k)) for k in ("task", "model", "method"))
             raise RelpError(
-                f"{self.path} holds another run ({content['spec']['task']}, {content['spec']['model']}, "
-                f"{content['spec']['method']}, hash {content['hash']}, not {digest}); choose another --output or delete it"
+                f"{self.path} holds another run ({spec}, hash {content['hash']}, not {digest}): another request, or its "
+                "task or model has changed since; choose another --output or delete it"
             )
         return self.scores.is_file() and content["files"].get(self.scores.name) == checksum(self.scores)
 
+    def load(self, record: dict[str, Any]) -> Scores:
+        """The scores that this record is of.
+
+        Raises: RelpError where they are missing or cannot be opened, RunFailed where they are damaged, were edited, or are
+        another run's.
+        """
+        if not self.scores.is_file():
+            raise RelpError(f"run '{self.path}' has no scores; run `relp score` again")
+        found = checksum(self.scores)
+        scores = Scores.load(self.scores)
+        if found != record["files"].get(self.scores.name) or scores.meta.get("hash") != record["hash"]:
+            raise RunFailed(
+                f"score file {self.scores} is not the one that this run wrote (its checksum or hash is not run.json's); "
+                "score again to replace it"
+            )
+        if list(scores) != record["spec"].get("nodes"):
+            raise RunFailed(
+                f"run record {self.record}: nodes {record['spec'].get('nodes')}, but scores of {list(scores)}"
+            )
+        return scores
+
     def write(self, content: dict[str, Any]) -> None:
         """Write run.json, last of all files: what it lists is complete."""
-        files = {p.name: checksum(p) for p in (self.scores,) if p.is_file()}
-        write_atomically(self.record, json.dumps({**content, "files": files}, indent=1, ensure_ascii=False) + "\n")
+        record = {**content, "files": {self.scores.name: checksum(self.scores)}}
+        write_atomically(self.record, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def checksum(path: Path) -> str:
-    """sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+    """sha256 of a file. Raises RelpError for one that cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise RelpError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def provenance() -> dict[str, Any]:

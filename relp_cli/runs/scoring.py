@@ -20,6 +20,7 @@ from relp_cli.methods.score import resolve_method
 from relp_cli.methods.scores import Scores
 from relp_cli.models.load import load_model
 from relp_cli.models.model import Model
+from relp_cli.runs.checked import score_spec
 from relp_cli.runs.rundir import RunDir, provenance
 from relp_cli.runs.spec import ScoreSpec
 from relp_cli.scoring import score
@@ -130,15 +131,14 @@ def check_request(spec: ScoreSpec, folder: Path | None = None) -> None:
 
 def digest_of(spec: ScoreSpec, prepared: Prepared, session: Session) -> str:
     """The content hash of a run: its spec, and what the names in it stand for."""
+    return spec.digest(**_contents(spec, prepared, session), metric_used=prepared.metric, relp=__version__)
+
+
+def _contents(spec: ScoreSpec, prepared: Prepared, session: Session) -> dict[str, str]:
+    """Hashes of what a run's names stand for, as the scores' metadata has them."""
     where = spec.params.get("dictionary")
     more = {"dictionary_hash": session.dictionaries(where, prepared.model).digest} if where else {}
-    return spec.digest(
-        **more,
-        task_hash=prepared.task.hash,
-        revision=prepared.model.revision,
-        metric_used=prepared.metric,
-        relp=__version__,
-    )
+    return {"task_hash": prepared.task.hash, "revision": prepared.model.revision, **more}
 
 
 def default_folder(spec: ScoreSpec, digest: str, root: Path = Path("runs")) -> Path:
@@ -167,7 +167,7 @@ def score_run(
     if on_ready:
         on_ready(prepared)
     if run.is_done(digest):
-        return run, Scores.load(run.scores), True
+        return run, run.load(run.read()), True
     check_writable(run.path)
     params = dict(spec.params)
     if "dictionary" in params:
@@ -234,10 +234,26 @@ def with_meta(scores: Any, prepared: Prepared, spec: ScoreSpec, digest: str) -> 
 
 
 def open_run(path: Path) -> tuple[RunDir, ScoreSpec, Scores]:
-    """A finished run. Raises RelpError for what is no run, RunFailed for a corrupt score file."""
+    """A finished run. Raises RelpError for what is no run, RunFailed for damaged, edited or exchanged scores."""
     run = RunDir(path)
-    content = run.read()
-    if not run.scores.is_file():
-        raise RelpError(f"run '{path}' has no scores; run `relp score` again")
-    scores = Scores.load(run.scores)
-    return run, ScoreSpec(**content["spec"]), scores
+    record = run.read()
+    scores = run.load(record)
+    return run, score_spec(f"run record {run.record}: ", **record["spec"]), scores
+
+
+def prepare_again(spec: ScoreSpec, scores: Scores, session: Session, at_most: bool = False) -> Prepared:
+    """`prepare` for a run that exists; `spec` may ask for other pairs of its task.
+
+    Raises: RelpError where the task, the model, its tokenizer or the dictionaries are no longer those that were scored.
+    """
+    prepared = prepare(spec, session, at_most)
+    for what, now in _contents(spec, prepared, session).items():
+        then = scores.meta.get(what)
+        if then != now:
+            name = {"task_hash": f"task '{spec.task}'", "revision": f"model '{spec.model}'"}.get(
+                what, "the dictionaries"
+            )
+            raise RelpError(
+                f"{name}: the content has changed since this run was scored ({what} {now}, then {then}); score again"
+            )
+    return prepared

@@ -52,6 +52,8 @@ class ScoreSpec(BaseModel):
                     raise RelpError("error terms are scored together with features: --nodes feature")
                 if name not in NODE_KINDS:
                     raise unknown("node kind", name, [*NODE_KINDS, "edges", "feature"])
+        if len(set(nodes)) < len(nodes):
+            raise RelpError(f"node kinds {', '.join(nodes)}: one is there twice")
         return nodes
 
     def digest(self, **more: str) -> str:

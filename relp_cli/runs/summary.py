@@ -12,6 +12,7 @@ from relp_cli.files import write_atomically
 from relp_cli.report.figures import agreement_bars, faithfulness_curves
 from relp_cli.report.published import beside
 from relp_cli.report.tables import table5, write_table
+from relp_cli.runs.checked import file_label
 from relp_cli.runs.job import COSTS, JobSpec
 
 Tables = list[tuple[str, pd.DataFrame]]
@@ -60,14 +61,14 @@ def _agreement(job: JobSpec, rows: pd.DataFrame, folder: Path) -> tuple[list[Pat
 def _evaluation(job: JobSpec, rows: pd.DataFrame, folder: Path) -> tuple[list[Path], Tables]:
     files = []
     for (model, kind), chosen in rows.groupby(["model", "kind"], sort=False):
-        stem = f"curves-{Path(str(model)).name}-{kind}"
+        stem = f"curves-{file_label(str(model))}-{kind}"
         for end in ("png", "pdf"):
             files.append(folder / f"{stem}.{end}")
             faithfulness_curves(chosen, files[-1])
     for model, chosen in rows.groupby("model", sort=False):
         if any(kind in FEATURE_KINDS for kind in chosen.kind):  # Figure 3: features and neurons below each other
             for end in ("png", "pdf"):
-                files.append(folder / f"figure3-{Path(str(model)).name}.{end}")
+                files.append(folder / f"figure3-{file_label(str(model))}.{end}")
                 faithfulness_curves(chosen, files[-1])
     areas = areas_of(rows)
     for end in ("csv", "md", "tex"):

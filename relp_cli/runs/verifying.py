@@ -9,7 +9,7 @@ from relp_cli.evaluation.verify import AnyNodes, confirmed
 from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.methods.request import Progress
 from relp_cli.methods.scores import Scores
-from relp_cli.runs.scoring import Session, prepare
+from relp_cli.runs.scoring import Session, prepare_again
 from relp_cli.runs.spec import ScoreSpec
 
 
@@ -31,7 +31,7 @@ def verify_circuit(
     if circuit.labels == ANY_POSITION:
         raise RelpError("--verify patches nodes at their positions; select with --aggregate none")
     tau = circuit.meta["selection"]["tau"] if confirm is None else confirm
-    prepared = prepare(spec, session)
+    prepared = prepare_again(spec, scores, session)
     where = spec.params.get("dictionary")
     dictionary = session.dictionaries(where, prepared.model) if where else None
     kept = confirmed(prepared.model, prepared.pairs, circuit, tau, scores.meta, dictionary, progress)

@@ -114,7 +114,7 @@ def test_a_folder_deleted_in_the_middle_fails_in_one_line(tmp_path, monkeypatch)
         raise FileNotFoundError(errno.ENOENT, "No such file or directory")
 
     monkeypatch.setattr(os, "replace", gone)
-    with pytest.raises(RunFailed, match="writing .*file failed: its folder was deleted meanwhile"):
+    with pytest.raises(RunFailed, match=r"writing .*file failed: its folder was deleted meanwhile"):
         write_atomically(tmp_path / "file", "")
 
 
