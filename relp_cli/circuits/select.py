@@ -45,9 +45,9 @@ def select_nodes(
     first = next(iter(kinds.values()))
     masks, cut, _ = choose(kinds, given, sign, aggregate, union, from_layer)
     meta = {k: first.meta[k] for k in KEPT_META if k in first.meta}
-    meta["scores"] = tensor_hash(*(s.mean for s in kinds.values()))
+    meta["scores"] = tensor_hash(*(t for s in kinds.values() for t in s.ranked))
     shared = {"sign": sign, "aggregate": aggregate, "union": union, "from_layer": from_layer}
-    meta["selection"] = {**given, "tau": cut, **shared}
+    meta["selection"] = {**given, **cut, **shared}
     return Circuit(masks, ANY_POSITION if aggregate == "sum" else first.labels, meta)
 
 
@@ -59,8 +59,11 @@ def choose(
     union: bool,
     from_layer: int = 0,
     allowed: Tensor | None = None,
-) -> tuple[dict[str, Tensor], float, dict[str, Tensor]]:
-    """(kind → Bool mask, the τ that it amounts to, kind → what was compared with τ); see `select` for the arguments.
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
+    """(kind → Bool mask, what it amounts to, kind → what was compared with τ); see `select` for the arguments.
+
+    What it amounts to: `tau`, with which `threshold` keeps the same nodes; and `ties`, where there are: how many nodes more
+    that would be, which score as much as the last that top-k or top-p kept.
 
     allowed: Bool[unit], units that may be kept at all.
     """
@@ -71,7 +74,19 @@ def choose(
         if allowed is not None:
             s[..., ~allowed] = -torch.inf
     cut, keep = _cut(strengths, how, next(iter(kinds.values())).meta)
-    return _masks(strengths, cut, keep), cut, strengths
+    tau = {"tau": cut} if not keep else _as_threshold(strengths, cut, keep)
+    return _masks(strengths, cut, keep), tau, strengths
+
+
+def _as_threshold(strengths: Mapping[str, Tensor], last: float, keep: int) -> dict[str, Any]:
+    """A τ between the last value kept and the next lower one, with as few digits as there can be, and the ties."""
+    flat = torch.cat([s.flatten() for s in strengths.values()])
+    below, ties = flat[(flat < last) & (flat > -torch.inf)], int((flat >= last).sum()) - keep
+    lower = below.max().item() if len(below) else 0.0 if last > 0 else last - 1
+    middle = lower + (last - lower) / 2
+    rounded = (float(f"{middle:.{digits}g}") for digits in range(1, 18))
+    tau = next((value for value in rounded if lower <= value < last), lower)
+    return {"tau": tau, "ties": ties} if ties else {"tau": tau}
 
 
 def check_how(how: Mapping[str, Any], sign: str, aggregate: str, union: bool) -> None:
@@ -100,7 +115,7 @@ def _strength(scores: NodeScores, sign: str, aggregate: str, union: bool) -> Ten
 
 
 def _cut(strengths: Mapping[str, Tensor], how: Mapping[str, Any], meta: Mapping[str, Any]) -> tuple[float, int | None]:
-    """τ, and for top-k and top-p how many nodes to keep."""
+    """The value to compare with, and for top-k and top-p how many nodes to keep."""
     (name, value), total = next(iter(how.items())), sum(s.numel() for s in strengths.values())
     if value != value:
         raise RelpError(f"{name} is not a number")

@@ -10,8 +10,8 @@ from relp_cli.cli.common import JsonFlag, out, print_json
 
 
 def command(
-    rounds: Annotated[int, typer.Option(help="Timed rounds per row.")] = 7,
-    layers: Annotated[int, typer.Option(help="Layers of the GPT-2-small-shape model.")] = 12,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds per row.")] = 7,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the GPT-2-small-shape model.")] = 12,
     only: Annotated[str, typer.Option(help="Rows whose name contains this.")] = "",
     json: JsonFlag = False,
 ) -> None:

@@ -8,15 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from relp_cli.cli.common import DeviceOption, JsonFlag, comma, log, note, out, print_json, progress
+from relp_cli.cli.common import DeviceOption, JsonFlag, comma, log, note, out, output_option, print_json, progress
 from relp_cli.errors import RelpError
+from relp_cli.files import check_writable
 
 
 def command(
     run: Annotated[Path, typer.Argument(help="A run directory that `relp score` wrote.")],
     threshold: Annotated[float | None, typer.Option("--threshold", "-t", help="Keep |score| > τ.")] = None,
     fraction: Annotated[float | None, typer.Option(help="τ as a fraction of mean |L(x_o)| (0.005: Transluce).")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k largest |score|.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Keep the k largest |score|.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the fewest nodes that hold this share of Σ|score|.")] = None,
     nodes: Annotated[
         str | None, typer.Option(help="Only these kinds (default: all that were scored, together).")
@@ -48,7 +49,7 @@ def command(
         Path | None, typer.Option(help="What features mean: JSON lines (default: contexts and promoted tokens).")
     ] = None,
     device: DeviceOption = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: circuit.json in the run.")] = None,
+    output: Annotated[Path | None, output_option(help="Default: circuit.json in the run.")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Select a circuit from a run's scores and write it as one readable JSON file.
@@ -59,6 +60,8 @@ def command(
 
     if confirm is not None and not verify:
         raise RelpError("--confirm belongs to --verify")
+    if confirm is not None and not 0 <= confirm < math.inf:
+        raise RelpError(f"--confirm: expected a number from 0 up, got {confirm}")
     if annotations is not None:
         from relp_cli.features.annotations import read_annotations
 
@@ -80,6 +83,12 @@ def command(
     path = output or run_dir.circuit
     if path.is_dir():
         raise RelpError(f"--output {path} is a folder; expected a file name")
+    check_writable(path)
+    selection = circuit.meta["selection"]
+    if "ties" in selection:
+        note(
+            f"{selection['ties']} more score as much as the last that was kept: --threshold {selection['tau']} keeps all"
+        )
     if edge_threshold is not None and not hasattr(circuit, "features"):
         raise RelpError("--edge-threshold is for feature circuits; edges of heads and MLPs: relp score --nodes edges")
     if resamples:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,9 +35,15 @@ BosOption = Annotated[
 DtypeOption = Annotated[str, typer.Option(help="float32, float64, bfloat16, float16")]
 
 
-def dictionary_path(name: str | None) -> str | None:
-    """`--dictionary`: folders as absolute paths, so that a run can be evaluated from another folder than it was scored in."""
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+def output_option(help: str) -> Any:
+    """`--output`, `-o`; an empty name, which would be the working folder, is refused."""
+
+    def path(text: str | Path) -> Path:
+        if not str(text).strip():
+            raise RelpError("--output '': expected a name")
+        return Path(text)
+
+    return typer.Option("--output", "-o", parser=path, help=help)
 
 
 def comma(text: str) -> tuple[str, ...]:
@@ -67,14 +74,20 @@ def note(text: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON on stdout; tensors and NumPy numbers become plain ones."""
-    sys.stdout.write(json.dumps(value, indent=1, default=_plain, ensure_ascii=False) + "\n")
+    """Print a value as JSON on stdout; tensors and NumPy numbers become plain ones, and what is no finite number null."""
+    sys.stdout.write(json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:
-    if hasattr(value, "item"):
-        return value.item()
-    return str(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 @contextmanager

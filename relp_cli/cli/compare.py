@@ -13,9 +13,9 @@ from relp_cli.cli.common import (
     DtypeOption,
     JsonFlag,
     comma,
-    dictionary_path,
     log,
     note,
+    output_option,
     print_json,
     progress,
 )
@@ -31,7 +31,7 @@ def command(
     metric: Annotated[str | None, typer.Option(help="Default: the task's.")] = None,
     direction: Annotated[str, typer.Option(help="noising or denoising.")] = "noising",
     reference: Annotated[str, typer.Option(help="What estimates are compared with.")] = "act_patch",
-    top_k: Annotated[int, typer.Option(help="k of the top-k overlap.")] = 10,
+    top_k: Annotated[int, typer.Option(min=1, help="k of the top-k overlap.")] = 10,
     dictionary: Annotated[
         str | None, typer.Option(help="Compare features of these sparse autoencoders: a folder, or tiny-pythia.")
     ] = None,
@@ -39,7 +39,8 @@ def command(
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder (default: runs/compare-TASKS-MODELS).")
+        Path | None,
+        output_option(help="Folder (default: runs/compare-TASKS-MODELS)."),
     ] = None,
     json: JsonFlag = False,
 ) -> None:
@@ -54,7 +55,7 @@ def command(
     options = CompareOptions(
         models=comma(model), methods=comma(methods), nodes=comma(nodes), pairs=pairs, seed=seed, metric=metric,
         direction=direction, reference=reference, top_k=top_k, only_correct=only_correct, dtype=dtype,
-        dictionary=dictionary_path(dictionary),
+        dictionary=dictionary,
     )  # fmt: skip
     if output is None:
         names = [*(Path(t).stem for t in targets), *(Path(m).name for m in comma(model))]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from relp_cli.cli.common import DeviceOption, DryRunFlag, JsonFlag, log, note, out, print_json, progress
+from relp_cli.cli.common import DeviceOption, DryRunFlag, JsonFlag, log, note, out, output_option, print_json, progress
 from relp_cli.errors import RelpError
 
 
@@ -31,16 +31,16 @@ def command(
     metric: Annotated[
         str | None, typer.Option(help="logit_diff, prob_diff, kl or accuracy (default: the run's).")
     ] = None,
-    pairs: Annotated[int, typer.Option(help="Held-out pairs (as many as exist, at most).")] = 100,
+    pairs: Annotated[int, typer.Option(min=1, help="Held-out pairs (as many as exist, at most).")] = 100,
     seed: Annotated[int, typer.Option(help="Draws held-out pairs, random circuits and bootstrap samples.")] = 0,
-    random: Annotated[int, typer.Option(help="Random circuits of the same size per point.")] = 3,
+    random: Annotated[int, typer.Option(min=0, help="Random circuits of the same size per point.")] = 3,
     errors: Annotated[
         str | None, typer.Option(help="Error terms of feature circuits: all, residual (not of attention, MLP), none.")
     ] = None,
     device: DeviceOption = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Job folder; for a run, the table (default: evaluation.csv in it)."),
+        output_option(help="Job folder; for a run, the table (default: evaluation.csv in it)."),
     ] = None,
     override: Annotated[
         list[str], typer.Option("--override", help="Override a key of the job: models=\\[tiny-gpt2]")

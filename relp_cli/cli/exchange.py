@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from relp_cli.cli.common import DeviceOption, JsonFlag, log, note, print_json
+from relp_cli.cli.common import DeviceOption, JsonFlag, log, note, output_option, print_json
 from relp_cli.errors import RelpError
 
 
@@ -20,8 +20,8 @@ def export(
 
     Example: relp export runs/ioi-edges ioi.json
     """
-    from relp_cli.edges.circuit import EdgeCircuit
     from relp_cli.edges.exchange import export_circuit
+    from relp_cli.runs.evaluating import own_circuit
     from relp_cli.runs.scoring import open_run
 
     run_dir, _, scores = open_run(run)
@@ -30,9 +30,9 @@ def export(
             f"run '{run}' scored {', '.join(scores)}; only edges can be exported (score with --nodes edges)"
         )
     edges = scores["edges"]
-    circuit = EdgeCircuit.load(run_dir.circuit) if run_dir.circuit.is_file() else None
+    circuit = own_circuit(run_dir, scores) if run_dir.circuit.is_file() else None
     export_circuit(file, int(edges.meta["d_model"]), circuit, edges)  # type: ignore[arg-type]
-    kept = 0 if circuit is None else circuit.n_edges
+    kept = 0 if circuit is None else circuit.n_nodes
     if json:
         print_json({"file": str(file), "n_edges": kept})
         return
@@ -44,7 +44,7 @@ def export(
 def import_(
     file: Annotated[Path, typer.Argument(help="A circuit of EAP-IG or MIB, .json or .pt.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="Check that it is of this model's graph.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The circuit file to write.")] = Path("circuit.json"),
+    output: Annotated[Path, output_option(help="The circuit file to write.")] = Path("circuit.json"),
     device: DeviceOption = None,
     json: JsonFlag = False,
 ) -> None:

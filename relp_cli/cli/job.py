@@ -7,14 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from relp_cli.cli.common import DeviceOption, JsonFlag, log, note, out, print_json, progress
+from relp_cli.cli.common import DeviceOption, JsonFlag, log, note, out, output_option, print_json, progress
 from relp_cli.errors import RelpError, unknown
 
 
 def reproduce(
     what: Annotated[str, typer.Argument(help="table5 or figure3")],
     models: Annotated[str | None, typer.Option(help="Only these models (names, or folders of local copies).")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Job folder (default: runs/JOB).")] = None,
+    output: Annotated[Path | None, output_option(help="Job folder (default: runs/JOB).")] = None,
     device: DeviceOption = None,
     json: JsonFlag = False,
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from relp_cli.cli.common import JsonFlag, out, print_json
-from relp_cli.errors import unknown
+from relp_cli.errors import RelpError, unknown
 
 
 def command(
@@ -106,15 +105,16 @@ def _jobs() -> list[dict[str, Any]]:
 
 
 def _runs() -> list[dict[str, Any]]:
-    rows = []
+    from relp_cli.runs.rundir import RunDir
+
+    rows: list[dict[str, Any]] = []
     for path in sorted(Path("runs").glob("**/run.json")):
+        keys = ("task", "model", "method", "direction", "pairs")
         try:
-            content = jsonlib.loads(path.read_text())
-            spec = content["spec"]
-        except (OSError, ValueError, KeyError):
-            rows.append({"run": str(path.parent), "task": "(unreadable run.json)"})
-            continue
-        rows.append({"run": str(path.parent)} | {k: spec[k] for k in ("task", "model", "method", "direction", "pairs")})
+            spec = RunDir(path.parent).read()["spec"]
+            rows.append({"run": str(path.parent)} | {k: spec[k] for k in keys})
+        except (RelpError, KeyError):
+            rows.append({"run": str(path.parent), "task": "(damaged run.json)"})
     return rows
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from relp_cli.cli.common import log
+from relp_cli.cli.common import log, output_option
 
 
 def command(
@@ -15,7 +15,7 @@ def command(
     annotations: Annotated[
         Path | None, typer.Option(help="What features mean: JSON lines (default: contexts and promoted tokens).")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: report.html in the run.")] = None,
+    output: Annotated[Path | None, output_option(help="Default: report.html in the run.")] = None,
 ) -> None:
     """Figures and one self-contained HTML page of a run.
 

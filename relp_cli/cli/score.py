@@ -16,10 +16,10 @@ from relp_cli.cli.common import (
     JsonFlag,
     assignments,
     comma,
-    dictionary_path,
     log,
     note,
     out,
+    output_option,
     print_json,
     progress,
 )  # fmt: skip
@@ -57,7 +57,7 @@ def command(
     batch_size: Annotated[int, typer.Option(help="Pairs per pass.")] = 32,
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run directory (default: runs/…).")] = None,
+    output: Annotated[Path | None, output_option(help="Run directory (default: runs/…).")] = None,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -71,7 +71,7 @@ def command(
     if rules is not None:
         params["rules"] = rules if rules == "auto" else list(comma(rules))
     if dictionary is not None:
-        params["dictionary"] = dictionary_path(dictionary)
+        params["dictionary"] = dictionary
         nodes = "feature" if nodes == COMPONENTS else nodes
     spec = score_spec(
         task=task, model=model, method=method, nodes=comma(nodes), pairs=pairs, seed=seed, split=split, metric=metric,

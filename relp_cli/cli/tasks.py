@@ -48,7 +48,7 @@ def show(
     pairs: Annotated[
         int, typer.Option(help="Pairs to measure the model's behaviour on (as many as exist, at most).")
     ] = 100,
-    examples: Annotated[int, typer.Option(help="Pairs to print per token length.")] = 1,
+    examples: Annotated[int, typer.Option(min=0, help="Pairs to print per token length.")] = 1,
     seed: Annotated[int, typer.Option(help="Draws the pairs.")] = 0,
     split: Annotated[str, typer.Option(help="discovery, heldout or all.")] = "discovery",
     bos: BosOption = None,

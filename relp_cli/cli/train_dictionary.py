@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from relp_cli.cli.common import DeviceOption, JsonFlag, comma, log, out, print_json, progress
+from relp_cli.cli.common import DeviceOption, JsonFlag, comma, log, out, output_option, print_json, progress
 
 
 def command(
@@ -28,9 +28,7 @@ def command(
     ] = None,
     lines: Annotated[int, typer.Option(help="How many lines; every tenth is held out.")] = 8000,
     device: DeviceOption = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder: one SAELens folder per site.")] = Path(
-        "dictionaries"
-    ),
+    output: Annotated[Path, output_option(help="Folder: one SAELens folder per site.")] = Path("dictionaries"),
     json: JsonFlag = False,
 ) -> None:
     """Train small sparse autoencoders on a model's activations, for --dictionary.

@@ -68,6 +68,11 @@ class EdgeScores:
     def n_nodes(self) -> int:
         return self.n_edges
 
+    @property
+    def ranked(self) -> tuple[Tensor, ...]:
+        """As NodeScores'."""
+        return (self.mean,)
+
     def flat(self) -> NodeScores:
         """The same numbers as scores of one layer whose units are the edges, for everything that ranks or correlates."""
 

@@ -49,13 +49,14 @@ def select_edges(
     masks, cut, strengths = choose({KIND: flat}, given, sign, aggregate, union, allowed=allowed)
     kept = masks[KIND][0]
     if greedy:
-        kept = _greedy(graph, strengths[KIND][0], given, cut)
+        cut.pop("ties", None)  # it takes the first edge that it reaches
+        kept = _greedy(graph, strengths[KIND][0], given, cut["tau"])
     mask = torch.zeros(len(kept), *graph.mask.shape, dtype=torch.bool)
     mask[:, graph.mask] = kept
     meta = {k: scores.meta[k] for k in (*KEPT_META, "positions", "d_model") if k in scores.meta}
-    meta["scores"] = tensor_hash(scores.mean)
+    meta["scores"] = tensor_hash(*scores.ranked)
     meta["selection"] = {
-        **given, "tau": cut, "sign": sign, "aggregate": aggregate, "union": union, "from_layer": from_layer, "greedy": greedy,
+        **given, **cut, "sign": sign, "aggregate": aggregate, "union": union, "from_layer": from_layer, "greedy": greedy,
     }  # fmt: skip
     circuit = EdgeCircuit(graph, mask, ANY_POSITION if aggregate == "sum" else scores.labels, meta)
     return circuit if prune == "none" else circuit.prune(prune == "from_input")

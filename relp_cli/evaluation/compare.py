@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from relp_cli.errors import RelpError
 from relp_cli.evaluation.agreement import agreement
 from relp_cli.methods.request import Progress
 from relp_cli.methods.score import COMPONENTS
@@ -53,6 +54,8 @@ def run_comparison(
     scores: results that exist already (method → Scores); only the missing ones are computed.
     All methods are compared on the pairs that each of them scored (`relp+auto` sets pairs aside to choose its rules on).
     """
+    if top_k < 1:
+        raise RelpError(f"top_k: expected at least 1, got {top_k}")
     reference = exact_method(nodes, reference)
     done = dict(scores or {})
     for method in dict.fromkeys([reference, *methods]):

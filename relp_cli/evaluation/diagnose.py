@@ -111,6 +111,8 @@ def diagnose(
     if cheap not in CANDIDATES:
         raise unknown("method to diagnose", cheap, CANDIDATES)
     limits = options or Options()
+    if limits.top < 1:
+        raise RelpError(f"top: expected at least 1 suspect to patch, got {limits.top}")
     estimates = {
         name: score(model, pairs, method, KINDS, metric, direction, keep_examples=False, progress=progress, **params)
         for name, (method, params) in (CANDIDATES | THOROUGH if limits.thorough else CANDIDATES).items()

@@ -65,6 +65,8 @@ def evaluate(
     circuits: list[Any] = [circuit] if isinstance(circuit, AnyCircuit) else list(circuit)
     if not circuits or not pairs:
         raise RelpError("nothing to evaluate: no circuit or no pairs")
+    if random_circuits < 0 or bootstrap < 0:
+        raise RelpError(f"expected counts from 0 up, got random_circuits={random_circuits}, bootstrap={bootstrap}")
     if corpus is not None and not isinstance(circuits[0], Circuit):
         raise RelpError(
             f"corpus {corpus}: only circuits of nodes are ablated with a corpus, not those of edges or features"

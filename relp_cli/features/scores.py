@@ -105,6 +105,11 @@ class FeatureScores:
         return len(self.labels) * (sum(self.sizes) + len(self.sites))
 
     @property
+    def ranked(self) -> tuple[Tensor, ...]:
+        """As NodeScores'."""
+        return self.index, self.mean, self.error_mean
+
+    @property
     def present(self) -> Bool[Tensor, "example pos"] | None:
         """Which examples have which positions, where scores were kept per example."""
         return None if self.examples is None else self.examples.present

@@ -64,10 +64,10 @@ def select_features(
         for s, m in empty.errors.items()
     }
     meta = {k: scores.meta[k] for k in (*KEPT_META, "dictionary", "dictionary_hash") if k in scores.meta}
-    meta["scores"] = tensor_hash(scores.index, scores.mean, scores.error_mean)
+    meta["scores"] = tensor_hash(*scores.ranked)
     meta["selection"] = {
         **given,
-        "tau": cut,
+        **cut,
         "sign": sign,
         "aggregate": aggregate,
         "union": union,

@@ -47,6 +47,11 @@ class NodeScores:
     def n_nodes(self) -> int:
         return self.mean.numel()
 
+    @property
+    def ranked(self) -> tuple[Tensor, ...]:
+        """What a selection ranks: its hash ties a circuit to the scores that it came from."""
+        return (self.mean,)
+
     def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and header of one entry of a score file."""
         tensors = {n: getattr(self, n) for n in ("mean", "variance", "n", "examples", "present")}

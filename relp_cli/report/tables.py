@@ -169,7 +169,12 @@ def _tex_row(row: Sequence[str]) -> str:
 
 
 def _csv(table: pd.DataFrame, digits: int) -> str:  # noqa: ARG001 - full precision
-    return table.to_csv(index=False)
+    return table.map(_harmless).to_csv(index=False)
+
+
+def _harmless(value: Any) -> Any:
+    """Text that a spreadsheet would run as a formula gets a quote before it; numbers stay numbers."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _parquet(table: pd.DataFrame, digits: int) -> bytes:  # noqa: ARG001 - full precision

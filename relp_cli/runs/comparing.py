@@ -11,11 +11,12 @@ import pandas as pd
 
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.compare import exact_method, run_comparison
-from relp_cli.files import check_writable, write_atomically
+from relp_cli.files import check_writable
 from relp_cli.methods.request import Progress
 from relp_cli.methods.scores import Scores
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.report.figures import heatmaps
+from relp_cli.report.tables import write_table
 from relp_cli.runs.checked import distinct, file_label, model_labels, score_spec
 from relp_cli.runs.scoring import (
     Prepared,
@@ -89,7 +90,7 @@ def compare_tasks(
         files += _figure(prepared, label, scores, options, folder)
     table = pd.concat(tables, ignore_index=True)
     path = folder / "compare.csv"
-    write_atomically(path, table.to_csv(index=False))
+    write_table(table, path)
     return Compared(table, (path, *files), tuple(notes))
 
 
@@ -129,7 +130,7 @@ def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path) -
     )  # fmt: skip
     result.table.insert(0, "task", first["task"])
     path = folder / "compare.csv"
-    write_atomically(path, result.table.to_csv(index=False))
+    write_table(result.table, path)
     return Compared(result.table, (path,), prepared.notes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,12 @@ from relp_cli.features.circuit import ERRORS, FeatureCircuit
 from relp_cli.features.circuit import TYPE as FEATURES
 from relp_cli.features.kinds import SCORED
 from relp_cli.features.scores import FeatureScores
-from relp_cli.files import read_json, write_atomically
+from relp_cli.files import check_writable, read_json
 from relp_cli.methods.request import Progress
+from relp_cli.methods.scores import Scores
 from relp_cli.models.model import Model
+from relp_cli.report.tables import write_table
+from relp_cli.runs.rundir import RunDir
 from relp_cli.runs.scoring import Session, open_run, prepare_again
 from relp_cli.runs.spec import ScoreSpec
 from relp_cli.selection import select
@@ -45,6 +49,8 @@ def sweep_points(text: str) -> list[dict[str, float]]:
         if form in ("log", "lin") and len(parts) == 3:
             low, high, n = float(parts[0]), float(parts[1]), int(parts[2])
             if n < 1 or low >= high or (form == "log" and low <= 0):
+                raise ValueError
+            if not (math.isfinite(low) and math.isfinite(high)):
                 raise ValueError
             values = np.geomspace(low, high, n) if form == "log" else np.linspace(low, high, n)
             return [{"threshold": float(v)} for v in values]
@@ -126,6 +132,7 @@ def evaluate_run(
         raise RelpError("give --sweep or --circuit, not both")
     if output is not None and (output.is_dir() or output.suffix != ".csv"):
         raise RelpError(f"--output {output}: expected the name of a .csv file for a run's evaluation")
+    check_writable(output or run.path)
     if sweep is not None:
         sweep_points(sweep)  # found to be wrong before a model is loaded
     file = circuit or (run.circuit if run.circuit.is_file() and sweep is None else None)
@@ -137,7 +144,10 @@ def evaluate_run(
         raise RelpError("--errors is for feature circuits; this run scored " + ", ".join(scores))
     more = {"errors": errors} if errors else {}
     if file:
-        circuits = [read_circuit(file, errors, prepared.model)]
+        read = (
+            read_circuit(file, errors, prepared.model) if circuit else own_circuit(run, scores, errors, prepared.model)
+        )
+        circuits = [read]
     else:
         circuits = circuits_of(scores, sweep or DEFAULT_SWEEP, exclude, **more)
     for what in ("task", "dictionary_hash"):
@@ -162,7 +172,7 @@ def evaluate_run(
     if file:  # so that a report can tell whether this table is of the circuit that the run has by then
         table["circuit"] = circuit_hash(first)
     out = output or run.path / "evaluation.csv"
-    write_atomically(out, table.to_csv(index=False))
+    write_table(table, out)
     return out, table, tuple(notes)
 
 
@@ -204,6 +214,27 @@ def read_circuit(
     return circuit if errors is None else circuit.without_errors(errors)
 
 
+def own_circuit(
+    run: RunDir, scores: Scores, errors: str | None = None, model: Model | None = None
+) -> Circuit | EdgeCircuit | FeatureCircuit:
+    """A run's circuit.json. Raises RelpError where it was selected from other scores than the run's, or is of another
+    model or graph; RunFailed where it is damaged.
+    """
+    circuit = read_circuit(run.circuit, errors, model)
+    theirs = circuit.meta.get("scores")
+    kinds = [k for k in scores if isinstance(circuit, FeatureCircuit) or k in circuit.masks]
+    mine = tensor_hash(*(t for k in kinds for t in scores[k].ranked))
+    other = next((w for w in ("model", "revision") if circuit.meta.get(w, scores.meta[w]) != scores.meta[w]), None)
+    if isinstance(circuit, EdgeCircuit) and ("edges" not in scores or circuit.graph != scores["edges"].graph):  # type: ignore[attr-defined]
+        other = "graph"
+    if other is not None or (theirs is not None and theirs != mine):
+        raise RelpError(
+            f"circuit {run.circuit} is of {'another ' + other if other else 'other scores'} than this run's; select it "
+            f"again: relp circuit {run.path}"
+        )
+    return circuit
+
+
 def minimality_of_run(
     path: Path,
     *,
@@ -222,10 +253,11 @@ def minimality_of_run(
     if not file.is_file():
         raise RelpError(f"run '{path}' has no circuit to drop nodes of; run `relp circuit {path} --threshold …`")
     prepared = prepare_again(held_out(spec, pairs, seed, metric), scores, session, at_most=True)
+    chosen = read_circuit(file, errors, prepared.model) if circuit else own_circuit(run, scores, errors, prepared.model)
     table = minimality(
-        prepared.model, prepared.pairs, read_circuit(file, errors, prepared.model), metric=prepared.metric, seed=seed,
+        prepared.model, prepared.pairs, chosen, metric=prepared.metric, seed=seed,
         progress=progress, dictionary=spec.params.get("dictionary"), **options,
     )  # fmt: skip
     out = run.path / "minimality.csv"
-    write_atomically(out, table.to_csv(index=False))
+    write_table(table, out)
     return out, table

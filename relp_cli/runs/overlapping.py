@@ -10,7 +10,7 @@ from relp_cli.errors import RelpError
 from relp_cli.evaluation.agreement import agreement
 from relp_cli.evaluation.overlap import overlap
 from relp_cli.methods.scores import NodeScores
-from relp_cli.runs.evaluating import read_circuit
+from relp_cli.runs.evaluating import own_circuit, read_circuit
 from relp_cli.runs.rundir import RunDir
 from relp_cli.runs.scoring import open_run
 
@@ -29,11 +29,10 @@ def overlap_of(first: Path, second: str) -> dict[str, Any]:
 def _circuit(where: str) -> Any:
     path = Path(where)
     if path.is_dir():
-        run = RunDir(path)
-        run.read()
+        run, _, scores = open_run(path)
         if not run.circuit.is_file():
             raise RelpError(f"run '{path}' has no circuit yet; run `relp circuit {path} --threshold …`")
-        return read_circuit(run.circuit)
+        return own_circuit(run, scores)
     if path.is_file():
         return read_circuit(path)
     if where in reference_names() or "/" not in where:

@@ -11,9 +11,10 @@ from relp_cli.errors import RelpError, RunFailed
 from relp_cli.features.annotations import read_annotations
 from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.kinds import SCORED
+from relp_cli.files import check_writable
 from relp_cli.report.html import write_html
 from relp_cli.runs.comparing import example_tokens
-from relp_cli.runs.evaluating import circuit_hash, read_circuit
+from relp_cli.runs.evaluating import circuit_hash, own_circuit
 from relp_cli.runs.features import feature_meanings
 from relp_cli.runs.scoring import Session, open_run, prepare_again
 
@@ -26,9 +27,11 @@ def report_run(path: Path, output: Path | None = None, annotations: Path | None 
     if annotations is not None:
         read_annotations(annotations)  # found to be wrong before anything is drawn
     run, spec, scores = open_run(path)
+    for place in (run.path, output or run.path):
+        check_writable(place)  # before the figures
     if annotations is not None and SCORED not in scores.kinds:
         raise RelpError("--annotations is for runs of features; this run scored " + ", ".join(scores))
-    circuit: Any = read_circuit(run.circuit) if run.circuit.is_file() else None
+    circuit: Any = own_circuit(run, scores) if run.circuit.is_file() else None
     record = run.read()
     evaluation = _evaluation(run.path / "evaluation.csv")
     theirs = None if evaluation is None or "circuit" not in evaluation else evaluation["circuit"][0]
@@ -43,17 +46,18 @@ def report_run(path: Path, output: Path | None = None, annotations: Path | None 
         if SCORED in scores.kinds:
             of_features = circuit if isinstance(circuit, FeatureCircuit) else None
             meanings = feature_meanings(spec, session, prepared, scores, of_features, annotations)
-    except RelpError:
+    except RelpError as error:
         if annotations is not None:
             raise
-        # The model is elsewhere: the page shows role labels without example tokens.
+        # The model is elsewhere or another one by now: the page shows role labels without example tokens, and says so.
+        record["notes"] = [*record.get("notes", []), f"no example tokens: {error}"]
     methods = {spec.method: scores}
     return write_html(run.path, record, methods, circuit, evaluation, tokens, output, meanings=meanings)
 
 
 def _evaluation(path: Path) -> pd.DataFrame | None:
     try:
-        table = pd.read_csv(path, keep_default_na=True) if path.is_file() else None
+        table = pd.read_csv(path, dtype={"circuit": str}) if path.is_file() else None
     except (ValueError, pd.errors.ParserError) as error:
         raise RunFailed(f"{path} cannot be read ({error}); evaluate again to replace it") from error
     if table is not None and "note" in table:

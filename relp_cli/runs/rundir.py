@@ -17,7 +17,6 @@ from typing import Any
 
 from relp_cli.errors import RelpError, RunFailed
 from relp_cli.files import read_json, write_atomically
-from relp_cli.methods.scores import Scores
 
 PACKAGES = ("relp-cli", "torch", "transformers", "transformer-lens", "numpy")
 
@@ -75,27 +74,6 @@ class RunDir:
                 "task or model has changed since; choose another --output or delete it"
             )
         return self.scores.is_file() and content["files"].get(self.scores.name) == checksum(self.scores)
-
-    def load(self, record: dict[str, Any]) -> Scores:
-        """The scores that this record is of.
-
-        Raises: RelpError where they are missing or cannot be opened, RunFailed where they are damaged, were edited, or are
-        another run's.
-        """
-        if not self.scores.is_file():
-            raise RelpError(f"run '{self.path}' has no scores; run `relp score` again")
-        found = checksum(self.scores)
-        scores = Scores.load(self.scores)
-        if found != record["files"].get(self.scores.name) or scores.meta.get("hash") != record["hash"]:
-            raise RunFailed(
-                f"score file {self.scores} is not the one that this run wrote (its checksum or hash is not run.json's); "
-                "score again to replace it"
-            )
-        if list(scores) != record["spec"].get("nodes"):
-            raise RunFailed(
-                f"run record {self.record}: nodes {record['spec'].get('nodes')}, but scores of {list(scores)}"
-            )
-        return scores
 
     def write(self, content: dict[str, Any]) -> None:
         """Write run.json, last of all files: what it lists is complete."""

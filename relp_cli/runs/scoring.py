@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from relp_cli import __version__
-from relp_cli.errors import RelpError
+from relp_cli.errors import RelpError, RunFailed
 from relp_cli.evaluation.behaviour import Behaviour, behaviour, keep_correct
 from relp_cli.features.load import Dictionaries, check_dictionary, load_dictionaries
 from relp_cli.features.score import check_method
@@ -21,7 +21,7 @@ from relp_cli.methods.scores import Scores
 from relp_cli.models.load import load_model
 from relp_cli.models.model import Model
 from relp_cli.runs.checked import score_spec
-from relp_cli.runs.rundir import RunDir, provenance
+from relp_cli.runs.rundir import RunDir, checksum, provenance
 from relp_cli.runs.spec import ScoreSpec
 from relp_cli.scoring import score
 from relp_cli.tasks.generate import TooFewPairs
@@ -167,7 +167,7 @@ def score_run(
     if on_ready:
         on_ready(prepared)
     if run.is_done(digest):
-        return run, run.load(run.read()), True
+        return run, load_scores(run, run.read()), True
     check_writable(run.path)
     params = dict(spec.params)
     if "dictionary" in params:
@@ -233,11 +233,31 @@ def with_meta(scores: Any, prepared: Prepared, spec: ScoreSpec, digest: str) -> 
     return replace(scores, meta=meta)
 
 
+def load_scores(run: RunDir, record: dict[str, Any]) -> Scores:
+    """The scores that a run's record is of.
+
+    Raises: RelpError where they are missing or cannot be opened, RunFailed where they are damaged, were edited, or are
+    another run's.
+    """
+    if not run.scores.is_file():
+        raise RelpError(f"run '{run.path}' has no scores; run `relp score` again")
+    found = checksum(run.scores)
+    scores = Scores.load(run.scores)
+    if found != record["files"].get(run.scores.name) or scores.meta.get("hash") != record["hash"]:
+        raise RunFailed(
+            f"score file {run.scores} is not the one that this run wrote (its checksum or hash is not run.json's); "
+            "score again to replace it"
+        )
+    if list(scores) != record["spec"].get("nodes"):
+        raise RunFailed(f"run record {run.record}: nodes {record['spec'].get('nodes')}, but scores of {list(scores)}")
+    return scores
+
+
 def open_run(path: Path) -> tuple[RunDir, ScoreSpec, Scores]:
     """A finished run. Raises RelpError for what is no run, RunFailed for damaged, edited or exchanged scores."""
     run = RunDir(path)
     record = run.read()
-    scores = run.load(record)
+    scores = load_scores(run, record)
     return run, score_spec(f"run record {run.record}: ", **record["spec"]), scores
 
 

@@ -8,13 +8,14 @@ from typing import Any
 import pandas as pd
 
 from relp_cli.features.kinds import FEATURE_KINDS
-from relp_cli.files import write_atomically
 from relp_cli.report.figures import agreement_bars, faithfulness_curves
 from relp_cli.report.published import beside
 from relp_cli.report.tables import table5, write_table
 from relp_cli.runs.checked import file_label
 from relp_cli.runs.job import COSTS, JobSpec
 
+# What a table of all cells has even where it is undefined in every one of them.
+MEASURES = ("pcc", "pcc_lo", "pcc_hi", "pcc_per_pair", "spearman", "topk", "note", "faithfulness", "completeness")
 Tables = list[tuple[str, pd.DataFrame]]
 
 
@@ -26,13 +27,14 @@ def summarise(job: JobSpec, rows: pd.DataFrame, folder: Path) -> tuple[list[Path
     if rows.empty:
         return [], []
     files = [folder / "results.csv"]
-    write_atomically(files[0], rows.to_csv(index=False))
+    write_table(rows, files[0])
     if _has_pyarrow():
         files.append(folder / "results.parquet")
         write_table(rows, files[-1])
     tables: Tables = []
     for part, make in (("agreement", _agreement), ("evaluation", _evaluation)):
-        chosen = rows[rows.what == part].dropna(axis=1, how="all")
+        chosen = rows[rows.what == part]
+        chosen = chosen[[c for c in chosen if c in MEASURES or chosen[c].notna().any()]]
         if len(chosen):
             made, shown = make(job, chosen, folder)
             files += made
@@ -60,12 +62,15 @@ def _agreement(job: JobSpec, rows: pd.DataFrame, folder: Path) -> tuple[list[Pat
 
 def _evaluation(job: JobSpec, rows: pd.DataFrame, folder: Path) -> tuple[list[Path], Tables]:
     files = []
-    for (model, kind), chosen in rows.groupby(["model", "kind"], sort=False):
+    drawn = rows.groupby(["model", "kind"]).filter(
+        lambda part: part[["faithfulness", "completeness"]].notna().any(axis=None)
+    )
+    for (model, kind), chosen in drawn.groupby(["model", "kind"], sort=False):
         stem = f"curves-{file_label(str(model))}-{kind}"
         for end in ("png", "pdf"):
             files.append(folder / f"{stem}.{end}")
             faithfulness_curves(chosen, files[-1])
-    for model, chosen in rows.groupby("model", sort=False):
+    for model, chosen in drawn.groupby("model", sort=False):
         if any(kind in FEATURE_KINDS for kind in chosen.kind):  # Figure 3: features and neurons below each other
             for end in ("png", "pdf"):
                 files.append(folder / f"figure3-{file_label(str(model))}.{end}")

@@ -47,6 +47,7 @@ def verify_circuit(
         )
         said.append(
             f"missed: patching {left.n_subsets} random subsets of the {left.n_unverified} others excludes, at "
-            f"{left.confidence:.0%} confidence, that one of them has an |effect| above {left.bound:.3g} in their company"
+            f"{left.confidence:.0%} confidence, that one of them has an |effect| above {left.bound:.3g} in the company of "
+            f"{left.company:.0f} others; where effects do not add up, its effect alone may be larger"
         )
     return kept, said

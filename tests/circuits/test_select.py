@@ -104,6 +104,25 @@ def test_top_k_is_exact_under_many_ties(k):
         assert inside.min() >= outside.max()
 
 
+@pytest.mark.parametrize("sign", ["absolute", "positive", "negative"])
+@pytest.mark.parametrize(
+    "how", [{"top_k": 1}, {"top_k": 5}, {"top_k": 12}, {"top_k": 24}, {"top_p": 0.4}, {"top_p": 1.0}]
+)
+def test_the_threshold_that_is_told_selects_the_same_nodes(how, sign):
+    mean = torch.randn(4, 6, generator=torch.Generator().manual_seed(3)).double()
+    circuit = select(scores(mean), **how, sign=sign)
+    again = select(scores(mean), threshold=circuit.meta["selection"]["tau"], sign=sign)
+    assert torch.equal(again.masks["mlp_out"], circuit.masks["mlp_out"])
+    assert "ties" not in circuit.meta["selection"]
+
+
+def test_ties_are_told():
+    tied = scores(torch.tensor([[3.0, 2.0, 2.0], [2.0, 1.0, -2.0]]))
+    told = select(tied, top_k=2).meta["selection"]
+    assert told["ties"] == 3
+    assert select(tied, threshold=told["tau"]).n_nodes == 5
+
+
 @pytest.mark.parametrize("p", [0.01, 0.25, 0.5, 0.9, 1.0])
 def test_top_p_is_the_fewest_nodes(p):
     mean = torch.randint(-2, 3, (4, 6), generator=torch.Generator().manual_seed(0)).double()
@@ -145,7 +164,7 @@ def test_provenance_goes_with_the_circuit():
     }  # fmt: skip
     assert "seconds" not in circuit.meta
     assert circuit.meta["scores"] == tensor_hash(VALUES)
-    assert circuit.meta["selection"]["tau"] == 3
+    assert select(scores(), threshold=circuit.meta["selection"]["tau"]).n_nodes == 2
     assert tensor_hash(VALUES) != tensor_hash(VALUES + 1) != tensor_hash(VALUES.T + 1)
 
 

@@ -189,8 +189,8 @@ def test_selection() -> None:
     assert torch.equal(relp.select(edges, threshold=0.05).mask[0], edges.mean.abs() > 0.05)
     assert torch.equal(relp.select(edges, threshold=0.05, sign="negative").mask[0], edges.mean < -0.05)
     assert relp.select(edges, top_k=17).n_edges == 17
-    tau = flat.abs().sort(descending=True).values[16].item()
-    assert relp.select(edges, top_k=17).meta["selection"]["tau"] == pytest.approx(tau)
+    last, below = flat.abs().sort(descending=True).values[16:18].tolist()
+    assert below <= relp.select(edges, top_k=17).meta["selection"]["tau"] < last
     assert relp.select(edges, top_k=17, from_layer=1).mask[0, :, edges.graph.readers_of(0)].sum() == 0
     kept = run(c, "eap", ["edges"], positions="keep")
     assert relp.select(kept, top_k=40).mask.shape[0] == c.batch.n_pos

@@ -75,3 +75,26 @@ def test_bad_input_is_one_clear_line():
         bound(c, nothing, subsets=4)
     with pytest.raises(RelpError, match="share"):
         bound(c, nothing, share=1.5)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.5, 0.8])
+def test_coverage_is_nominal_where_effects_add_up_and_lower_where_they_saturate(share):
+    rng = torch.Generator().manual_seed(1)
+    covered = {"add up": 0, "saturate": 0}
+    for _ in range(500):
+        effects = 0.2 * torch.randn(40, generator=rng, dtype=torch.float64)
+        effects[0] = 1.0
+        member = (torch.rand(256, 40, generator=rng) < share).double()
+        for name, of_sum in (("add up", torch.clone), ("saturate", torch.tanh)):
+            _, _, upper = _welch(of_sum(member @ effects), member, 0.95)
+            covered[name] += bool(upper.max() >= of_sum(effects).abs().max())
+    assert covered["add up"] / 500 > 0.92  # 95 % less three standard errors
+    low, high = {0.05: (0.77, 0.87), 0.1: (0.58, 0.72), 0.5: (0.3, 0.43), 0.8: (0.3, 0.43)}[share]
+    assert low < covered["saturate"] / 500 < high  # what the module says of it
+
+
+def test_the_company_is_said():
+    c = case("gpt2")
+    verified = {kind: torch.zeros_like(e, dtype=torch.bool) for kind, e in exact(c).items()}
+    got = bound(c, verified, subsets=100, share=0.1)
+    assert got.company == pytest.approx(0.1 * (sum(v.numel() for v in verified.values()) - 1))

@@ -163,10 +163,13 @@ def test_stability_and_overlap(dicts: Dictionaries) -> None:
 def test_verification_patches_the_circuits_nodes_alone(dicts: Dictionaries, options: dict[str, str]) -> None:
     scores, exact = scored(dicts, **options), scored(dicts, "act_patch", **options)
     circuit = select(scores, top_k=60)
-    errors = torch.stack([exact.error_mean[exact.at(s)] for s in dicts])[
-        torch.stack(list(circuit.errors.values()))
-    ].abs()
-    tau = float(errors.median())
+    values = [exact.dense(s)[circuit.features[s]] for s in dicts]
+    values += [exact.error_mean[exact.at(s)][circuit.errors[s]] for s in dicts]
+    sizes = torch.cat(values).abs().sort().values
+    # τ in the widest gap of the middle third: a value compared with itself would pass or not as rounding has it.
+    widest = 20 + int((sizes[21:41] - sizes[20:40]).argmax())
+    tau = float(sizes[widest : widest + 2].mean())
+    assert (sizes - tau).abs().min() > 1e-5 * tau
     with exact_float64(), double_by_default():
         kept = confirmed(C.model, [C.batch], circuit, tau, scores.meta, dicts)
         request = Request("logit_diff", scores.meta["direction"], scores.meta["baseline"])

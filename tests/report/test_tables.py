@@ -119,3 +119,11 @@ def test_show_leaves_out_an_empty_note_column():
 )  # fmt: skip
 def test_cells(value, text):
     assert cell(value) == text
+
+
+def test_csv_cells_are_no_formulas_and_numbers_stay_numbers(tmp_path):
+    table = pd.DataFrame({"task": ["=1+1", "+x", "-x", "@x", "a=b"], "score": [-1.5, 2, 3, 4, -5]})
+    write_table(table, tmp_path / "table.csv")
+    again = pd.read_csv(tmp_path / "table.csv")
+    assert again.task.tolist() == ["'=1+1", "'+x", "'-x", "'@x", "a=b"]
+    assert again.score.tolist() == [-1.5, 2, 3, 4, -5]

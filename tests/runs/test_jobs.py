@@ -14,7 +14,8 @@ import pytest
 
 import relp_cli
 from relp_cli.evaluation.areas import areas
-from relp_cli.runs.job import Cell, cell_hash, cells, load_job
+from relp_cli.runs.job import Cell, cell_hash, cells, load_job, read_cell
+from relp_cli.runs.summary import summarise
 
 JOB = """
 name: small
@@ -120,6 +121,16 @@ def test_one_failing_cell_fails_alone_and_is_tried_again(relp, job, tmp_path):
         ("evaluate: {swep: x}", "did you mean 'sweep'?"),
         ("pairs: many", "bad.yaml:13: pairs"),
         ("params: {atp: {steps: 3}}", "is not among the job's methods"),
+        ("name: ../out", "expected a name of at most 100 letters"),
+        ("name: /tmp/out", "expected a name of at most 100 letters"),
+        ("methods: [relp, relp]", "`methods`: relp is there twice"),
+        ("models: [tiny-gpt2, tiny-gpt2]", "`models`: tiny-gpt2 is there twice"),
+        ("evaluate: {sweep: 'log:1:inf:3'}", "sweep 'log:1:inf:3': expected"),
+        ("evaluate: {metric: logit_dif}", "did you mean 'logit_diff'?"),
+        ("evaluate: {ablation: corpus}", "needs a text file"),
+        ("tasks: [sva_simpel]", "did you mean 'sva_simple'?"),
+        ("dtype: float31", "unknown dtype 'float31'"),
+        ("agreement: {reference: act_pach}", "did you mean 'act_patch'?"),
     ],
 )
 def test_bad_jobs_are_refused_in_one_line(relp, tmp_path, change, expected):
@@ -129,6 +140,32 @@ def test_bad_jobs_are_refused_in_one_line(relp, tmp_path, change, expected):
     assert done.code == 2
     assert expected in done.err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "content", ['{"rows": []}', '{"rows": {}}', '{"rows": [1]}', '{"rows": [{}]}', "[]", "[" * 100_000]
+)
+def test_a_cell_without_rows_is_not_finished(tmp_path, content):
+    (tmp_path / "cell.json").write_text(content)
+    assert read_cell(tmp_path / "cell.json") is None
+
+
+def test_a_job_without_any_defined_value_still_has_its_summary(job, tmp_path):
+    about = {"task": "t", "model": "../a/m", "method": "relp", "kind": "head", "direction": "noising", "seed": 0}
+    undefined = dict.fromkeys(("pcc", "pcc_lo", "pcc_hi", "pcc_per_pair", "spearman", "topk"), float("nan"))
+    points = {
+        "n_nodes": [1, 2],
+        "n_possible": 2,
+        "faithfulness": float("nan"),
+        "completeness": float("nan"),
+        "n_pairs": 3,
+    }
+    rows = pd.DataFrame([{**about, "what": "agreement", **undefined, "note": "reference is constant", "axis": "role"}])
+    curve = pd.DataFrame({**about, "what": "evaluation", "note": "F(M) ≈ F(∅)", **points})
+    files, tables = summarise(load_job(str(job), []), pd.concat([rows, curve]), tmp_path / "out")
+    assert "reference is constant" in (tmp_path / "out/agreement.md").read_text()
+    assert next(title for title, _ in tables) == "agreement"
+    assert all(path.parent == tmp_path / "out" and path.stat().st_size > 0 for path in files)
 
 
 def test_hash_changes_with_everything_that_changes_numbers(job):
