@@ -5,7 +5,7 @@ import torch
 from oracles import scores as S
 from oracles.forward import forward
 from oracles.make import MOE, exact_float64, random_model
-from oracles.wrapped import case, close, pairs, run
+from oracles.wrapped import case, close, double_by_default, pairs, run
 
 from relp_cli.errors import RelpError
 from relp_cli.lrp.context import lrp, recording
@@ -203,3 +203,16 @@ def scaled(forward):
         return logits, 2 * weights, chosen
 
     return twice
+
+
+@pytest.mark.parametrize("shape", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_a_writers_edges_sum_to_its_own_score(shape):
+    """Σ over the readers of u = δu · the gradient at the stream after u: the oracle's node score, summed over positions."""
+    c = case(shape)
+    for method, rules in (("eap", set()), ("relp_edges", set(PRESET))):
+        with exact_float64(), double_by_default():
+            edges = score(c.model, [c.batch], method, ["edges"])["edges"]
+        want = S.relp(*c.prompts, c.metric, rules, ["resid_pre", "mlp_out"])
+        total = dict(zip(edges.writers, edges.mean.sum(-1), strict=True))
+        close(total["input"].double(), want["resid_pre"].mean(0)[0].sum())
+        close(torch.stack([total[f"m{n}"] for n in range(3)]).double(), want["mlp_out"].mean(0).sum(-1))
