@@ -147,8 +147,11 @@ def _from_pretrained(name: str, folder: Path | None, dtype: torch.dtype, revisio
     try:
         loader: Any = PreTrainedTokenizerFast if folder and _generic_tokenizer(folder) else AutoTokenizer
         return hf, loader.from_pretrained(where, revision=revision, local_files_only=cached_only)
-    except (OSError, ValueError, KeyError) as error:
-        raise RelpError(f"model '{name}': its tokenizer cannot be loaded ({_first_line(error)})") from error
+    except Exception as error:  # a broken tokenizer.json ends in any exception, bare ones of its Rust library included
+        raise RelpError(
+            f"model '{name}': its tokenizer cannot be loaded, tokenizer.json or tokenizer_config.json is broken "
+            f"({type(error).__name__}: {_first_line(error)})"
+        ) from error
 
 
 def _generic_tokenizer(folder: Path) -> bool:

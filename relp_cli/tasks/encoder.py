@@ -29,8 +29,8 @@ class Encoder:
     def unk(self) -> int | None:
         """The id that stands for unknown text; None for tokenizers that can spell everything."""
         unk = self.tokenizer.unk_token_id
-        # Byte-level tokenizers name an ordinary special token (GPT-2: end of text) that text never produces.
-        return None if unk is None or unk == self.tokenizer.eos_token_id else int(unk)
+        # Byte-level tokenizers name an ordinary special token (GPT-2, SmolLM2: end of text) that unknown text never becomes.
+        return None if unk in (None, self.tokenizer.eos_token_id, self.tokenizer.bos_token_id) else int(unk)
 
     @cached_property
     def own_bos(self) -> int | None:
@@ -55,7 +55,8 @@ class Encoder:
     def known(self, text: str, where: str) -> tuple[tuple[int, ...], Offsets]:
         """As `encode`. Raises: RelpError naming the words that the model's vocabulary lacks."""
         ids, offsets = self.encode(text)
-        missing = [text[s:e] for i, (s, e) in zip(ids, offsets, strict=True) if i == self.unk]
+        unknown = [text[s:e] for i, (s, e) in zip(ids, offsets, strict=True) if i == self.unk]
+        missing = [word for word in unknown if word != self.tokenizer.unk_token]  # that token itself may be written
         if missing:
             words = ", ".join(dict.fromkeys(missing))
             raise RelpError(f"{where}'{text}': not in the vocabulary of {self.name}: {words}")

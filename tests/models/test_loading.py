@@ -1,5 +1,6 @@
 """Loading: what a model must satisfy, what a folder must hold, and what happens without a network."""
 
+import shutil
 import socket
 import time
 import types
@@ -166,6 +167,16 @@ def test_dtypes(folder):
     assert load_model(folder, dtype="bfloat16").dtype == torch.bfloat16
     assert load_model(folder, dtype=torch.float64).dtype == torch.float64
     refused(folder, "unknown dtype 'float23'; did you mean 'float32'", dtype="float23")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_list_where_a_tokenizer_belongs(tmp_path, name):
+    shutil.copytree(EMBEDDED / "tiny-gpt2", tmp_path / "m")
+    (tmp_path / "m" / name).write_text("[1, 2]")
+    message = refused(
+        tmp_path / "m", "its tokenizer cannot be loaded, tokenizer.json or tokenizer_config.json is broken"
+    )
+    assert "\n" not in message
 
 
 def test_bos_follows_the_bridge_unless_asked():

@@ -63,6 +63,15 @@ def test_roles_as_spans_of_text_with_bos(tmp_path):
     assert spans.batches[0].roles == ("bos", "S", "S+1", "end")
 
 
+def test_a_token_that_stands_for_bos_end_and_unknown_text_alike(tmp_path):
+    tokenizer = pieces(["was", "sad", "she", "he"], bos_token="<|endoftext|>", unk_token="<|endoftext|>")
+    found = built(tmp_path, {key: text.replace("<bos>", "<|endoftext|>") for key, text in GIVEN.items()},
+                  model=Fake(tokenizer, bos=tokenizer.bos_token_id))  # fmt: skip
+    first, second = found.batches[0].original[0, :2].tolist()
+    assert first == tokenizer.bos_token_id != second
+    assert "1 of 1 pairs start with it as given" in found.bos
+
+
 def test_bos_on_one_side_only(tmp_path):
     with pytest.raises(RelpError, match=r"a\.jsonl:1: one of original and patch starts with the BOS token"):
         built(tmp_path, {**GIVEN, "patch": "Bob was was sad"})
