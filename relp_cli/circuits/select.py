@@ -10,9 +10,9 @@ from torch import Tensor
 
 from relp_cli.circuits.circuit import ANY_POSITION, Circuit, tensor_hash
 from relp_cli.errors import RelpError, unknown
-from relp_cli.methods.scores import NodeScores
+from relp_cli.methods.scores import NodeScores, support_sign
 
-SIGNS = ("absolute", "positive", "negative")
+SIGNS = ("absolute", "positive", "negative", "signed")
 NO_EXAMPLES = "union over examples needs per-example scores; score again with --per-example"
 AGGREGATIONS = ("none", "sum")
 KEPT_META = (
@@ -98,6 +98,8 @@ def check_how(how: Mapping[str, Any], sign: str, aggregate: str, union: bool) ->
             raise unknown(what, value, known)
     if union and how.keys() & {"top_k", "top_p"}:
         raise RelpError("union over examples needs a threshold or fraction, not top_k or top_p")
+    if sign == "signed" and (union or "top_p" in how):
+        raise RelpError("signed selection ranks from support to opposition; it takes no top_p and no union")
 
 
 def _strength(scores: NodeScores, sign: str, aggregate: str, union: bool) -> Tensor:
@@ -110,6 +112,10 @@ def _strength(scores: NodeScores, sign: str, aggregate: str, union: bool) -> Ten
     values = values.double()
     if sign == "absolute":
         return values.abs().amax(0)
+    if sign == "signed":
+        if not scores.meta.get("signed", True):
+            raise RelpError(f"{scores.meta.get('method', 'these')} scores have no sign; leave out signed selection")
+        return support_sign(scores.meta) * values[0]
     signed = values if sign == "positive" else -values
     return torch.where(signed > 0, signed, -torch.inf).amax(0)
 

@@ -23,6 +23,9 @@ def command(
         str | None, typer.Option(help="Only these kinds (default: all that were scored, together).")
     ] = None,
     sign: Annotated[str, typer.Option(help="absolute, positive or negative.")] = "absolute",
+    signed: Annotated[
+        bool, typer.Option("--signed", help="Rank from support to opposition, not by |score| (MIB's --signed).")
+    ] = False,
     aggregate: Annotated[str, typer.Option(help="none (per position) or sum (over positions).")] = "none",
     union: Annotated[bool, typer.Option(help="Keep what passes for any example, not on average.")] = False,
     greedy: Annotated[bool, typer.Option(help="Edges: grow from the logits (with --top-k or --threshold).")] = False,
@@ -62,6 +65,9 @@ def command(
         raise RelpError("--confirm belongs to --verify")
     if confirm is not None and not 0 <= confirm < math.inf:
         raise RelpError(f"--confirm: expected a number from 0 up, got {confirm}")
+    if signed and sign != "absolute":
+        raise RelpError(f"give --signed or --sign {sign}, not both")
+    sign = "signed" if signed else sign
     if annotations is not None:
         from relp_cli.features.annotations import read_annotations
 

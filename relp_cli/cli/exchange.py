@@ -16,7 +16,8 @@ def export(
     file: Annotated[Path, typer.Argument(help="What to write: a name that ends in .json or .pt.")],
     json: JsonFlag = False,
 ) -> None:
-    """Write a run's edge scores and circuit in the format of EAP-IG, which MIB's evaluator reads.
+    """Write a run's edge scores and circuit in the format of EAP-IG, which MIB's evaluator reads. Scores are written with
+    support of the behaviour positive, as MIB ranks them; the file's cfg.relp says what they were made from.
 
     Example: relp export runs/ioi-edges ioi.json
     """
@@ -49,6 +50,7 @@ def import_(
     json: JsonFlag = False,
 ) -> None:
     """Read an edge circuit of EAP-IG or MIB and write it as a relp circuit. `relp evaluate RUN --circuit FILE` takes both.
+    Support is taken to be positive in the file; the circuit's meta says whether the file itself says so.
 
     Example: relp import ioi.pt --model gpt2 -o circuit.json
     """

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from relp_cli.edges.gradients import Products
 from relp_cli.edges.graph import QKV
+from relp_cli.edges.reads import project, projections, reads
 from relp_cli.edges.setup import EdgeResult, EdgeSetup, Progress
-from relp_cli.edges.stream import centre, epsilon, project, projections, ungrouped
+from relp_cli.edges.stream import ungrouped
 from relp_cli.methods.table import Params
 from relp_cli.models.model import Hook
 
@@ -64,7 +65,7 @@ class _Patcher:
         def keep(name: str) -> Hook:
             return lambda value: streams.__setitem__(name, value)
 
-        names = [f"blocks.{n}.ln1.hook_in" for n in range(setup.graph.n_layers)]
+        names = [reads(setup.model, n).stream for n in range(setup.graph.n_layers)]
         with setup.model.hooks([(name, keep(name)) for name in names]):
             run = setup.run()
         products = Products(setup.model, setup.graph, source - run)
@@ -88,7 +89,8 @@ class _Patcher:
             if reader == len(graph.readers) - 1:
                 hook = ("ln_final.hook_in", self._added(changes))
             elif within == 3 * graph.n_heads:
-                hook = (f"blocks.{layer}.ln2.hook_in", self._added(changes))
+                read = reads(setup.model, layer)
+                hook = (read.mlp, self._through_norm(changes, layer) if read.shared else self._added(changes))
             else:
                 kind, head = divmod(within, graph.n_heads)
                 hook = (f"blocks.{layer}.attn.{QKV[kind]}.hook_out", self._projected(changes, layer, kind, head))
@@ -101,13 +103,18 @@ class _Patcher:
     def _added(self, changes: Tensor) -> Hook:
         return lambda value: (value + changes.flatten(0, 1)).to(value.dtype)
 
+    def _through_norm(self, changes: Tensor, layer: int) -> Hook:
+        read = reads(self.setup.model, layer)
+        new = read.norm((self.streams[read.stream] + changes).flatten(0, 1))
+        return lambda _: new
+
     def _projected(self, changes: Tensor, layer: int, kind: int, head: int) -> Hook:
         model = self.setup.model
-        norm = model.component(f"blocks.{layer}.ln1")
+        read = reads(model, layer)
         weight, bias = projections(model, layer)[kind]
-        x = centre(norm, self.streams[f"blocks.{layer}.ln1.hook_in"] + changes)
+        x = read.norm.centre(self.streams[read.stream] + changes)
         one = slice(head, head + 1)
-        new = project(epsilon(model, norm), x.flatten(0, 1)[None], weight[one], None if bias is None else bias[one])[0]
+        new = project(read.norm, x.flatten(0, 1)[None], weight[one], None if bias is None else bias[one])[0]
 
         def hook(value: Tensor) -> Tensor:
             parts = value.unflatten(-1, (model.shape.n_heads, -1)).clone()

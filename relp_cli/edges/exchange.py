@@ -2,8 +2,9 @@
 
 JSON: `cfg` (n_layers, n_heads, parallel_attn_mlp, d_model), `nodes` name → {in_graph}, `edges` name → {score, in_graph}.
 `.pt`: `cfg`, `src_nodes`, `dst_nodes`, and the matrices `edges_scores`, `edges_in_graph` [writer, reader], `nodes_in_graph`.
-Names, orders and the sign for patching (clean run, corrupted values: our noising) are the same there as here; a file's scores
-have the sign of the metric that its author used.
+Names and orders are the same there as here. The sign is not: MIB ranks edges with support of the behaviour positive, and our
+noising scores have it negative. Files are written and read with support positive, and say what they were made from
+(`cfg.relp`); scores of a file that does not say are taken to be of noising, and get its sign back.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from relp_cli.edges.graph import Graph
 from relp_cli.edges.scores import EdgeScores
 from relp_cli.errors import RelpError, RunFailed
 from relp_cli.files import read_json, write_atomically
+from relp_cli.methods.scores import support_sign
 from relp_cli.models.model import Model
 
+SUPPORT_POSITIVE = "support positive"
 PT_KEYS = ("cfg", "edges_scores", "edges_in_graph")
 
 
@@ -47,9 +50,13 @@ def export_circuit(
         raise RelpError("the circuit and the scores to export are of different graphs")
     kept = torch.zeros_like(graph.mask) if circuit is None else circuit.mask[0]
     values = kept.double() if scores is None else scores.mean.double()
+    about: dict[str, Any] = {"sign": SUPPORT_POSITIVE}
+    if scores is not None:
+        values = support_sign(scores.meta) * values
+        about |= {k: scores.meta[k] for k in ("method", "metric", "direction", "signed") if k in scores.meta}
     cfg = {
         "n_layers": graph.n_layers, "n_heads": graph.n_heads, "parallel_attn_mlp": graph.parallel, "d_model": d_model,
-        "post_norm": graph.post_norm,
+        "post_norm": graph.post_norm, "relp": about,
     }  # fmt: skip
     write_atomically(Path(path), _content(Path(path), graph, cfg, kept, values))
 
@@ -87,18 +94,30 @@ def import_circuit(path: str | Path, model: Model | None = None) -> tuple[EdgeCi
         raise RelpError(
             f"circuit file {path}: not a circuit file of EAP-IG ({type(error).__name__}: {error})"
         ) from error
-    graph = _graph(cfg)
+    graph = _graph(file, cfg)
     if model is not None:
         theirs = Graph.of(model.shape)
         if replace(graph, post_norm=theirs.post_norm) != theirs:
             raise RelpError(f"circuit file {path}: its graph ({graph.n_layers} layers of {graph.n_heads} heads"
                             f"{', parallel' if graph.parallel else ''}) is not that of {model.name}")  # fmt: skip
         graph = theirs
-    meta = {"method": "imported", "file": file.name, "d_model": cfg.get("d_model")}
+    meta = {
+        "method": "imported",
+        "file": file.name,
+        "d_model": cfg.get("d_model"),
+        **_origin(file, cfg.get("relp", {})),
+    }
     if kept.shape != graph.mask.shape or values.shape != graph.mask.shape:
         raise RelpError(f"circuit file {path}: matrices {list(values.shape)} for a graph of {list(graph.mask.shape)}")
-    circuit = EdgeCircuit(graph, (kept & graph.mask)[None], meta=meta)
-    mean = torch.where(graph.mask, values.double(), 0.0)
+    stray = ((kept | (values != 0)) & ~graph.mask).nonzero().tolist()
+    if stray:
+        raise RelpError(f"circuit file {path}: {graph.name(*stray[0])} is no edge (reads before it is written)")
+    if not torch.isfinite(values).all():
+        raise RelpError(
+            f"circuit file {path}: {graph.name(*(~torch.isfinite(values)).nonzero()[0].tolist())} has no finite score"
+        )
+    circuit = EdgeCircuit(graph, kept[None], meta=meta)
+    mean = support_sign(meta) * values.double()
     unknown_variance = torch.where(graph.mask, torch.nan, torch.zeros_like(mean))
     return circuit, EdgeScores(graph, mean, unknown_variance, torch.ones(1, dtype=torch.long), meta=meta)
 
@@ -111,20 +130,58 @@ def is_eap_ig(path: str | Path) -> bool:
     return isinstance(content, dict) and {"cfg", "nodes", "edges"} <= content.keys()
 
 
-def _graph(cfg: Any) -> Graph:
-    return Graph(int(cfg["n_layers"]), int(cfg["n_heads"]), bool(cfg["parallel_attn_mlp"]), bool(cfg.get("post_norm")))
+def _origin(path: Path, about: Any) -> dict[str, Any]:
+    """What a file says its scores were made from; without a word, signed scores of noising."""
+    known = {"sign": (SUPPORT_POSITIVE,), "direction": ("noising", "denoising"), "signed": (True, False)}
+    for key, values in known.items():
+        if key in about and about[key] not in values:
+            raise RelpError(f"circuit file {path}: cfg.relp.{key} is {about[key]!r}, expected one of {values}")
+    origin = {"direction": about.get("direction", "noising"), "signed": about.get("signed", True)}
+    origin["file_sign"] = SUPPORT_POSITIVE if about else f"not recorded; taken as {SUPPORT_POSITIVE}"
+    return origin | {k: about[k] for k in ("metric",) if k in about}
+
+
+def _graph(path: Path, cfg: Any) -> Graph:
+    counts = {key: cfg[key] for key in ("n_layers", "n_heads")}
+    for key, value in counts.items():
+        if type(value) is not int or value < 1:
+            raise RelpError(f"circuit file {path}: cfg.{key} is {value!r}, expected a whole number from 1 up")
+    flags = {key: cfg.get(key, False) if key == "post_norm" else cfg[key] for key in ("parallel_attn_mlp", "post_norm")}
+    for key, value in flags.items():
+        if type(value) is not bool:
+            raise RelpError(f"circuit file {path}: cfg.{key} is {value!r}, expected true or false")
+    try:
+        return Graph(counts["n_layers"], counts["n_heads"], *flags.values())
+    except RelpError as error:
+        raise RelpError(f"circuit file {path}: {error}") from error
 
 
 def _from_json(path: Path) -> tuple[dict[str, Any], Tensor, Tensor]:
     content = read_json(path, "circuit file")
-    graph = _graph(content["cfg"])
+    graph, listed = _graph(path, content["cfg"]), content["edges"]
+    if len(listed) < graph.n_edges:  # before anything of the graph's size is formed
+        missing = next(name for name in graph.edge_names() if name not in listed)
+        raise RelpError(
+            f"circuit file {path}: edge {missing} is missing ({len(listed)} of {graph.n_edges} edges are there)"
+        )
     if any(isinstance(node, dict) and not all(node.get("neurons") or [True]) for node in content["nodes"].values()):
         raise RelpError(f"circuit file {path}: it is a circuit of neurons; only edges can be read")
     kept, values = torch.zeros_like(graph.mask), torch.zeros(graph.mask.shape, dtype=torch.float64)
-    for name, edge in content["edges"].items():
+    for name, edge in listed.items():
         writer, _, reader = name.partition("->")
-        at = graph.writer(writer), graph.reader(reader)
-        kept[at], values[at] = bool(edge["in_graph"]), float(edge["score"])
+        try:
+            at = graph.writer(writer), graph.reader(reader)
+        except RelpError as error:
+            raise RelpError(f"circuit file {path}: edge {name}: {error}") from error
+        if not graph.mask[at]:
+            raise RelpError(f"circuit file {path}: {name} is no edge (reads before it is written)")
+        if type(edge["in_graph"]) is not bool:
+            raise RelpError(
+                f"circuit file {path}: edge {name}: in_graph is {edge['in_graph']!r}, expected true or false"
+            )
+        if type(edge["score"]) not in (int, float):
+            raise RelpError(f"circuit file {path}: edge {name}: score is {edge['score']!r}, expected a number")
+        kept[at], values[at] = edge["in_graph"], edge["score"]
     return content["cfg"], kept, values
 
 
@@ -140,10 +197,14 @@ def _from_pt(path: Path) -> tuple[dict[str, Any], Tensor, Tensor]:
     missing = [key for key in PT_KEYS if key not in content]
     if missing:
         raise RelpError(f"circuit file {path}: expected keys {', '.join(PT_KEYS)}; missing {', '.join(missing)}")
-    graph, neurons = _graph(content["cfg"]), content.get("neurons_in_graph")
+    graph, neurons = _graph(path, content["cfg"]), content.get("neurons_in_graph")
     if neurons is not None and not neurons.bool().all():
         raise RelpError(f"circuit file {path}: it is a circuit of neurons; only edges can be read")
     for key, names in (("src_nodes", graph.writers), ("dst_nodes", graph.readers)):
         if key in content and tuple(content[key]) != names:
             raise RelpError(f"circuit file {path}: its {key} are not in the order of EAP-IG's graph")
-    return content["cfg"], content["edges_in_graph"].bool(), content["edges_scores"]
+    if content["edges_in_graph"].dtype != torch.bool:
+        raise RelpError(
+            f"circuit file {path}: edges_in_graph is {content['edges_in_graph'].dtype}, expected torch.bool"
+        )
+    return content["cfg"], content["edges_in_graph"], content["edges_scores"]

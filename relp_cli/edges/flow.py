@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from relp_cli.edges.gradients import Products
+from relp_cli.edges.reads import reads
 from relp_cli.edges.setup import EdgeResult, EdgeSetup, Progress
 from relp_cli.methods.table import Params
 from relp_cli.models.model import Hook
@@ -34,7 +35,9 @@ def _scores(setup: EdgeSetup) -> Tensor:
     def keep(name: str) -> Hook:
         return lambda value: streams.__setitem__(name, value)
 
-    names = [f"blocks.{n}.{norm}.hook_in" for n in layers for norm in ("ln1", "ln2")] + ["ln_final.hook_in"]
+    read = [reads(setup.model, n) for n in layers]
+    streams_of_mlps = [at.stream if at.shared else at.mlp for at in read]
+    names = dict.fromkeys([*(at.stream for at in read), *streams_of_mlps, "ln_final.hook_in"])
     with setup.model.hooks([(name, keep(name)) for name in names]):
         run = setup.run().map(wide)
     out = run.input.new_zeros(len(setup), batch.n_pos, *graph.mask.shape)
@@ -43,11 +46,9 @@ def _scores(setup: EdgeSetup) -> Tensor:
         outputs = products.deltas(rows)
         for layer in layers:
             columns = graph.readers_of(layer)
-            heads = _shares(
-                outputs[: graph.written_before(layer, "attention")], streams[f"blocks.{layer}.ln1.hook_in"][rows]
-            )
+            heads = _shares(outputs[: graph.written_before(layer, "attention")], streams[read[layer].stream][rows])
             out[rows, :, : heads.shape[-1], columns.start : columns.stop - 1] = heads[..., None]
-            mlp = _shares(outputs[: graph.written_before(layer, "mlp")], streams[f"blocks.{layer}.ln2.hook_in"][rows])
+            mlp = _shares(outputs[: graph.written_before(layer, "mlp")], streams[streams_of_mlps[layer]][rows])
             out[rows, :, : mlp.shape[-1], columns.stop - 1] = mlp
         out[rows, -1, :, -1] = _shares(outputs, streams["ln_final.hook_in"][rows])[:, -1]
     if setup.positions:

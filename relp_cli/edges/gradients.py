@@ -6,27 +6,26 @@
    (1/σ)·[Wᵀg − x̂·(x̂·Wᵀg)/d], with W the projection with the norm folded in (`projections`), x̂ the normalised stream.
    Under the LN-rule the second term is absent; σ is then what the rule says it is.
 3. Per layer, one product [writers × pos·d]·[pos·d × readers] per example gives the scores of all its edges.
-The pull-backs of a layer's heads sum to autograd's own gradient at the norm's input; `check` compares them.
+An MLP that shares the attention's norm is pulled back through it likewise. `edges.check` compares the sums with autograd's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from relp_cli.edges.graph import QKV, Graph
-from relp_cli.edges.stream import Recorder, Written, centre, projections, ungrouped
+from relp_cli.edges.reads import projections, reads
+from relp_cli.edges.stream import Recorder, Written, ungrouped
 from relp_cli.errors import RelpError
 from relp_cli.lrp.context import Recorded, lrp
 from relp_cli.lrp.rules import ActiveRule, parse_rules
 from relp_cli.methods.core import must_reach, refuse_metric
 from relp_cli.methods.setup import Setup
-from relp_cli.models.checks import TOLERANCE
 from relp_cli.models.model import Hook, Model
 from relp_cli.nodes.access import capture
 from relp_cli.precision import wide
@@ -39,8 +38,8 @@ class Readers:
     """Gradients of one run; per layer, width = heads·d_head (one key and value per query head).
 
     heads[part][layer]: Float[batch, pos, width], ∂L/∂ of q, k, v; attention, mlps: Float[batch, pos, d_model], ∂L/∂ of the
-    inputs of the two norms; logits: the same of the final norm. x, scale: the attention norm's input and denominator.
-    norm: the active rule on norms, other: the patch run's values for two-point rules.
+    stream at attention's norm and of the MLP's own input (`reads`); logits: of the final norm's input. x, scale: the
+    attention norm's input and denominator. norm: the active rule on norms, other: the patch run's values for two-point rules.
     """
 
     heads: Mapping[str, list[Tensor]]
@@ -63,9 +62,10 @@ class _Taps:
         self.model = model
         self.seen: dict[str, Tensor] = {}
         layers = range(model.shape.n_layers)
-        self.inputs = [f"blocks.{n}.{norm}.hook_in" for n in layers for norm in ("ln1", "ln2")] + ["ln_final.hook_in"]
+        self.reads = [reads(model, n) for n in layers]
+        self.inputs = [point for at in self.reads for point in (at.stream, at.mlp)] + ["ln_final.hook_in"]
         self.heads = [f"blocks.{n}.attn.{part}.hook_out" for n in layers for part in QKV]
-        self.scales = [f"blocks.{n}.ln1.hook_scale" for n in layers]
+        self.scales = [f"{at.norm.name}.hook_scale" for at in self.reads if at.norm.component is not None]
 
     def fork(self) -> list[tuple[str, Hook]]:
         return [(name, self._fork(name)) for name in self.inputs]
@@ -130,19 +130,22 @@ def _readers(
 ) -> Readers:
     layers = range(taps.model.shape.n_layers)
 
-    def of(name: str, layer: int) -> Tensor:
-        point = f"blocks.{layer}.{name}"
-        if held and grads[point] is None and name in ("attn.q.hook_out", "attn.k.hook_out"):
+    def of(point: str, layer: int) -> Tensor:
+        if held and grads[point] is None and point.endswith(("attn.q.hook_out", "attn.k.hook_out")):
             return torch.zeros_like(taps.seen[point])
-        return must_reach(grads[point], name, layer, [str(a) for a in active])
+        return must_reach(grads[point], point, layer, [str(a) for a in active])
+
+    def scale(layer: int) -> Tensor:
+        name = f"{taps.reads[layer].norm.name}.hook_scale"
+        return taps.seen[name].detach() if name in taps.seen else torch.ones_like(taps.seen[taps.inputs[-1]][..., :1])
 
     return Readers(
-        heads={part: [of(f"attn.{part}.hook_out", n) for n in layers] for part in QKV},
-        attention=[of("ln1.hook_in", n) for n in layers],
-        mlps=[of("ln2.hook_in", n) for n in layers],
+        heads={part: [of(f"blocks.{n}.attn.{part}.hook_out", n) for n in layers] for part in QKV},
+        attention=[of(taps.reads[n].stream, n) for n in layers],
+        mlps=[of(taps.reads[n].mlp, n) for n in layers],
         logits=must_reach(grads["ln_final.hook_in"], "ln_final", taps.model.shape.n_layers, []),
-        x=[taps.seen[f"blocks.{n}.ln1.hook_in"].detach() for n in layers],
-        scale=[taps.seen[f"blocks.{n}.ln1.hook_scale"].detach() for n in layers],
+        x=[taps.seen[taps.reads[n].stream].detach() for n in layers],
+        scale=[scale(n) for n in layers],
         written=written,
         metric=metric,
         applied=applied,
@@ -154,13 +157,12 @@ def _readers(
 def pull_back(
     model: Model, at: Readers, layer: int, rows: slice, out: Float[Tensor, "reader batch pos d_model"]
 ) -> None:
-    """∂L/∂(input) of each of a layer's 3·heads head readers, into `out`."""
-    heads, name = model.shape.n_heads, f"blocks.{layer}.ln1"
-    norm, x = model.component(name), at.x[layer][rows]
-    inverse = 1 / at.scale[layer][rows]
+    """∂L/∂(input) of each of a layer's readers, its 3·heads heads and its MLP, into `out`."""
+    heads, read, x = model.shape.n_heads, reads(model, layer), at.x[layer][rows]
+    norm, inverse = read.norm, 1 / at.scale[layer][rows]
     weight = inverse
-    if at.norm is not None:
-        theirs = at.other[name]["inverse"][rows] if at.norm.rule.two_point and at.other else None
+    if at.norm is not None and norm.component is not None:
+        theirs = at.other[norm.name]["inverse"][rows] if at.norm.rule.two_point and at.other else None
         weight = at.norm.rule.fn(torch.ones_like(inverse), inverse, theirs)
     for i, (part, (projection, _)) in enumerate(zip(QKV, projections(model, layer, transposed=True), strict=True)):
         g = (wide(at.heads[part][layer][rows]) * weight).to(out.dtype).unflatten(-1, (heads, -1))
@@ -169,10 +171,13 @@ def pull_back(
             projection.to(out.dtype),
             out=out[i * heads : (i + 1) * heads].flatten(1, 2),
         )
-    if at.norm is None:  # 1/σ moves with the stream
-        unit = (centre(norm, wide(x)) * inverse).to(out.dtype)
-        along = torch.einsum("rbpd,bpd->rbp", out, unit)
-        out.addcmul_(along[..., None], unit, value=-1 / x.shape[-1])
+    mlp = wide(at.mlps[layer][rows])
+    out[-1] = norm.centre(norm.weighted(mlp * weight)) if read.shared else mlp
+    if at.norm is None and norm.component is not None:  # 1/σ moves with the stream
+        normed = out if read.shared else out[:-1]
+        unit = (norm.centre(wide(x)) * inverse).to(out.dtype)
+        along = torch.einsum("rbpd,bpd->rbp", normed, unit)
+        normed.addcmul_(along[..., None], unit, value=-1 / x.shape[-1])
 
 
 class Products:
@@ -214,8 +219,7 @@ class Products:
             for layer in range(graph.n_layers):
                 last = min(graph.written_before(layer, "mlp"), stop)
                 if last > first:
-                    pull_back(self.model, at, layer, rows, grads[:-1])
-                    grads[-1] = at.mlps[layer][rows]
+                    pull_back(self.model, at, layer, rows, grads)
                     _dot(out, deltas, grads, rows, slice(first, last), graph.readers_of(layer))
             last_reader = slice(len(graph.readers) - 1, len(graph.readers))
             _dot(out, deltas, at.logits[rows][None].to(deltas.dtype), rows, slice(first, stop), last_reader)
@@ -229,18 +233,3 @@ def _dot(out: Tensor, deltas: Tensor, grads: Tensor, rows: slice, writers: slice
             out[row, :, writers, readers] = torch.bmm(d.transpose(0, 1), g.permute(1, 2, 0))
         else:
             out[row, writers, readers] = d.flatten(1) @ g.flatten(1).T
-
-
-def check(model: Model, at: Readers) -> None:
-    """Raises RelpError unless, in every layer, the heads' pulled-back gradients sum to autograd's at the norm's input."""
-    tolerance: Any = TOLERANCE[model.dtype]
-    for layer, want in enumerate(at.attention):
-        out = wide(want).new_empty(3 * model.shape.n_heads, 1, *want.shape[1:])
-        pull_back(model, at, layer, slice(0, 1), out)
-        got, want = out.sum(0), want[:1]
-        error = ((got - want).abs().max() / out.abs().max().clamp_min(1e-30)).item()
-        if not error <= tolerance:
-            raise RelpError(
-                f"model {model.name} ({model.family.name}): edges do not know how layer {layer}'s queries, keys and values "
-                f"read the residual stream (relative error {error:.1e} > {tolerance:.0e})"
-            )

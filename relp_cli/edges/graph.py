@@ -9,6 +9,7 @@ of attention outputs are constants and belong to no writer; an MLP's output bias
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,10 +17,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from relp_cli.errors import unknown
+from relp_cli.errors import RelpError, unknown
 from relp_cli.models.model import Shape
 
 QKV = ("q", "k", "v")
+MOST_EDGES = 1 << 31  # GPT-3 has 1.3e8; files may say anything
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,12 @@ class Graph:
     n_heads: int
     parallel: bool = False
     post_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n_edges > MOST_EDGES:
+            raise RelpError(
+                f"a graph of {self.n_layers} layers of {self.n_heads} heads is no model's: {self.n_edges} edges"
+            )
 
     @classmethod
     def of(cls, shape: Shape) -> Graph:
@@ -77,7 +85,18 @@ class Graph:
 
     @property
     def n_edges(self) -> int:
-        return int(self.mask.sum())
+        layers, heads = self.n_layers, self.n_heads
+        before = layers + (heads + 1) * layers * (layers - 1) // 2  # writers before a layer, summed over layers
+        own = 0 if self.parallel else layers * heads
+        return before * (3 * heads + 1) + own + 1 + layers * (heads + 1)
+
+    def edge_names(self) -> Iterator[str]:
+        """`input->a0.h0<q>`, …, reader by reader, one at a time: a file may name a large graph."""
+        for layer in range(self.n_layers):
+            names = self.readers[self.readers_of(layer)]
+            for what, readers in (("attention", names[:-1]), ("mlp", names[-1:])):
+                yield from (f"{u}->{v}" for v in readers for u in self.writers[: self.written_before(layer, what)])
+        yield from (f"{u}->logits" for u in self.writers)
 
     @cached_property
     def _positions(self) -> tuple[dict[str, int], dict[str, int]]:

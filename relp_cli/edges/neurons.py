@@ -98,7 +98,7 @@ def _activations(
         return hook
 
     layers = range(model.shape.n_layers)
-    stops = [(f"blocks.{n}.ln2.hook_in", lambda value: value.detach()) for n in range(stop_below or 0)]
+    stops = [(f"blocks.{n}.mlp.hook_in", lambda value: value.detach()) for n in range(stop_below or 0)]
     taps = [(f"blocks.{n}.mlp.out.hook_in", neurons(n)) for n in layers]
     with model.hooks(stops), lrp(model, rules), model.hooks(taps), torch.set_grad_enabled(stop_below is not None):
         model.logits(tokens)

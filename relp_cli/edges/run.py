@@ -18,7 +18,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from relp_cli.edges.graph import QKV, Graph
-from relp_cli.edges.stream import Recorder, Written, centre, epsilon, heads_out, project, projections, ungrouped
+from relp_cli.edges.reads import project, projections, reads
+from relp_cli.edges.stream import Recorder, Written, heads_out, ungrouped
 from relp_cli.models.model import Hook, Model
 
 
@@ -48,8 +49,11 @@ class _Hooks:
         self.model, self.graph, self.excluded, self.ablated = model, graph, excluded, ablated
         self.cut = excluded.any(0).any(0).tolist()  # per reader
         self.recorder = Recorder(model)
+        self.reads = [reads(model, n) for n in range(graph.n_layers)]
+        self.centre = self.reads[0].norm.centre  # one sort of norm in a model
         self.rows = torch.empty(0)  # row 0: a reader's stream, then the writers' differences
         self.out = torch.empty(0)
+        self.kept = torch.empty(0)  # the stream at a norm that attention and MLP share
         self.formed = 0
         self.new: dict[str, Tensor] = {}
 
@@ -57,11 +61,16 @@ class _Hooks:
         hooks: list[tuple[str, Hook]] = [("blocks.0.hook_in", self._begin)]
         for layer in range(self.graph.n_layers):
             block, readers = f"blocks.{layer}", self.graph.readers_of(layer)
+            read = self.reads[layer]
+            mlp, shared = self.cut[readers.stop - 1], read.shared
             if any(self.cut[readers.start : readers.stop - 1]):
-                hooks.append((f"{block}.ln1.hook_in", self._heads(layer)))
+                hooks.append((read.stream, self._heads(layer)))
                 hooks += [(f"{block}.attn.{part}.hook_out", self._new(part)) for part in QKV]
-            if self.cut[readers.stop - 1]:
-                hooks.append((f"{block}.ln2.hook_in", self._stream(readers.stop - 1, layer, "mlp")))
+            if mlp and shared:
+                hooks.append((read.stream, self._keep))
+            if mlp:
+                own = self._stream(readers.stop - 1, layer, "mlp")
+                hooks.append((read.mlp, (lambda _, own=own, norm=read.norm: norm(own(self.kept))) if shared else own))  # type: ignore[misc]
         if self.cut[-1]:
             final = self._stream(len(self.graph.readers) - 1, self.graph.n_layers, "logits")
             hooks.append(("ln_final.hook_in", final))
@@ -75,21 +84,21 @@ class _Hooks:
 
     def _form(self, upto: int) -> None:
         """Form the differences of the first `upto` writers, which have all written by now."""
-        norm, deltas = self.model.component("blocks.0.ln1"), self.rows[1:]
+        deltas = self.rows[1:]
         while self.formed < upto:
             layer, within = divmod(self.formed - 1, self.graph.n_heads + 1)
             if self.formed == 0:
                 rows = slice(0, 1)
-                deltas[0] = centre(norm, self.ablated.input - self.recorder.input).transpose(0, 1)
+                deltas[0] = self.centre(self.ablated.input - self.recorder.input).transpose(0, 1)
             elif within == 0:
                 rows = self.graph.heads_of(layer)
                 change = (self.ablated.heads[layer] - self.recorder.heads(layer)).transpose(0, 1)
                 out = heads_out(self.model, layer, change, deltas[rows])
-                if not norm.uses_rms_norm:
+                if self.reads[0].norm.centres:
                     out -= out.mean(-1, keepdim=True)
             else:
                 rows = slice(self.formed, self.formed + 1)
-                deltas[rows] = centre(norm, self.ablated.mlps[layer] - self.recorder.mlp(layer)).transpose(0, 1)
+                deltas[rows] = self.centre(self.ablated.mlps[layer] - self.recorder.mlp(layer)).transpose(0, 1)
             self.formed = rows.stop
 
     def _changes(self, readers: slice, upto: int, x: Tensor) -> Float[Tensor, "reader pos batch d_model"]:
@@ -107,7 +116,7 @@ class _Hooks:
 
     def _heads(self, layer: int) -> Hook:
         readers, heads = self.graph.readers_of(layer), self.graph.n_heads
-        norm = self.model.component(f"blocks.{layer}.ln1")
+        norm = self.reads[layer].norm
 
         def hook(value: Tensor) -> None:
             self.new = {}
@@ -115,11 +124,14 @@ class _Hooks:
             for i, (part, (projection, bias)) in enumerate(zip(QKV, projections(self.model, layer), strict=True)):
                 columns = slice(readers.start + i * heads, readers.start + (i + 1) * heads)
                 if any(self.cut[columns]):
-                    x = self._changes(columns, upto, centre(norm, value).transpose(0, 1))
-                    out = project(epsilon(self.model, norm), x, projection, bias)
+                    x = self._changes(columns, upto, norm.centre(value).transpose(0, 1))
+                    out = project(norm, x, projection, bias)
                     self.new[part] = out.permute(2, 1, 0, 3).flatten(2)
 
         return hook
+
+    def _keep(self, value: Tensor) -> None:
+        self.kept = value
 
     def _new(self, part: str) -> Hook:
         return lambda _: self.new.get(part)

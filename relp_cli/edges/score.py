@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from relp_cli.edges.gradients import check, reader_gradients
+from relp_cli.edges.check import check_once
 from relp_cli.edges.graph import Graph
 from relp_cli.edges.scores import EVERYWHERE, KIND, EdgeScores
 from relp_cli.edges.setup import EdgeResult, EdgeSetup
@@ -19,9 +17,7 @@ from relp_cli.errors import RelpError, unknown
 from relp_cli.methods.request import Account, Request
 from relp_cli.methods.score import KEEP_LIMIT, position_axis, resolve_method
 from relp_cli.methods.scores import Scores
-from relp_cli.methods.setup import Setup
 from relp_cli.models.model import Model
-from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
 
 POSITIONS = ("sum", "keep")
@@ -73,19 +69,6 @@ def edge_methods() -> list[str]:
     from relp_cli.methods.table import METHODS
 
     return [name for name, row in METHODS.items() if row.scope == "edges"]
-
-
-_checked: WeakSet[Model] = WeakSet()
-
-
-def check_once(model: Model, batch: PairBatch) -> None:
-    """`gradients.check` on one pair, once per model in a process (its passes are not counted to a method)."""
-    if model not in _checked:
-        one = replace(batch.rows(slice(0, 1)), patch=None, answer=batch.answer[:1, :1], foil=batch.foil[:1, :1])
-        check(
-            model, reader_gradients(Setup(model, one, METRICS["logit_diff"], (), baseline="zero"), tokens=one.original)
-        )
-        _checked.add(model)
 
 
 def _means(model: Model, chunks: Sequence[PairBatch]) -> tuple[Written, tuple[str, ...]]:

@@ -11,13 +11,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from relp_cli.errors import RelpError
 from relp_cli.lrp.sites import centred, linear_parameters
@@ -85,7 +85,14 @@ class Recorder:
         return [(name, self._keep(name)) for name in names]
 
     def _keep(self, name: str) -> Hook:
-        return lambda value: self.seen.__setitem__(name, value)
+        def hook(value: Tensor) -> None:
+            if value.ndim != 3:
+                raise RelpError(
+                    f"model {self.model.name} ({self.model.family.name}): {name} has no axes for batch and position"
+                )
+            self.seen[name] = value
+
+        return hook
 
     @property
     def input(self) -> Tensor:
@@ -98,6 +105,13 @@ class Recorder:
         if not self.model.shape.post_norm:
             return z
         return (z / self.seen[f"blocks.{layer}.ln1_post.hook_scale"].detach()).to(z.dtype)
+
+    def constant(self, layer: int, bias: Float[Tensor, " d_model"]) -> Float[Tensor, "... d_model"]:
+        """What the output projection's bias adds to the stream: no writer's."""
+        if not self.model.shape.post_norm:
+            return bias
+        share = bias / self.seen[f"blocks.{layer}.ln1_post.hook_scale"].detach()
+        return centred(self.model.component(f"blocks.{layer}.ln1_post"), share)
 
     def mlp(self, layer: int) -> Tensor:
         return self.seen[f"blocks.{layer}.hook_mlp_out"].detach()
@@ -118,91 +132,48 @@ def written(model: Model, tokens: Tensor) -> tuple[Written, Float[Tensor, "batch
 @contextmanager
 def ungrouped(model: Model) -> Iterator[None]:
     """Inside, the values at `k.hook_out` and `v.hook_out` hold one key and value per *query* head (unchanged without
-    grouped-query attention). Enter it outside any `lrp` block.
-
-    Raises: RelpError for grouped-query attention that does not say its group size where it repeats keys and values.
+    grouped-query attention). Enter it outside any `lrp` block. `edges.check` verifies that logits stay the same.
     """
     shape = model.shape
     size = shape.n_heads // shape.n_kv_heads
     if size == 1:
         yield
         return
-    parts: list[Any] = [model.component(f"blocks.{n}.attn").original_component for n in range(shape.n_layers)]
-    if any(getattr(part, "num_key_value_groups", None) != size for part in parts):
-        raise RelpError(f"model {model.name} ({model.family.name}): edges know no grouped-query attention of this form")
 
     def repeat(value: Tensor) -> Tensor:
         return value.unflatten(-1, (shape.n_kv_heads, -1)).repeat_interleave(size, dim=-2).flatten(-2)
 
     layers = range(shape.n_layers)
     points: list[tuple[str, Hook]] = [(f"blocks.{n}.attn.{part}.hook_out", repeat) for n in layers for part in "kv"]
-    try:
-        for part in parts:
-            part.num_key_value_groups = 1
-        with model.hooks(points):
-            yield
-    finally:
-        for part in parts:
-            part.num_key_value_groups = size
+    with ExitStack() as stack:
+        for n in layers:
+            bridge = model.component(f"blocks.{n}.attn")
+            for owner, name, value in _grouping(bridge, shape.n_kv_heads, size, shape.n_heads):
+                stack.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, value)
+        stack.enter_context(model.hooks(points))
+        yield
 
 
-def projections(
-    model: Model, layer: int, transposed: bool = False
-) -> list[tuple[Float[Tensor, "head d_head d_model"], Tensor | None]]:
-    """Per q, k, v: the projection of each query head with the attention's norm folded in, and its bias.
-
-    For a reader input x with norm denominator σ(x): value = W·centre(x)/σ + bias, where W = W_part ∘ norm weight
-    (centre: subtract the mean over d_model; nothing under RMSNorm).
-    transposed: with centred rows, W∘centre: then Wᵀg/σ is pulled back to x, the centring included.
-    """
-    shape, norm = model.shape, model.component(f"blocks.{layer}.ln1")
-    out: list[tuple[Tensor, Tensor | None]] = []
-    for part in "qkv":
-        heads = shape.n_heads if part == "q" else shape.n_kv_heads
-        weight, bias = linear_parameters(model, f"blocks.{layer}.attn.{part}", shape.d_model, heads * shape.d_head)
-        folded = weighted(norm, weight)
-        folded = (centre(norm, folded) if transposed else folded).unflatten(0, (heads, -1))
-        total = bias if getattr(norm, "bias", None) is None else weight @ norm.bias + (0 if bias is None else bias)
-        total = None if total is None else total.unflatten(0, (heads, -1))
-        repeats = shape.n_heads // heads
-        if repeats > 1:
-            folded = folded.repeat_interleave(repeats, dim=0)
-            total = None if total is None else total.repeat_interleave(repeats, dim=0)
-        out.append((folded, total))
-    return out
+def _grouping(bridge: Any, n_kv: int, size: int, n_heads: int) -> Iterator[tuple[Any, str, Any]]:
+    """(owner, attribute, value without groups): where an attention says how many heads a key serves, and its key norm."""
+    if hasattr(bridge.original_component, "num_key_value_groups"):
+        yield bridge.original_component, "num_key_value_groups", 1
+    if getattr(bridge.config, "n_key_value_heads", None) == n_kv:
+        yield bridge.config, "n_key_value_heads", n_heads
+    norm: Any = getattr(getattr(bridge, "k_norm", None), "original_component", None)
+    if isinstance(getattr(norm, "norms", None), nn.ModuleList):  # StableLM: one norm per head
+        yield norm, "norms", nn.ModuleList(n for n in norm.norms for _ in range(size))
+    for name in ("weight", "bias"):
+        p = getattr(norm, name, None)
+        if isinstance(p, nn.Parameter) and p.numel() % n_kv == 0 and p.numel() > bridge_width(bridge, n_kv):
+            repeated = p.reshape(n_kv, -1).repeat_interleave(size, dim=0).reshape(-1, *p.shape[1:])
+            yield norm, name, nn.Parameter(repeated, requires_grad=False)
 
 
-def weighted(norm: Any, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-    """x times the norm's weight."""
-    scale = getattr(norm, "weight", None)
-    return x if scale is None else x * (1 + scale if norm.uses_weight_offset else scale)
-
-
-def centre(norm: Any, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-    """x − mean(x) under LayerNorm, x under RMSNorm."""
-    return x if norm.uses_rms_norm else x - x.mean(-1, keepdim=True)
-
-
-def epsilon(model: Model, norm: Any) -> float:
-    """What a norm adds to the variance. Raises RelpError for a norm that does not say."""
-    original = norm.original_component
-    value = next(
-        (getattr(original, n) for n in ("eps", "variance_epsilon") if getattr(original, n, None) is not None), None
-    )
-    if value is None:
-        raise RelpError(
-            f"model {model.name} ({model.family.name}): norm {type(original).__name__} has no eps that edges know"
-        )
-    return float(value)
-
-
-def project(
-    norm_eps: float, x: Float[Tensor, "reader batch pos d_model"], projection: Tensor, bias: Tensor | None
-) -> Float[Tensor, "reader batch pos d_head"]:
-    """norm and projection of one reader input per head: x must be centred already under LayerNorm (`projections`)."""
-    sigma = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + norm_eps).sqrt()
-    out = torch.bmm(x.flatten(1, 2), projection.to(x.dtype).transpose(1, 2)).unflatten(1, x.shape[1:3]) / sigma
-    return (out if bias is None else out + bias[:, None, None]).to(x.dtype)
+def bridge_width(bridge: Any, n_kv: int) -> int:
+    """d_head of an attention's keys."""
+    return int(bridge.k.original_component.weight.numel() // bridge.k.original_component.in_features // n_kv)
 
 
 def mean_written(runs: Iterable[tuple[Written, Int[Tensor, " pos"]]], n_labels: int) -> Written:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from relp_cli.circuits.circuit import ANY_POSITION, positions_of
 from relp_cli.edges.ablation import EdgeAblation
+from relp_cli.edges.check import check_once
 from relp_cli.edges.circuit import EdgeCircuit, counted_edges
 from relp_cli.edges.graph import Graph
 from relp_cli.edges.run import edge_logits
@@ -52,6 +53,7 @@ def evaluate_edges(
         raise RelpError(f"exclude_layers must be from 0 to {graph.n_layers - 1}, got {exclude_layers}")
     for circuit in circuits:
         check_edge_circuit(model, graph, circuit)
+    check_once(model, pairs[0])
     row = METRICS[metric or str(circuits[0].meta.get("metric", "logit_diff"))]
     values_of = EdgeAblation.prepare(model, pairs, ablation)
     everything = [
@@ -130,14 +132,20 @@ def edge_curve(
     prune: str = "none",
     **options: object,
 ) -> tuple[pd.DataFrame, float, float]:
-    """Faithfulness at MIB's fractions of edges, and (CPR, CMD) over the fractions asked for.
+    """Faithfulness of the ⌊fraction · edges⌋ first edges, and MIB's (CPR, CMD) over the fractions asked for: CPR of the
+    edges ranked from support to opposition, CMD of those ranked by |score|.
 
-    greedy, prune: as `select_edges`; options: as `evaluate_edges`. The table gets a first column `fraction`.
+    greedy, prune: as `select_edges`; options: as `evaluate_edges`. The table gets two first columns, `ranking` ("signed",
+    "absolute"; only the latter for scores without sign, which serves both) and `fraction`.
     """
-    total = scores.n_edges
-    sizes = [max(1, round(f * total)) for f in fractions]
-    circuits = [select_edges(scores, top_k=k, greedy=greedy, prune=prune) for k in sizes]
-    circuits = [replace(c, meta={**c.meta, "fraction": f}) for c, f in zip(circuits, fractions, strict=True)]
+    rankings = ("signed", "absolute") if scores.meta.get("signed", True) else ("absolute",)
+    points = [(sign, f) for sign in rankings for f in fractions]
+    circuits = []
+    for sign, f in points:
+        circuit = select_edges(scores, top_k=int(f * scores.n_edges), greedy=greedy, prune=prune, sign=sign)
+        circuits.append(replace(circuit, meta={**circuit.meta, "fraction": f}))
     table = evaluate_edges(model, pairs, circuits, **options)  # type: ignore[arg-type]
-    table.insert(0, "fraction", list(fractions))
-    return table, *areas(list(fractions), table.faithfulness.tolist())
+    table.insert(0, "fraction", [f for _, f in points])
+    table.insert(0, "ranking", [sign for sign, _ in points])
+    faithful = [table[table.ranking == sign].faithfulness.tolist() for sign in (rankings[0], rankings[-1])]
+    return table, areas(list(fractions), faithful[0])[0], areas(list(fractions), faithful[1])[1]

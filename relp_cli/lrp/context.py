@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from relp_cli.errors import RelpError
 from relp_cli.lrp.rules import ActiveRule, parse_rules
 from relp_cli.lrp.sites import RuleSite, build_sites, replace
+from relp_cli.models.checks import TOLERANCE
 from relp_cli.models.model import Hook, Model
 
 Recorded = dict[str, dict[str, Tensor]]  # site name → the patch run's values
@@ -25,7 +27,8 @@ def lrp(
     other: what `recording` collected in the patch run; two-point rules need it.
 
     Raises: RelpError for a rule that matches no layer, two rules for one kind of site, a two-point rule without
-    `other`, and (on exit) a site that a forward pass went past without calling.
+    `other`, in the first pass, a site whose value is not what the rule replaces, and (on exit) a site that a forward pass
+    went past without calling.
     """
     active = parse_rules(list(rules))
     lonely = [str(a) for a in active if a.rule.two_point and other is None]
@@ -38,15 +41,23 @@ def lrp(
     def write(site: RuleSite) -> Hook:
         def hook(value: Tensor) -> Tensor:
             fired.add(site.name)
+            read = inputs[site.name]
             if not torch.is_grad_enabled():
                 return value
-            _must_have_read(model, site, inputs[site.name])
-            return replace(value, site.surrogate(inputs[site.name], value, other[site.name] if other else None))
+            _must_have_read(model, site, read)
+            _must_stand_for(model, site, read, value)
+            return replace(value, site.surrogate(read, value, other[site.name] if other else None))
 
         return hook
 
+    def begin(_: Tensor) -> None:
+        """What the last pass read too late (GPT-J's pattern) must not stand there, stale, for this one."""
+        for read in inputs.values():
+            read.clear()
+
     # Writes before reads: where one rule reads the point that another writes, it must read what was written.
-    hooks = [(site.write, write(site)) for site in sites] + _reads(sites, inputs)
+    hooks: list[tuple[str, Hook]] = [("blocks.0.hook_in", begin), *((site.write, write(site)) for site in sites)]
+    hooks += _reads(sites, inputs)
     with model.hooks(hooks):
         yield {str(a): sum(str(a) in site.rules for site in sites) for a in active}
     silent = [site.name for site in sites if fired and site.name not in fired]
@@ -79,6 +90,29 @@ def _must_have_read(model: Model, site: RuleSite, values: Mapping[str, Tensor]) 
             f"model {model.name} ({model.family.name}) never calls {', '.join(silent)}, "
             f"which rule {', '.join(site.rules)} reads; leave the rule out"
         )
+
+
+_compared: WeakKeyDictionary[Model, set[tuple[str, tuple[str, ...]]]] = WeakKeyDictionary()
+
+
+def _must_stand_for(model: Model, site: RuleSite, read: Mapping[str, Tensor], value: Tensor) -> None:
+    """Once per model, site and its rules in a process: what stands there is what the surrogate was made for.
+
+    A wrong surrogate changes gradients and never values, so nothing else would show it.
+    """
+    done, key = _compared.setdefault(model, set()), (site.name, site.rules)
+    if key in done:
+        return
+    with torch.no_grad():
+        want = site.value(read)
+        seen = value > torch.finfo(value.dtype).min / 4  # masked attention scores stand for nothing
+        error = ((want - value)[seen].abs().max() / value[seen].abs().max().clamp_min(1e-6)).item()
+    if not error <= TOLERANCE[model.dtype]:
+        raise RelpError(
+            f"model {model.name} ({model.family.name}): {site.name} does not compute what rule {', '.join(site.rules)} "
+            f"replaces (relative error {error:.1e} > {TOLERANCE[model.dtype]:.0e}); leave the rule out"
+        )
+    done.add(key)
 
 
 def _reads(sites: list[RuleSite], inputs: dict[str, dict[str, Tensor]]) -> list[tuple[str, Hook]]:

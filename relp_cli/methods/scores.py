@@ -22,6 +22,11 @@ SCHEMA = 1
 SIGN = "c(n) = L(patched) − L(run); higher L = more of the original behaviour"
 
 
+def support_sign(meta: Mapping[str, Any]) -> int:
+    """What scores are multiplied by so that support of the behaviour is positive: −1 for signed noising scores."""
+    return -1 if meta.get("signed", True) and meta.get("direction", "noising") == "noising" else 1
+
+
 @dataclass(frozen=True)
 class NodeScores:
     """Scores of one node kind.

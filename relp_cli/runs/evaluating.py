@@ -85,8 +85,8 @@ def circuits_of(scores: Mapping[str, Any], sweep: str, from_layer: int = 0, **mo
         counts = np.unique(np.geomspace(1, max(scored, 1), len(points)).round().astype(int))
         points = [{"top_k": int(c)} for c in counts]
     if "of" in points[0]:
-        points = [{"top_k": max(1, round(p["of"] * scored))} for p in points]
-    if "top_k" in points[0]:
+        points = [{"top_k": int(p["of"] * scored)} for p in points]  # MIB's grid: every fraction stays a point
+    elif "top_k" in points[0]:
         points = [{"top_k": k} for k in dict.fromkeys(min(int(p["top_k"]), scored) for p in points)]
     return [select(scores, from_layer=from_layer, **p, **more) for p in points]  # type: ignore[arg-type]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from relp_cli.edges.stream import written
 from relp_cli.errors import RelpError, RunFailed
 from relp_cli.evaluation.areas import MIB_FRACTIONS, areas
 from relp_cli.evaluation.edges import edge_curve
+from relp_cli.runs.evaluating import circuits_of
 from tests.oracles import edges as oracle
 from tests.oracles.forward import forward
 from tests.oracles.make import SHAPES, exact_float64
@@ -271,10 +273,36 @@ def test_mib_curve() -> None:
     c = case("gpt2")
     scores = run(c, "eap", ["edges"])["edges"]
     table, cpr, cmd = outcome(lambda: edge_curve(c.model, [c.batch], scores, ablation="zero", bootstrap=5))
-    assert tuple(table.fraction) == MIB_FRACTIONS
-    assert table.n_nodes.tolist() == [max(1, round(f * 262)) for f in MIB_FRACTIONS]
-    assert (cpr, cmd) == areas(table.fraction, table.faithfulness)
+    assert table.ranking.tolist() == ["signed"] * 10 + ["absolute"] * 10
+    assert tuple(table.fraction) == 2 * MIB_FRACTIONS  # no points merged
+    assert table.n_nodes.tolist() == 2 * [int(f * 262) for f in MIB_FRACTIONS]
+    signed, absolute = (table[table.ranking == r] for r in ("signed", "absolute"))
+    assert cpr == areas(MIB_FRACTIONS, signed.faithfulness)[0]
+    assert cmd == areas(MIB_FRACTIONS, absolute.faithfulness)[1]
+    assert not signed.faithfulness.equals(absolute.faithfulness)
     assert table.faithfulness.iloc[-1] == pytest.approx(1)
+    assert [len(s) for s in (circuits_of({"edges": scores}, "fractions:mib"), MIB_FRACTIONS)] == [10, 10]
+
+
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_signed_selection_ranks_from_support_to_opposition(direction: str) -> None:
+    c = case("gpt2")
+    scores = run(c, "eap", ["edges"], direction=direction)["edges"]
+    support = scores.flat().mean.flatten() * (-1 if direction == "noising" else 1)
+    names = scores.edge_names()
+    for k in (5, 200, 262):
+        best = support.argsort(descending=True)[:k].tolist()
+        assert set(relp.select(scores, top_k=k, sign="signed").edge_names()) == {names[i] for i in best}
+    assert relp.select(scores, threshold=0.1, sign="signed").n_edges == int((support > 0.1).sum())
+    nodes = run(c, "atp", ["head"], direction=direction)["head"]
+    kept = relp.select(nodes, top_k=7, sign="signed").masks["head"]
+    worth = nodes.mean * (-1 if direction == "noising" else 1)
+    assert worth[kept].min() > worth[~kept].max()
+    for how in ({"top_p": 0.5}, {"threshold": 1, "union": True}):
+        with pytest.raises(RelpError, match="signed selection"):
+            relp.select(nodes, sign="signed", **how)
+    with pytest.raises(RelpError, match="no sign"):
+        relp.select(run(c, "atp_star", ["head"])["head"], top_k=3, sign="signed")
 
 
 def test_files_and_errors(tmp_path) -> None:
@@ -315,6 +343,7 @@ def test_exchange(shape: str, suffix: str, tmp_path) -> None:
     assert torch.equal(again.mask, circuit.mask)
     assert again.graph == circuit.graph
     close(theirs.mean, scores.mean, 1e-6)
+    assert (theirs.meta["direction"], theirs.meta["signed"], theirs.meta["metric"]) == ("noising", True, "logit_diff")
     assert relp.select(theirs, top_k=30).edge_names() == circuit.edge_names()
     tables = [
         outcome(lambda x=x: relp.evaluate(c.model, [c.batch], x, ablation="zero", bootstrap=5))
@@ -325,15 +354,71 @@ def test_exchange(shape: str, suffix: str, tmp_path) -> None:
         content = json.loads(path.read_text())
         assert set(content) == {"cfg", "nodes", "edges"}
         assert content["edges"]["input->m0"] == {
-            "score": scores.mean[0, 12].item(),
+            "score": -scores.mean[0, 12].item(),  # support positive, as MIB ranks
             "in_graph": bool(circuit.mask[0, 0, 12]),
         }
         assert content["nodes"]["logits"] == {"in_graph": True}
+        assert content["cfg"]["relp"] == {
+            "sign": "support positive", "method": "eap", "metric": "logit_diff", "direction": "noising", "signed": True,
+        }  # fmt: skip
+        del content["cfg"]["relp"]  # a file of somebody else's: support is positive in it as well
+        path.write_text(json.dumps(content))
+        close(import_circuit(path, c.model)[1].mean, scores.mean, 1e-6)
     else:
         content = torch.load(path, weights_only=True)
         assert {"cfg", "src_nodes", "dst_nodes", "edges_scores", "edges_in_graph", "nodes_in_graph"} == set(content)
     with pytest.raises(RelpError, match="is not that of"):
         import_circuit(path, case("pythia" if shape != "pythia" else "gpt2").model)
+
+
+def test_denoising_scores_are_exchanged_as_they_are(tmp_path) -> None:
+    scores = run(case("gpt2"), "eap", ["edges"], direction="denoising")["edges"]
+    export_circuit(tmp_path / "c.json", 32, None, scores)
+    assert json.loads((tmp_path / "c.json").read_text())["edges"]["input->m0"]["score"] == scores.mean[0, 12].item()
+    close(import_circuit(tmp_path / "c.json")[1].mean, scores.mean)
+
+
+FAULTS = {
+    "true_text": (lambda c: c["edges"]["a0.h0->m0"].update(in_graph="false"), "edge a0.h0->m0: in_graph is 'false'"),
+    "text_score": (lambda c: c["edges"]["a0.h0->m0"].update(score="1"), "edge a0.h0->m0: score is '1'"),
+    "infinite": (lambda c: c["edges"]["a0.h0->m0"].update(score=float("inf")), "a0.h0->m0 has no finite score"),
+    "missing": (lambda c: c["edges"].pop("a0.h1->m1"), "edge a0.h1->m1 is missing"),
+    "backward": (
+        lambda c: c["edges"].update({"m1->a0.h0<q>": {"score": 1.0, "in_graph": True}}),
+        "m1->a0.h0<q> is no edge",
+    ),
+    "unknown": (
+        lambda c: c["edges"].update({"m7->m9": {"score": 1.0, "in_graph": True}}),
+        "edge m7->m9: unknown writer",
+    ),
+    "layers": (lambda c: c["cfg"].update(n_layers=1e9), "cfg.n_layers is 1000000000.0, expected a whole number"),
+    "many": (lambda c: c["cfg"].update(n_layers=10**9), "no model's"),
+    "more": (lambda c: c["cfg"].update(n_layers=5000), "is missing"),
+    "flag": (lambda c: c["cfg"].update(parallel_attn_mlp="no"), "cfg.parallel_attn_mlp is 'no'"),
+    "sign": (lambda c: c["cfg"]["relp"].update(sign="?"), "cfg.relp.sign is '?'"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faulty_files_are_refused_by_the_edge_or_key(fault: str, tmp_path) -> None:
+    change, says = FAULTS[fault]
+    graph = Graph(2, 2)
+    export_circuit(tmp_path / "c.json", 8, EdgeCircuit(graph, graph.mask[None]))
+    content = json.loads((tmp_path / "c.json").read_text())
+    change(content)
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    with pytest.raises(RelpError, match=re.escape(says)):
+        import_circuit(tmp_path / "c.json")
+
+
+def test_backward_edges_of_matrices_are_refused(tmp_path) -> None:
+    graph = Graph(2, 2)
+    export_circuit(tmp_path / "c.pt", 8, EdgeCircuit(graph, graph.mask[None]))
+    content = torch.load(tmp_path / "c.pt", weights_only=True)
+    content["edges_in_graph"][-1, 0] = True
+    torch.save(content, tmp_path / "c.pt")
+    with pytest.raises(RelpError, match=re.escape("m1->a0.h0<q> is no edge")):
+        import_circuit(tmp_path / "c.pt")
 
 
 def test_what_cannot_be_exchanged_is_refused(tmp_path) -> None:
