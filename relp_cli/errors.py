@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+# What only another name or place mends.
+BAD_PLACE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EROFS,
+             errno.ELOOP)  # fmt: skip
 
 
 class RelpError(Exception):
@@ -30,3 +35,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def unknown(what: str, name: str, known: Iterable[str], where: str = "") -> RelpError:
     """The error for a name that is not in a table. `where` is a `file:line: key: ` prefix."""
     return RelpError(f"{where}unknown {what} '{name}'{nearest(name, known)}")
+
+
+def visible(text: str) -> str:
+    """Text as one line that can stand on a terminal: what does not print (escapes, line ends, marks that turn the direction
+    of writing) is shown as Python writes it, `\\n`."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -12,13 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from relp_cli.errors import RelpError, RunFailed
+from relp_cli.errors import BAD_PLACE, RelpError, RunFailed
 
 TEMPORARY = (".relp-", ".tmp")
 MOST_DIGITS = 300  # of a number in a file; Python itself refuses integers of more than 4300
-# What the user can only mend by naming another place.
-_BAD_PLACE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EROFS,
-              errno.ELOOP)  # fmt: skip
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -103,7 +100,7 @@ def _locked_temporary(folder: Path) -> Iterator[tuple[int, str]]:
 
 
 def _write_error(path: Path, error: OSError) -> RelpError:
-    if error.errno in _BAD_PLACE:
+    if error.errno in BAD_PLACE:
         return RelpError(f"cannot write {path}: {error.strerror}")
     if error.errno == errno.ENOENT:
         return RunFailed(f"writing {path} failed: its folder was deleted meanwhile")

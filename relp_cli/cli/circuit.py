@@ -125,7 +125,7 @@ def command(
     out.print(layers_table(circuit))
     if edge_threshold is not None:
         show_edges(spec, prepared, session, circuit, annotations, out)
-    log.print(str(path), highlight=False)
+    log.print(str(path))
 
 
 def layers_table(circuit):  # type: ignore[no-untyped-def]

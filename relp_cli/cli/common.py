@@ -13,12 +13,24 @@ from typing import Annotated, Any
 import typer
 import yaml
 from rich.console import Console
+from rich.text import Text
 
-from relp_cli.errors import RelpError
+from relp_cli.errors import RelpError, visible
+
+
+class Terminal(Console):
+    """A console on which every string is text: no markup, no emoji codes, and what does not print is escaped."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(visible(text), **how)
+
 
 # Tables go to stdout, everything else to stderr. A pipe has no width of its own: tables there are not squeezed.
-out = Console(width=None if sys.stdout.isatty() else 160)
-log = Console(stderr=True, soft_wrap=True)
+out = Terminal(width=None if sys.stdout.isatty() else 160)
+log = Terminal(stderr=True, soft_wrap=True)
 
 COMPONENTS = "resid_pre,attn_out,mlp_out"
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of tables.")]
@@ -70,7 +82,13 @@ def assignments(items: list[str]) -> dict[str, Any]:
 
 def note(text: str) -> None:
     """A line for people, on stderr; warnings stand out."""
-    log.print(f"[bold yellow]{text}[/]" if text.startswith("WARNING") else f"[dim]{text}[/]", highlight=False)
+    log.print(text, style="bold yellow" if text.startswith("WARNING") else "dim")
+
+
+def print_fields(fields: Mapping[str, Any]) -> None:
+    """`key: value`, one a line, on stdout."""
+    for key, value in fields.items():
+        out.print(f"{key}: {value}")
 
 
 def print_json(value: Any) -> None:
@@ -98,13 +116,13 @@ def progress() -> Iterator[Callable[[int, int, str], None] | None]:
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=log, transient=True) as bar:
         tasks: dict[str, Any] = {}
 
         def update(done: int, total: int, what: str) -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
+                tasks[what] = bar.add_task(visible(what), total=total)
             bar.update(tasks[what], completed=done, total=total)
 
         yield update

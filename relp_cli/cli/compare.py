@@ -74,4 +74,4 @@ def command(
 
     show_agreement(result.table)
     for path in result.files:
-        log.print(str(path), highlight=False)
+        log.print(str(path))

@@ -62,12 +62,12 @@ def command(
     from relp_cli.report.tables import show as print_table
 
     where = f"{prepared.task.name}, {prepared.model.name}, {direction}, {prepared.metric}, {spec.pairs} pairs"
-    out.print(f"{method} on {where}", highlight=False)
+    out.print(f"{method} on {where}")
     for title, table in tables.values():
         if len(table):
             print_table(table, out, title)
     for line in found.summary:
-        out.print(f"• {line}", highlight=False)
+        out.print(f"• {line}")
 
 
 def _tables(found: Any, show: int) -> dict[str, tuple[str, Any]]:

@@ -7,7 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from relp_cli.cli.common import DeviceOption, DryRunFlag, JsonFlag, log, note, out, output_option, print_json, progress
+from relp_cli.cli.common import (
+    DeviceOption,
+    DryRunFlag,
+    JsonFlag,
+    log,
+    note,
+    out,
+    output_option,
+    print_fields,
+    print_json,
+    progress,
+)
 from relp_cli.errors import RelpError
 
 
@@ -64,7 +75,7 @@ def command(
         from relp_cli.runs.evaluating import evaluation_cost
 
         cost = evaluation_cost(Path(target), sweep, circuit, pairs, random)
-        print_json(cost) if json else out.print("\n".join(f"{k}: {v}" for k, v in cost.items()), highlight=False)
+        print_json(cost) if json else print_fields(cost)
         return
     from relp_cli.cli.tables import show_evaluation
     from relp_cli.report.tables import show
@@ -95,8 +106,8 @@ def command(
         f"F(M) = {first.F_M:.3f}, F(∅) = {first.F_empty:.3f} [95 % bootstrap]"
     )
     show_evaluation(table, title)
-    log.print(str(path), highlight=False)
+    log.print(str(path))
     if dropped:
         useless = int((losses.loss <= 0).sum())
         show(losses.head(20), out, f"dropped one by one: {useless} of {len(losses)} could go at no loss")
-        log.print(str(dropped), highlight=False)
+        log.print(str(dropped))

@@ -39,7 +39,7 @@ def export(
         return
     if circuit is None:
         note("no circuit.json in this run: scores are exported, and no edge is marked as in the circuit")
-    log.print(str(file), highlight=False)
+    log.print(str(file))
 
 
 def import_(
@@ -62,4 +62,4 @@ def import_(
     if json:
         print_json({"circuit": str(output), "n_edges": circuit.n_edges, "n_possible": circuit.n_possible})
         return
-    log.print(f"{output}: {circuit.n_edges} of {circuit.n_possible} edges", highlight=False)
+    log.print(f"{output}: {circuit.n_edges} of {circuit.n_possible} edges")

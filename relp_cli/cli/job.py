@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from relp_cli.cli.common import DeviceOption, JsonFlag, log, note, out, output_option, print_json, progress
+from relp_cli.cli.common import (
+    DeviceOption,
+    JsonFlag,
+    log,
+    note,
+    out,
+    output_option,
+    print_fields,
+    print_json,
+    progress,
+)
 from relp_cli.errors import RelpError, unknown
 
 
@@ -58,7 +68,7 @@ def run_job(
             "first": grid[0].label,
             "last": grid[-1].label,
         }
-        print_json(summary) if json else out.print("\n".join(f"{k}: {v}" for k, v in summary.items()), highlight=False)
+        print_json(summary) if json else print_fields(summary)
         return
     from relp_cli.runs.engines import ENGINES
     from relp_cli.runs.summary import summarise
@@ -94,4 +104,4 @@ def _print(tables: list[tuple[str, Any]], files: list[Path]) -> None:
         else:
             show(table, out, title)
     for path in files:
-        log.print(str(path), highlight=False)
+        log.print(str(path))

@@ -1,75 +1,116 @@
-"""`relp`: one thin file per verb; this one wires them and turns errors into one line and an exit code."""
+"""The entry point: every way a command can end is an exit code and at most one `error:` line, never a traceback.
+
+Imports next to nothing at the top, so that an interrupt while the rest is imported ends in the same way.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import sys
+from contextlib import suppress
+from typing import Any
 
-import typer
+from relp_cli.errors import BAD_PLACE, RelpError, nearest, visible
 
-from relp_cli import __version__
-from relp_cli.cli import (
-    bench,
-    circuit,
-    compare,
-    diagnose,
-    evaluate,
-    exchange,
-    job,
-    ls,
-    overlap,
-    report,
-    score,
-    tasks,
-    train_dictionary,
-)
-from relp_cli.errors import RelpError
-
-app = typer.Typer(
-    name="relp",
-    help="Circuit discovery for transformer language models: score nodes, select circuits, evaluate and compare them.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for module in (score, circuit, evaluate, compare, diagnose, overlap, report, ls, bench):
-    app.command(name=module.__name__.rpartition(".")[2])(module.command)
-app.command(name="validate")(tasks.validate)
-app.command(name="show")(tasks.show)
-app.command(name="train-dictionary")(train_dictionary.command)
-app.command(name="export")(exchange.export)
-app.command(name="import")(exchange.import_)
-app.command(name="reproduce")(job.reproduce)
-
-
-@app.callback(invoke_without_command=True)
-def main(version: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
-    """Circuit discovery for transformer language models."""
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
+LONGEST = 600  # characters of an error line; more is somebody's file
 
 
 def run() -> None:
-    """Entry point. Exit codes: 0, 1 (failed), 2 (bad input), 130 (interrupted); never a traceback."""
+    """Run the command line. Exit codes: 0, 1 (failed), 2 (bad input), 130 (interrupted)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's backend, inherited, would not be there
     try:
-        app(standalone_mode=True)
-    except RelpError as error:
-        fail(str(error), error.exit_code)
+        _usable_streams()
+        from typer.main import get_command
+
+        from relp_cli.cli.app import app
+
+        code = get_command(app).main(prog_name="relp", standalone_mode=False)
+        sys.stdout.flush()
     except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and stop.code != 130:  # typer turns an interrupt into exit code 130
-            raise
-        fail("interrupted; the same command again resumes what was finished", 130)
+        code = 130 if isinstance(stop, KeyboardInterrupt) else stop.code
     except Exception as error:
         if os.environ.get("RELP_DEBUG"):
             raise
-        first = (str(error).strip().splitlines() or [""])[0]
-        fail(f"{type(error).__name__}: {first} (RELP_DEBUG=1 shows where)", 1)
+        fail(*explain(error))
+    if code == 130:  # typer returns it for an interrupt
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        fail("interrupted; the same command again resumes what was finished", 130)
+    _leave(code)
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """What an error means to the person who typed the command, and the exit code."""
+    if isinstance(error, RelpError):
+        return str(error), error.exit_code
+    if hasattr(error, "format_message"):  # typer's own: what was typed is no command of ours
+        return _usage(error), 2
+    if isinstance(error, BrokenPipeError):  # `| head`: nobody reads on
+        return "", 1
+    if isinstance(error, OSError) and error.strerror:
+        where = "reading or writing" if error.filename is None else os.fsdecode(error.filename)
+        return f"{where}: {error.strerror}", 2 if error.errno in (*BAD_PLACE, errno.ENOENT) else 1
+    if isinstance(error, RecursionError):
+        return f"{_typed()}: something in it is nested too deeply", 2
+    if isinstance(error, UnicodeError):
+        return f"{_typed()}: text that is not UTF-8 ({error.reason if hasattr(error, 'reason') else error})", 2
+    if isinstance(error, MemoryError):
+        return "out of memory; a smaller --batch-size needs less", 1
+    return f"{type(error).__name__}: {error} (RELP_DEBUG=1 shows where)", 1
 
 
 def fail(message: str, code: int) -> None:
     """One `error:` line on stderr, and the exit code."""
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    line = visible(message.strip())
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST * 2 // 3]} … {line[-LONGEST // 3 :]}"
+    if line:
+        with suppress(OSError):
+            sys.stderr.write(f"error: {line}\n")
+    _leave(code)
+
+
+def _usage(error: Any) -> str:
+    """Typer's complaint as one line, with what was typed and the nearest option."""
+    message, context = error.format_message().rstrip("."), error.ctx
+    if not message.strip():  # `relp` alone: the help was printed
+        return ""
+    where = "relp" if context is None else context.command_path
+    name = getattr(error, "option_name", None)
+    if name is not None and context is not None and message.startswith("No such option"):
+        options = [o for p in context.command.params for o in (*p.opts, *p.secondary_opts) if o.startswith("--")]
+        return f"{where}: unknown option '{name}'{nearest(name, [*options, '--help'])}"
+    cause = getattr(error.__cause__ or error.__context__, "errors", None)  # pydantic's, which holds the value
+    return f"{where}: {message}" + (f" (got '{cause()[0]['input']}')" if cause else "")
+
+
+def _typed() -> str:
+    return f"relp {' '.join(sys.argv[1:])}"
+
+
+def _usable_streams() -> None:
+    """Closed streams swallow what is written; characters that the terminal cannot show are written as escapes."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - for the whole process
+        elif mode == "w" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _leave(code: Any) -> None:
+    """Exit, also where nobody reads our output any more: what is still buffered is dropped."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            code = code or 1
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    run()

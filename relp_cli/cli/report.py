@@ -24,4 +24,4 @@ def command(
     from relp_cli.runs.reporting import report_run
 
     for path in report_run(run, output, annotations):
-        log.print(str(path), highlight=False)
+        log.print(str(path))

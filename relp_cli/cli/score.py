@@ -20,6 +20,7 @@ from relp_cli.cli.common import (
     note,
     out,
     output_option,
+    print_fields,
     print_json,
     progress,
 )  # fmt: skip
@@ -90,7 +91,7 @@ def command(
     if dry_run:
         prepared = prepare(spec, session)
         cost = describe_cost(prepared.model, prepared.pairs, spec)
-        print_json(cost) if json else out.print("\n".join(f"{k}: {v}" for k, v in cost.items()), highlight=False)
+        print_json(cost) if json else print_fields(cost)
         return
 
     def ready(prepared: Prepared) -> None:
@@ -121,4 +122,4 @@ def command(
         show_features(spec, session, scores, annotations, out)
     else:
         show_scores(scores)
-    log.print(f"{'already done: ' if cached else ''}{run.path}", highlight=False)
+    log.print(f"{'already done: ' if cached else ''}{run.path}")

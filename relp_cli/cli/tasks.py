@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from relp_cli.cli.common import BosOption, JsonFlag, note, out, print_json
+from relp_cli.errors import visible
 
 
 def validate(
@@ -38,7 +39,7 @@ def validate(
         return
     for key, value in about.items():
         if value not in (None, {}, [], ""):
-            out.print(f"{key}: {value}", highlight=False)
+            out.print(f"{key}: {value}")
     out.print("valid")
 
 
@@ -59,6 +60,7 @@ def show(
     Example: relp show ioi --model tiny-gpt2
     """
     from rich.table import Table
+    from rich.text import Text
 
     from relp_cli.runs.checked import score_spec
     from relp_cli.runs.scoring import Session, prepare
@@ -92,13 +94,12 @@ def show(
             old, new = words(original), words(patch) if patch else [""] * len(original)
             for i, (role, a, b) in enumerate(zip(batch.labels, old, new, strict=True)):
                 changed = bool(patch) and a != b
-                table.add_row(str(i), role, a, f"[bold]{b}[/]" if changed else b)
+                table.add_row(str(i), role, a, Text(visible(b), style="bold" if changed else ""))
             out.print(table)
     patch_value = "" if seen.metric_patch is None else f", on patches {seen.metric_patch:+.3f}"
     out.print(
         f"{prepared.model.name} on {prepared.task.name}: accuracy {seen.accuracy:.3f} over {seen.n} pairs; mean "
         f"{prepared.metric} on originals {seen.metric_original:+.3f}{patch_value}",
-        highlight=False,
     )
 
 

@@ -61,4 +61,4 @@ def command(
     from relp_cli.report.tables import show
 
     show(table, out, f"{architecture} dictionaries of {model}, on held-out text")
-    log.print(str(output), highlight=False)
+    log.print(str(output))

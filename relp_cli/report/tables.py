@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from relp_cli.errors import RelpError
+from relp_cli.errors import RelpError, visible
 from relp_cli.files import write_atomically
 from relp_cli.report.names import kind_title, need, varying
 
@@ -102,22 +102,25 @@ def show(table: pd.DataFrame, console: Console, title: str | None = None, digits
     """Print with rich: numbers right-aligned, best values bold, missing ones as —, notes below. An empty `note` column
     is left out."""
     from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
+
+    def text(value: str, bold: bool = False) -> Text:  # never markup, whatever it holds
+        return Text(visible(value), style="bold" if bold else "")
 
     attrs = table.attrs
     if "note" in table.columns and not table["note"].fillna("").astype(str).str.strip().any():
         table = table.drop(columns="note")
-    out = Table(title=escape(title) if title else None, title_justify="left", box=SIMPLE_HEAD)
+    out = Table(title=text(title) if title else None, title_justify="left", box=SIMPLE_HEAD)
     body, best = cells(table, digits), best_cells(table, digits)
     for i, column in enumerate(table.columns):
         numeric, longest = is_numeric(table[column]), max((len(row[i]) for row in body), default=0)
-        out.add_column(escape(str(column)), justify="right" if numeric else "left", min_width=min(longest, 30))
+        out.add_column(text(str(column)), justify="right" if numeric else "left", min_width=min(longest, 30))
     for row, marks in zip(body, best, strict=True):
-        out.add_row(*(f"[bold]{escape(t)}[/]" if b else escape(t) for t, b in zip(row, marks, strict=True)))
+        out.add_row(*(text(t, bold=b) for t, b in zip(row, marks, strict=True)))
     console.print(out)
     for note in attrs.get("notes", []):
-        console.print(f"  {note}", markup=False, highlight=False)
+        console.print(text(f"  {note}"))
 
 
 def cells(table: pd.DataFrame, digits: int = 3) -> list[list[str]]:

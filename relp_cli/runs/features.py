@@ -91,7 +91,7 @@ def show_edges(
     )
     shown = edges.table().head(k)
     if shown.empty:
-        console.print(title, highlight=False)
+        console.print(title)
         return
     show(shown.drop(columns="n"), console, title, digits=3)
     ends = dict.fromkeys([*shown.source, *shown.target])

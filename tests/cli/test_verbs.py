@@ -15,7 +15,7 @@ import relp_cli
 
 
 def test_help_and_import_load_no_torch():
-    code = "import sys, relp_cli, relp_cli.cli.main; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = "import sys, relp_cli, relp_cli.cli.app; print('torch' in sys.modules, 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == [
         "False",
         "False",

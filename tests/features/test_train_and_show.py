@@ -86,7 +86,7 @@ def test_shipped_dictionaries() -> None:
 
 
 def test_command_line(tmp_path: Path) -> None:
-    from relp_cli.cli.main import app
+    from relp_cli.cli.app import app
 
     text = tmp_path / "text.txt"
     text.write_text("\n".join(lines()[:60]))
@@ -145,7 +145,7 @@ def test_features_are_described() -> None:
 
 
 def test_a_run_is_scored_selected_evaluated_and_reported(tmp_path: Path) -> None:
-    from relp_cli.cli.main import app
+    from relp_cli.cli.app import app
 
     def relp(*arguments: str) -> str:
         return CliRunner().invoke(app, list(arguments), catch_exceptions=False).stdout

@@ -1,0 +1,47 @@
+"""`relp`: one thin file per verb; this one wires them."""
+
+from __future__ import annotations
+
+import typer
+
+from relp_cli import __version__
+from relp_cli.cli import (
+    bench,
+    circuit,
+    compare,
+    diagnose,
+    evaluate,
+    exchange,
+    job,
+    ls,
+    overlap,
+    report,
+    score,
+    tasks,
+    train_dictionary,
+)
+
+app = typer.Typer(
+    name="relp",
+    help="Circuit discovery for transformer language models: score nodes, select circuits, evaluate and compare them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in (score, circuit, evaluate, compare, diagnose, overlap, report, ls, bench):
+    app.command(name=module.__name__.rpartition(".")[2])(module.command)
+app.command(name="validate")(tasks.validate)
+app.command(name="show")(tasks.show)
+app.command(name="train-dictionary")(train_dictionary.command)
+app.command(name="export")(exchange.export)
+app.command(name="import")(exchange.import_)
+app.command(name="reproduce")(job.reproduce)
+
+
+@app.callback(invoke_without_command=True)
+def main(version: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
+    """Circuit discovery for transformer language models."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
