@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,8 +26,10 @@ def relp(tmp_path, monkeypatch, capfd) -> Callable[..., Done]:
     def call(*args: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["relp", *map(str, args)])
         capfd.readouterr()
+        handler = signal.getsignal(signal.SIGINT)
         with pytest.raises(SystemExit) as stop:
             run()
+        signal.signal(signal.SIGINT, handler)
         out, err = capfd.readouterr()
         return Done(int(stop.value.code or 0), out, err)
 

@@ -10,10 +10,12 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from types import FrameType
 from typing import Any
 
 from relp_cli.errors import BAD_PLACE, RelpError, nearest, visible
 
+INTERRUPTED = "interrupted; the same command again resumes what was finished"
 LONGEST = 600  # characters of an error line; more is somebody's file
 
 
@@ -21,6 +23,7 @@ def run() -> None:
     """Run the command line. Exit codes: 0, 1 (failed), 2 (bad input), 130 (interrupted)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ["MPLBACKEND"] = "agg"  # a notebook's backend, inherited, would not be there
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         _usable_streams()
         from typer.main import get_command
@@ -37,7 +40,7 @@ def run() -> None:
         fail(*explain(error))
     if code == 130:  # typer returns it for an interrupt
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        fail("interrupted; the same command again resumes what was finished", 130)
+        fail(INTERRUPTED, 130)
     _leave(code)
 
 
@@ -88,6 +91,17 @@ def _usage(error: Any) -> str:
 
 def _typed() -> str:
     return f"relp {' '.join(sys.argv[1:])}"
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a signal handler
+    """KeyboardInterrupt, but at once while a module is imported: modules of others catch whatever is raised in them."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            with suppress(OSError):
+                os.write(2, f"error: {INTERRUPTED}\n".encode())
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _usable_streams() -> None:
