@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -102,13 +103,14 @@ def test_sweep_writes_one_row_per_threshold_and_nested_circuits(relp, tmp_path):
     assert table.n_nodes.is_monotonic_decreasing
 
 
-def test_compare_tells_runs_of_one_method_apart(relp):
+def test_compare_tells_runs_of_one_method_apart(relp, tmp_path):
     for name, more in (("exact", ("--method", "act_patch")), ("a", ()), ("b", ("--rules", "ln"))):
         assert relp("score", "ioi", "--nodes", "mlp_out", "--pairs", 4, *more, "-o", name).code == 0
     rows = json.loads(relp("compare", "exact", "a", "b", "-o", "out", "--json").out)["rows"]
     assert [row["method"] for row in rows] == ["relp (a)", "relp (b)"]
     assert rows[0]["pcc"] != rows[1]["pcc"]
-    done = relp("compare", "exact", "exact", "a", "-o", "out")
+    shutil.copytree(tmp_path / "exact", tmp_path / "again")
+    done = relp("compare", "exact", "again", "a", "-o", "out")
     assert done.code == 2
     assert "2 of these runs are of the reference 'act_patch'" in done.err
 
