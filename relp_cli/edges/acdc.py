@@ -13,9 +13,10 @@ import torch
 from pydantic import Field
 
 from relp_cli.edges.run import edge_logits
-from relp_cli.edges.setup import EdgeResult, EdgeSetup, Progress
+from relp_cli.edges.scores import KIND
+from relp_cli.edges.space import EdgeBatch
 from relp_cli.errors import RelpError
-from relp_cli.methods.table import Params
+from relp_cli.methods.table import Params, Result
 
 
 class AcdcParams(Params):
@@ -24,13 +25,13 @@ class AcdcParams(Params):
     tau: float = Field(default=0.01, ge=0)
 
 
-def acdc(setups: Sequence[EdgeSetup], params: AcdcParams, progress: Progress | None) -> Iterator[EdgeResult]:
+def acdc(batches: Sequence[EdgeBatch], params: AcdcParams) -> Iterator[Result]:
     """1 forward pass per edge over all pairs. Raises RelpError with positions="keep"."""
-    if any(s.positions for s in setups):
+    if any(on.positions for on in batches):
         raise RelpError("acdc cuts an edge at all positions at once; use positions=sum")
-    graph, device = setups[0].graph, setups[0].model.device
-    sources = [s.source()[0] for s in setups]
-    values = [s.base.prompt_value("run") for s in setups]
+    graph, device = batches[0].graph, batches[0].model.device
+    sources = [on.source for on in batches]
+    values = [on.setup.prompt_value("run") for on in batches]
     cut = torch.zeros(1, *graph.mask.shape, dtype=torch.bool, device=device)
     scores = [v.new_zeros(len(v), *graph.mask.shape) for v in values]
     edges = [
@@ -39,16 +40,15 @@ def acdc(setups: Sequence[EdgeSetup], params: AcdcParams, progress: Progress | N
     for done, (u, v) in enumerate(edges):
         cut[0, u, v] = True
         new = []
-        for setup, source in zip(setups, sources, strict=True):
-            new.append(setup.base.value(edge_logits(setup.model, graph, setup.base.run, cut, source)))
-            setup.base.passes.forward += 1
+        for on, source in zip(batches, sources, strict=True):
+            new.append(on.setup.value(edge_logits(on.model, graph, on.setup.run, cut, source)))
+            on.setup.passes.forward += 1
         for score, after, before in zip(scores, new, values, strict=True):
             score[:, u, v] = after - before
         if abs((torch.cat(new) - torch.cat(values)).mean().item()) <= params.tau:
             values = new
         else:
             cut[0, u, v] = False
-        if progress:
-            progress(done + 1, len(edges), "acdc edges")
+        batches[0].tick((done + 1) * len(batches), len(edges) * len(batches), "acdc edges")
     for score in scores:
-        yield EdgeResult(score)
+        yield Result({KIND: score})

@@ -40,8 +40,8 @@ def check_once(model: Model, batch: PairBatch) -> None:
     one = replace(batch.rows(slice(0, 1)), patch=None, answer=batch.answer[:1, :1], foil=batch.foil[:1, :1])
     one = one.to(model.device)
     _values(model, one.original)
-    setup = Setup(model, one, METRICS["logit_diff"], (), baseline="zero")
-    _gradients(model, reader_gradients(setup, tokens=one.original))
+    (at,) = reader_gradients(Setup(model, one, METRICS["logit_diff"], (), baseline="zero"))
+    _gradients(model, at)
     _checked.add(model)
 
 

@@ -9,7 +9,8 @@ The paper and its secondary sources disagree on the starting side and the step l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -17,12 +18,11 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from relp_cli.edges.gradients import Products, reader_gradients
-from relp_cli.edges.setup import EdgeResult, EdgeSetup, Progress
-from relp_cli.errors import RelpError
 from relp_cli.methods.core import refuse_metric
-from relp_cli.methods.table import Params
-from relp_cli.models.model import Hook
+from relp_cli.methods.setup import Setup
+from relp_cli.methods.space import Batch, Point
+from relp_cli.methods.table import Params, Result
+from relp_cli.nodes.access import EMBEDDED
 from relp_cli.precision import wide
 
 
@@ -36,37 +36,32 @@ class EapGpParams(Params):
     step: float = Field(default=1.0, gt=0)
 
 
-def eap_gp(setups: Sequence[EdgeSetup], params: EapGpParams, progress: Progress | None) -> Iterator[EdgeResult]:  # noqa: ARG001
+def eap_gp(batches: Sequence[Batch], params: EapGpParams) -> Iterator[Result]:
     """δu · mean over the path of ∂L/∂(input of v). Per step 2 forward + 4 backward; the path's mean distances from the
     target and gradient gaps are in the scores' metadata (`path`).
-
-    Raises: RelpError without a patch prompt.
     """
     distances, gaps, n = torch.zeros(params.steps), torch.zeros(params.steps), 0
-    for setup in setups:
-        source, _ = setup.source()
-        delta = source - setup.run()
-        points, gap = gradient_path(setup, params)
-        products, total = Products(setup.model, setup.graph, delta, setup.positions), torch.zeros(())
-        for point in points[:-1]:
-            at = reader_gradients(setup.base, clamp=[("blocks.0.hook_in", _set(point))])
-            total = total + products.scores(at) / params.steps
-        far = torch.stack([(wide(p) - wide(points[-1])).flatten(1).norm(dim=1).sum() for p in points[:-1]])
-        distances, gaps, n = distances + far.cpu(), gaps + gap.sum(1).cpu(), n + len(setup)
-        path = {"distance_to_target": (distances / n).tolist(), "gradient_gap": (gaps / n).tolist()}
-        yield EdgeResult(setup.to_slots(total), meta={"path": path})
+    for on in batches:
+        setup = on.setup
+        refuse_metric(setup, at_run=True)
+        ends = {"original": _embedded(setup, setup.batch.original), "patch": _embedded(setup, setup.batch.patch)}
+        path, target, gap = gradient_path(setup, params, ends)
+        at_run = ends["original" if setup.direction == "noising" else "patch"]
+        result = on.attribute(Point(1 / params.steps, {EMBEDDED: wide(point) - wide(at_run)}) for point in path)
+        far = torch.stack([(wide(point) - wide(target)).flatten(1).norm(dim=1).sum() for point in path])
+        distances, gaps, n = distances + far.cpu(), gaps + gap.sum(1).cpu(), n + len(on)
+        about = {"distance_to_target": (distances / n).tolist(), "gradient_gap": (gaps / n).tolist()}
+        yield replace(result, meta={"path": about})
 
 
 def gradient_path(
-    setup: EdgeSetup, params: EapGpParams
-) -> tuple[list[Float[Tensor, "batch pos d_model"]], Float[Tensor, "step batch"]]:
-    """(γ_0 … γ_{steps−1} and the target, ‖G(γ_j) − G(target)‖ per step): values of the first block's input."""
-    base = setup.base
-    if base.baseline != "patch":
-        raise RelpError(f"eap_gp walks between two prompts; it has no baseline '{base.baseline}'")
-    refuse_metric(base, at_run=True)
-    ends = [_embedded(setup, tokens) for tokens in (base.batch.patch, base.batch.original)]
-    point, target = ends if params.start == "patch" else reversed(ends)
+    setup: Setup, params: EapGpParams, ends: Mapping[str, Tensor]
+) -> tuple[list[Float[Tensor, "batch pos d_model"]], Tensor, Float[Tensor, "step batch"]]:
+    """(γ_0 … γ_{steps−1}, the target, ‖G(γ_j) − G(target)‖ per step): values of the first block's input.
+
+    ends: the two prompts' (see `EapGpParams.start`).
+    """
+    point, target = ends[params.start], ends["original" if params.start == "patch" else "patch"]
     wanted = _gradient(setup, target, False).detach()
     length = params.step / params.steps * (wide(point) - wide(target)).flatten(1).norm(dim=1)
     points, gaps = [point], []
@@ -78,33 +73,29 @@ def gradient_path(
         if last:
             break
         (slope,) = torch.autograd.grad(squared.sum(), leaf)
-        setup.base.passes.backward += 2
+        setup.passes.backward += 2
         norm = wide(slope).flatten(1).norm(dim=1)
         scale = torch.where(norm > 0, length / norm.clamp_min(torch.finfo(norm.dtype).tiny), torch.zeros_like(norm))
         points.append((points[-1] - scale[:, None, None] * slope).to(leaf.dtype))
-    return [*points, target], torch.stack(gaps)
+    return points, target, torch.stack(gaps)
 
 
-def _embedded(setup: EdgeSetup, tokens: Tensor | None) -> Tensor:
+def _embedded(setup: Setup, tokens: Tensor | None) -> Tensor:
     seen: list[Tensor] = []
-    assert tokens is not None  # Setup refuses the baseline "patch" without a patch prompt
-    with torch.no_grad(), setup.model.hooks({"blocks.0.hook_in": seen.append}):
+    assert tokens is not None  # the row has baseline "patch" alone, which Setup refuses without a patch prompt
+    with torch.no_grad(), setup.model.hooks({EMBEDDED: seen.append}):
         setup.model.logits(tokens)
-    setup.base.passes.forward += 1
+    setup.passes.forward += 1
     return seen[0]
 
 
-def _gradient(setup: EdgeSetup, leaf: Tensor, again: bool) -> Tensor:
+def _gradient(setup: Setup, leaf: Tensor, again: bool) -> Tensor:
     """∂L/∂γ; again: keep its graph, so that it can be differentiated once more."""
     leaf = leaf if leaf.requires_grad else leaf.detach().requires_grad_(True)
     with torch.enable_grad():
-        with setup.model.hooks({"blocks.0.hook_in": _set(leaf)}):
-            logits = setup.model.logits(setup.base.run)
-        (g,) = torch.autograd.grad(setup.base.value(logits).sum(), leaf, create_graph=again)
-    setup.base.passes.forward += 1
-    setup.base.passes.backward += 1
+        with setup.model.hooks({EMBEDDED: lambda _: leaf}):
+            logits = setup.model.logits(setup.run)
+        (g,) = torch.autograd.grad(setup.value(logits).sum(), leaf, create_graph=again)
+    setup.passes.forward += 1
+    setup.passes.backward += 1
     return wide(g)
-
-
-def _set(value: Tensor) -> Hook:
-    return lambda _: value

@@ -6,83 +6,43 @@ one reader are rows of one batch. Cost: one forward pass per edge (and position)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from relp_cli.edges.gradients import Products
-from relp_cli.edges.graph import QKV
+from relp_cli.edges.graph import QKV, Graph
 from relp_cli.edges.reads import project, projections, reads
-from relp_cli.edges.setup import EdgeResult, EdgeSetup, Progress
 from relp_cli.edges.stream import ungrouped
-from relp_cli.methods.table import Params
+from relp_cli.methods.setup import Setup
 from relp_cli.models.model import Hook
 
 
-class EdgePatchParams(Params):
-    """chunk_tokens: how many tokens one forward pass may hold (edges are patched in parallel rows)."""
-
-    chunk_tokens: int = Field(default=16384, gt=0)
-
-
-def edge_patch(setups: Sequence[EdgeSetup], params: EdgePatchParams, progress: Progress | None) -> Iterator[EdgeResult]:
-    """c(u→v) = L(run | u's part of v's input ← u(source)) − L(run), for every edge."""
-    for done, setup in enumerate(setups):
-        patcher = _Patcher.of(setup, params.chunk_tokens)
-        readers = len(setup.graph.readers)
-        for reader in range(readers):
-            patcher.reader(reader)
-            if progress:
-                progress(done * readers + reader + 1, len(setups) * readers, "edge_patch readers")
-        yield EdgeResult(patcher.out if setup.positions else patcher.out[:, 0])
-
-
 @dataclass
-class _Patcher:
-    """deltas: Float[writer, batch, pos, d_model]; streams: the norms' inputs in the run; out: Float[batch, slot, writer, reader];
-    slots: per slot (one for all positions, or one each) Bool[pos].
+class Patcher:
+    """deltas: Float[writer, batch, pos, d_model], source − run; streams: the attention norms' inputs in the run, by hook
+    point; slots: Bool[slot, pos], what is patched jointly; out: Float[batch, slot, writer, reader].
     """
 
-    setup: EdgeSetup
+    setup: Setup
+    graph: Graph
     chunk_tokens: int
     deltas: Tensor
-    streams: dict[str, Tensor]
+    streams: Mapping[str, Tensor]
     slots: Tensor
     out: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        batch, graph = len(self.setup), self.setup.graph
-        self.out = self.deltas.new_zeros(batch, len(self.slots), *graph.mask.shape)
-
-    @classmethod
-    def of(cls, setup: EdgeSetup, chunk_tokens: int) -> _Patcher:
-        source, _ = setup.source()
-        streams: dict[str, Tensor] = {}
-
-        def keep(name: str) -> Hook:
-            return lambda value: streams.__setitem__(name, value)
-
-        names = [reads(setup.model, n).stream for n in range(setup.graph.n_layers)]
-        with setup.model.hooks([(name, keep(name)) for name in names]):
-            run = setup.run()
-        products = Products(setup.model, setup.graph, source - run)
-        deltas = torch.cat([products.deltas(rows) for rows in products.parts], 1)
-        base = setup.base
-        slots = torch.ones(1, base.batch.n_pos, dtype=torch.bool, device=setup.model.device)
-        if setup.positions:
-            slots = base.slots[None] == torch.arange(len(base.labels), device=setup.model.device)[:, None]
-        return cls(setup, chunk_tokens, deltas, streams, slots)
+        self.out = self.deltas.new_zeros(len(self.setup.batch), len(self.slots), *self.graph.mask.shape)
 
     def reader(self, reader: int) -> None:
-        """All edges into one reader."""
-        setup, graph = self.setup, self.setup.graph
+        """c(u→v) = L(run | u's part of v's input ← u(source)) − L(run) of all edges u→v into one reader v, into `out`."""
+        setup, graph = self.setup, self.graph
         layer, within = divmod(reader, 3 * graph.n_heads + 1)
         writers = graph.mask[:, reader].nonzero()[:, 0].tolist()
         cells = [(slot, u) for slot in range(len(self.slots)) for u in writers]
-        rows = max(1, self.chunk_tokens // setup.base.run.numel())
+        rows = max(1, self.chunk_tokens // setup.run.numel())
         for part in (cells[i : i + rows] for i in range(0, len(cells), rows)):
             slot, u = (torch.tensor(x, device=self.deltas.device) for x in zip(*part, strict=True))
             changes = self.deltas[u] * self.slots[slot][:, None, :, None]
@@ -95,9 +55,9 @@ class _Patcher:
                 kind, head = divmod(within, graph.n_heads)
                 hook = (f"blocks.{layer}.attn.{QKV[kind]}.hook_out", self._projected(changes, layer, kind, head))
             with torch.no_grad(), ungrouped(setup.model), setup.model.hooks([hook]):
-                logits = setup.model.logits(setup.base.run.repeat(len(part), 1))
-            setup.base.passes.forward += len(part)
-            effects = setup.base.value(logits).unflatten(0, (len(part), -1)) - setup.base.prompt_value("run")
+                logits = setup.model.logits(setup.run.repeat(len(part), 1))
+            setup.passes.forward += len(part)
+            effects = setup.value(logits).unflatten(0, (len(part), -1)) - setup.prompt_value("run")
             self.out[:, slot, u, reader] = effects.T.to(self.out.dtype)
 
     def _added(self, changes: Tensor) -> Hook:

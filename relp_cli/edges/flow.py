@@ -8,40 +8,28 @@ A head's q, k and v read the same stream and score alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import torch
 from torch import Tensor
 
 from relp_cli.edges.gradients import Products
 from relp_cli.edges.reads import reads
-from relp_cli.edges.setup import EdgeResult, EdgeSetup, Progress
-from relp_cli.methods.table import Params
-from relp_cli.models.model import Hook
+from relp_cli.edges.space import EdgeBatch
+from relp_cli.edges.stream import keeping
+from relp_cli.methods.table import Params, Result
 from relp_cli.precision import wide
 
 
-def information_flow(setups: Sequence[EdgeSetup], params: Params, progress: Progress | None) -> Iterator[EdgeResult]:  # noqa: ARG001
+def information_flow(on: EdgeBatch, params: Params) -> Result:  # noqa: ARG001 - it has no parameters
     """1 forward pass for all edges."""
-    for setup in setups:
-        yield EdgeResult(_scores(setup))
-
-
-def _scores(setup: EdgeSetup) -> Tensor:
-    graph, batch = setup.graph, setup.base.batch
+    graph, batch = on.graph, on.setup.batch
     layers = range(graph.n_layers)
-    streams: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Hook:
-        return lambda value: streams.__setitem__(name, value)
-
-    read = [reads(setup.model, n) for n in layers]
+    read = [reads(on.model, n) for n in layers]
     streams_of_mlps = [at.stream if at.shared else at.mlp for at in read]
     names = dict.fromkeys([*(at.stream for at in read), *streams_of_mlps, "ln_final.hook_in"])
-    with setup.model.hooks([(name, keep(name)) for name in names]):
-        run = setup.run().map(wide)
-    out = run.input.new_zeros(len(setup), batch.n_pos, *graph.mask.shape)
-    products = Products(setup.model, graph, run)
+    with keeping(on.model, names) as streams:
+        run = on.run.map(wide)
+    out = run.input.new_zeros(len(on), batch.n_pos, *graph.mask.shape)
+    products = Products(on.model, graph, run)
     for rows in products.parts:
         outputs = products.deltas(rows)
         for layer in layers:
@@ -51,11 +39,11 @@ def _scores(setup: EdgeSetup) -> Tensor:
             mlp = _shares(outputs[: graph.written_before(layer, "mlp")], streams[streams_of_mlps[layer]][rows])
             out[rows, :, : mlp.shape[-1], columns.stop - 1] = mlp
         out[rows, -1, :, -1] = _shares(outputs, streams["ln_final.hook_in"][rows])[:, -1]
-    if setup.positions:
-        return setup.to_slots(out)
+    if on.positions:
+        return on.result(out)
     mean = out.mean(1)
     mean[..., -1] = out[:, -1, :, -1]
-    return mean
+    return on.result(mean)
 
 
 def _shares(outputs: Tensor, stream: Tensor) -> Tensor:

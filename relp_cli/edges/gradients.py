@@ -12,7 +12,7 @@ An MLP that shares the attention's norm is pulled back through it likewise. `edg
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -26,6 +26,7 @@ from relp_cli.lrp.context import Recorded, lrp
 from relp_cli.lrp.rules import ActiveRule, parse_rules
 from relp_cli.methods.core import must_reach, refuse_metric
 from relp_cli.methods.setup import Setup
+from relp_cli.methods.space import Point, added, together
 from relp_cli.models.model import Hook, Model
 from relp_cli.nodes.access import capture
 from relp_cli.precision import wide
@@ -39,7 +40,8 @@ class Readers:
 
     heads[part][layer]: Float[batch, pos, width], ∂L/∂ of q, k, v; attention, mlps: Float[batch, pos, d_model], ∂L/∂ of the
     stream at attention's norm and of the MLP's own input (`reads`); logits: of the final norm's input. x, scale: the
-    attention norm's input and denominator. norm: the active rule on norms, other: the patch run's values for two-point rules.
+    attention norm's input and denominator. values: what writers write.
+    norm: the active rule on norms, other: the patch run's values for two-point rules.
     """
 
     heads: Mapping[str, list[Tensor]]
@@ -48,11 +50,23 @@ class Readers:
     logits: Tensor
     x: list[Tensor]
     scale: list[Tensor]
-    written: Written
-    metric: Float[Tensor, " batch"]
+    values: Written
     applied: dict[str, int]
     norm: ActiveRule | None = None
     other: Recorded | None = None
+
+    def of(self, rows: slice) -> Readers:
+        """Those of one point's rows; `other` is the same for all."""
+        return replace(
+            self,
+            heads={part: [g[rows] for g in layers] for part, layers in self.heads.items()},
+            attention=[g[rows] for g in self.attention],
+            mlps=[g[rows] for g in self.mlps],
+            logits=self.logits[rows],
+            x=[v[rows] for v in self.x],
+            scale=[v[rows] for v in self.scale],
+            values=self.values.map(lambda v: v[rows]),
+        )
 
 
 class _Taps:
@@ -84,38 +98,40 @@ class _Taps:
         return lambda value: self.seen.__setitem__(name, value)
 
 
-def reader_gradients(
-    setup: Setup,
-    rules: Sequence[str] = (),
-    other: Recorded | None = None,
-    tokens: Tensor | None = None,
-    clamp: Sequence[tuple[str, Hook]] = (),
-) -> Readers:
-    """∂L/∂ of every reader at `tokens` (default: the run): 1 forward + 1 backward.
+def reader_gradients(setup: Setup, points: Sequence[Point] = (Point(),)) -> list[Readers]:
+    """∂L/∂ of every reader at every point, of one group (`Batch.gradients`): 1 forward + 1 backward.
 
-    clamp: hooks that change values before anything else reads them.
     Raises: RelpError for metrics without gradient (core.refuse_metric) and for rules on linear layers.
     """
-    refuse_metric(setup, at_run=tokens is None and not clamp)
-    model, active = setup.model, parse_rules(list(rules))
+    first, k = points[0], len(points)
+    refuse_metric(setup, at_run=not first.moved)
+    model, active = setup.model, parse_rules(list(first.rules))
+    moved, other = together(points)
     if linear := next((a for a in active if a.rule.site == "linear"), None):
         raise RelpError(
             f"edges take no rule on linear layers ('{linear}'): their queries' gradients are pulled back plainly"
         )
-    tokens = setup.run if tokens is None else tokens
     taps, recorder = _Taps(model), Recorder(model)
-    with torch.enable_grad(), ungrouped(model), model.hooks([*clamp, *taps.fork()]):
-        with lrp(model, rules, other) as applied, capture(model, ()), model.hooks([*taps.keep(), *recorder.hooks()]):
-            logits = model.logits(tokens)
+    with torch.enable_grad(), ungrouped(model), model.hooks([*added(moved), *taps.fork()]):
+        with (
+            lrp(model, first.rules, other) as applied,
+            capture(model, ()),
+            model.hooks([*taps.keep(), *recorder.hooks()]),
+        ):
+            logits = model.logits(setup.run.repeat(k, 1))
         metric = setup.value(logits)
         names = [*taps.inputs, *taps.heads]
         grads = dict(
             zip(names, torch.autograd.grad(metric.sum(), [taps.seen[n] for n in names], allow_unused=True), strict=True)
         )
-    setup.passes.forward += len(tokens) / len(setup.batch)
-    setup.passes.backward += len(tokens) / len(setup.batch)
+    if not moved:
+        setup.seen["run"] = metric.detach()
+    setup.passes.forward += k
+    setup.passes.backward += k
     held = any(a.rule.name == "ah" for a in active)  # then no gradient reaches queries and keys: exactly 0
-    return _readers(taps, grads, held, recorder.written(), metric.detach(), applied, active, other)
+    whole = _readers(taps, grads, held, recorder.written(), applied, active, first.other)
+    size = len(setup.batch)
+    return [whole.of(slice(i * size, (i + 1) * size)) for i in range(k)]
 
 
 def _readers(
@@ -123,7 +139,6 @@ def _readers(
     grads: Mapping[str, Tensor | None],
     held: bool,
     written: Written,
-    metric: Tensor,
     applied: dict[str, int],
     active: Sequence[ActiveRule],
     other: Recorded | None,
@@ -146,8 +161,7 @@ def _readers(
         logits=must_reach(grads["ln_final.hook_in"], "ln_final", taps.model.shape.n_layers, []),
         x=[taps.seen[taps.reads[n].stream].detach() for n in layers],
         scale=[scale(n) for n in layers],
-        written=written,
-        metric=metric,
+        values=written,
         applied=applied,
         norm=next((a for a in active if a.rule.site == "norm"), None),
         other=other,

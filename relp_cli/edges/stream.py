@@ -121,6 +121,18 @@ class Recorder:
         return Written(self.input, tuple(map(self.heads, layers)), tuple(map(self.mlp, layers)))
 
 
+@contextmanager
+def keeping(model: Model, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect the values at hook points during the forward passes inside the block."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Hook:
+        return lambda value: seen.__setitem__(name, value)
+
+    with model.hooks([(name, keep(name)) for name in names]):
+        yield seen
+
+
 def written(model: Model, tokens: Tensor) -> tuple[Written, Float[Tensor, "batch vocab"]]:
     """What every writer writes in one plain forward pass, and its logits."""
     recorder = Recorder(model)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from relp_cli.methods.atp_star import layer_drop_gradients
 from relp_cli.methods.core import differences, products
-from relp_cli.methods.path import Path, along
+from relp_cli.methods.nodes import NodeBatch
+from relp_cli.methods.points import embeddings
 from relp_cli.methods.score import Running, position_axis
 from relp_cli.methods.scores import NodeScores
 from relp_cli.methods.setup import Setup
@@ -26,7 +27,6 @@ from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
 
-CHUNK_TOKENS = 16384
 WRITERS = ("attn_out", "mlp_out")
 
 
@@ -158,16 +158,11 @@ def flat_gradients(
     alphas = np.linspace(0, 1, points)
     norms, values = [], []
     for setup in setups(model, pairs, metric, direction, ("resid_pre",)):
-        path = Path.of(setup)
-        here_norms, here_values = [], []
-        for part, at in along(setup, path, alphas, CHUNK_TOKENS):
-            size = (part.stop - part.start, -1)
-            here_norms.append(
-                torch.stack([g.flatten(1).norm(dim=-1).unflatten(0, size) for g in at.grads["resid_pre"]], 1)
-            )
-            here_values.append(at.metric.unflatten(0, size))
-        norms.append(torch.cat(here_norms).double().cpu())
-        values.append(torch.cat(here_values).double().cpu())
+        on = NodeBatch(setup)
+        path = [at for _, at in on.passes(embeddings(on, alphas, np.ones(points)))]
+        here = [torch.stack([g.flatten(1).norm(dim=-1) for g in at.grads["resid_pre"]]) for at in path]
+        norms.append(torch.stack(here).double().cpu())
+        values.append(torch.stack([at.metric for at in path]).double().cpu())
     return FlatGradients(alphas, torch.cat(norms, -1), torch.cat(values, -1))
 
 

@@ -19,10 +19,9 @@ from relp_cli.errors import RelpError
 from relp_cli.evaluation.agreement import top
 from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.load import Dictionaries
-from relp_cli.features.score import score_features
 from relp_cli.methods.act_patch import ActPatchParams, patch_effects
 from relp_cli.methods.request import Progress, Request
-from relp_cli.methods.score import Running, position_axis
+from relp_cli.methods.score import Running, position_axis, score_units
 from relp_cli.methods.scores import NodeScores, Scores
 from relp_cli.methods.setup import Setup
 from relp_cli.models.model import Model
@@ -105,7 +104,8 @@ def confirmed(
     note = {**circuit.meta, "verified": {"method": "act_patch", "confirm": tau}}
     if isinstance(circuit, FeatureCircuit):
         request = Request(meta["metric"], meta["direction"], meta["baseline"], keep_examples=False, progress=progress)
-        found: Any = score_features(model, pairs, "act_patch", request, only=circuit, dictionary=dictionary)["feature"]
+        options: dict[str, Any] = {"only": circuit, "dictionary": dictionary}
+        found: Any = score_units(model, pairs, "act_patch", ["feature"], request, **options)["feature"]
         index = [found.labels.index(label) for label in circuit.labels]
         features = {s: m & (found.dense(s)[index].abs() > tau) for s, m in circuit.features.items()}
         errors = {s: m & (found.error_mean[found.at(s), index].abs() > tau) for s, m in circuit.errors.items()}

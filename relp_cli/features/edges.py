@@ -14,7 +14,7 @@ to u's node score, for atp and relp exactly; IG averages g over a path but the s
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,17 @@ from torch import Tensor
 from relp_cli.errors import RelpError
 from relp_cli.features.circuit import RANDOM, FeatureCircuit
 from relp_cli.features.dictionary import Dictionary
-from relp_cli.features.gradients import GRADIENT_METHODS, Point, SiteGradients
 from relp_cli.features.graph import FeatureEdges, FeatureNode
 from relp_cli.features.load import Dictionaries, dictionaries_of
-from relp_cli.features.score import BASELINES, differences
 from relp_cli.features.sites import Site
+from relp_cli.features.space import FeatureBatch, feature_setup
 from relp_cli.features.totals import moments
 from relp_cli.lrp.context import lrp
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import resolve_method
-from relp_cli.methods.setup import Passes, Setup
+from relp_cli.methods.setup import Passes
+from relp_cli.methods.space import SPACES, Point, added
+from relp_cli.methods.table import METHODS, methods_for
 from relp_cli.models.model import Hook, Model
 from relp_cli.precision import wide
 from relp_cli.tasks.pairs import PairBatch
@@ -73,11 +74,12 @@ def feature_edges(
         params = dict(circuit.meta.get("params", {}))
     if how["method"] == RANDOM:
         raise RelpError("this circuit was drawn at random; give the method= whose gradients its edges are made of")
-    row, parsed = resolve_method(model, how["method"], params)
-    if row.name not in GRADIENT_METHODS:
-        raise RelpError(f"edges of features need gradients ({', '.join(GRADIENT_METHODS)}), not method '{row.name}'")
+    row, parsed = resolve_method(how["method"], params, "features", model)
+    if row.by != "points":
+        known = [name for name in methods_for("features") if METHODS[name].by == "points"]
+        raise RelpError(f"edges of features need gradients ({', '.join(known)}), not method '{row.name}'")
     request = Request(how["metric"], how["direction"], how["baseline"], batch_size)
-    request.check(" for features", BASELINES)
+    SPACES["features"].check(request)
     nodes = circuit.nodes()
     if not nodes:
         none = torch.zeros(0, dtype=torch.float64)
@@ -88,21 +90,21 @@ def feature_edges(
         )
     totals = _Totals(nodes, circuit.labels)
     chunks = request.chunks(model, pairs)
-    kinds = tuple(dict.fromkeys(site.node_kind for site in found))
-    steps = len(nodes) + 1
+    steps, applied = len(nodes) + 1, dict[str, int]()
     for done, chunk in enumerate(chunks):
-        setup = request.setup(model, chunk, kinds, Passes())
-        at = GRADIENT_METHODS[row.name](setup, found, parsed)
+        on = FeatureBatch(feature_setup(model, found, chunk, request, Passes()), found)
+        points = tuple(row.load()[0](on, parsed))
+        grads, applied = on.site_gradients(points)
         slots = circuit.slots(chunk).to(model.device)
-        for target, first, scores in _Batch(setup, found, nodes, circuit.labels, slots, at).edges():
+        for target, first, scores in _Batch(on, nodes, circuit.labels, slots, points, grads).edges():
             totals.add(target, first, scores)
             if progress:
                 progress(done * steps + target + 1, len(chunks) * steps, "edges")
         totals.count(slots, len(chunk))
     about = {
         **how,
-        "params": parsed.model_dump(mode="json"),
-        "rules": at.applied,
+        "params": parsed.model_dump(mode="json", exclude=set(row.fixed)),
+        "rules": applied,
         "n_pairs": sum(map(len, chunks)),
         "n_nodes": len(nodes),
     }
@@ -150,24 +152,24 @@ class _Batch:
 
     def __init__(
         self,
-        setup: Setup,
-        dictionaries: Dictionaries,
+        on: FeatureBatch,
         nodes: Sequence[FeatureNode],
         labels: Sequence[str],
         slots: Tensor,
-        at: SiteGradients,
+        points: Sequence[Point],
+        grads: Mapping[Site, Tensor],
     ) -> None:
-        self.setup, self.at = setup, at
-        self.sites = tuple(dictionaries)
+        self.on, self.points, self.grads = on, points, grads
+        self.sites = tuple(on.dictionaries)
         self.here: dict[Site, _Here] = {}
         of_node = torch.tensor([labels.index(node.position) for node in nodes], device=slots.device)
-        masks = wide((slots[:, None] == of_node[None]).to(setup.model.dtype))  # [pos, node]
-        for site, d in dictionaries.items():
+        masks = wide((slots[:, None] == of_node[None]).to(on.model.dtype))  # [pos, node]
+        for site, d in on.dictionaries.items():
             mine = [i for i, node in enumerate(nodes) if node.site == site]
             if not mine:
                 continue
             units = [f for i in mine if (f := nodes[i].feature) is not None]
-            delta_f, delta_e = differences(setup, site, d, at.runs)
+            delta_f, delta_e = on.delta(site)
             self.here[site] = _Here(
                 site, d, mine[0], units, masks[:, mine[0] : mine[-1] + 1], delta_f[..., units], delta_e
             )
@@ -176,13 +178,13 @@ class _Batch:
         """Per target and site before it: the target's number (the metric is the last), the number of the site's first node,
         Float[batch, node] scores of the edges from the site's nodes.
         """
-        leaves, reached, metric = self._linked({}, 1)
+        leaves, reached, metric = self._linked(replace(self.points[0], moved={}))
         for v, here in self.here.items():
             before = [u for u in self.here if u < v]
             if not before or not reached[v].requires_grad:
                 continue
             with torch.enable_grad():
-                values = here.weighed(reached[v], self.at.grads[v])
+                values = here.weighed(reached[v], self.grads[v])
             for i, value in enumerate(values):
                 grads = torch.autograd.grad(value, [leaves[u] for u in before], retain_graph=True, allow_unused=True)
                 yield from self._from(before, grads, here.first + i)
@@ -191,19 +193,17 @@ class _Batch:
 
     def _direct(self, leaves: Mapping[Site, Tensor], metric: Tensor) -> dict[Site, Tensor]:
         """Per site of the circuit from which L is reached directly: that gradient Float[batch, pos, d_model]."""
-        run = Point(metric.new_ones(1), {}, self.sites)
         found: dict[Site, Tensor] = {}
-        for point in self.at.points or (run,):
-            sites, copies = [s for s in point.sites if s in self.here], len(point.weights)
+        for point in self.points:
+            sites = [s for s in self.here if point.of is None or (point.of.kind, point.of.layer) == (s.node_kind, s.at)]
             if not sites:
                 continue
-            if point is not run:
-                leaves, _, metric = self._linked(point.put, copies)
-            for site, grad in zip(
-                sites, torch.autograd.grad(metric.sum(), [leaves[s] for s in sites], allow_unused=True), strict=True
-            ):
+            if point.moved:
+                leaves, _, metric = self._linked(point)
+            grads = torch.autograd.grad(metric.sum(), [leaves[s] for s in sites], allow_unused=True)
+            for site, grad in zip(sites, grads, strict=True):
                 if grad is not None:
-                    mean = torch.einsum("a,ab...->b...", point.weights, wide(grad).unflatten(0, (copies, -1)))
+                    mean = point.weight * wide(grad)
                     found[site] = found[site] + mean if site in found else mean
         return found
 
@@ -214,12 +214,9 @@ class _Batch:
             if h is not None:
                 yield target, self.here[site].first, self.here[site].scores(h)
 
-    def _linked(self, put: Mapping[str, Tensor], copies: int) -> tuple[dict[Site, Tensor], dict[Site, Tensor], Tensor]:
-        """Step 2 for copies of the batch: per site its leaf and what reaches it from the leaves before it; L Float[rows].
-
-        put: hook point → what stands there instead of the running value.
-        """
-        setup = self.setup
+    def _linked(self, point: Point) -> tuple[dict[Site, Tensor], dict[Site, Tensor], Tensor]:
+        """Step 2 at one point: per site its leaf and what reaches it from the leaves before it; L Float[batch]."""
+        setup = self.on.setup
         leaves: dict[Site, Tensor] = {}
         reached: dict[Site, Tensor] = {}
 
@@ -232,10 +229,9 @@ class _Batch:
             return hook
 
         with torch.enable_grad():
-            replaced: list[tuple[str, Hook]] = [(name, lambda _, value=value: value) for name, value in put.items()]  # type: ignore[misc]
             links = [(site.point, link(site)) for site in self.sites]
-            with lrp(setup.model, self.at.rules, self.at.other), setup.model.hooks([*replaced, *links]):
-                logits = setup.model.logits(setup.run.repeat(copies, 1))
+            with lrp(setup.model, point.rules, point.other), setup.model.hooks([*added(point.moved), *links]):
+                logits = setup.model.logits(setup.run)
             return leaves, reached, setup.value(logits)
 
 

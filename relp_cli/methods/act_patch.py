@@ -11,31 +11,36 @@ from torch import Tensor
 
 from relp_cli.methods.core import PerExample
 from relp_cli.methods.setup import Setup
+from relp_cli.methods.space import CHUNK_TOKENS, Batch
 from relp_cli.methods.table import Params, Result
-from relp_cli.nodes.access import split, units
+from relp_cli.nodes.access import Activations, split, units
 from relp_cli.nodes.kinds import NodeKind
 
 
 class ActPatchParams(Params):
-    """chunk_tokens: how many tokens one forward pass may hold (nodes are patched in parallel rows)."""
+    """chunk_tokens: how many tokens one forward pass may hold (units are patched in parallel rows)."""
 
-    chunk_tokens: int = Field(default=16384, gt=0)
+    chunk_tokens: int = Field(default=CHUNK_TOKENS, gt=0)
 
 
-def act_patch(setup: Setup, params: ActPatchParams) -> Result:
-    """Patch every node of every kind on its own; positions that share a label are patched jointly."""
-    source = setup.source_activations()
+def act_patch(on: Batch, params: ActPatchParams) -> Result:  # noqa: ARG001 - chunk_tokens is the batch's
+    """Patch every unit on its own; positions that share a label are patched jointly."""
+    return on.patch()
+
+
+def patch_nodes(setup: Setup, source: Activations, chunk_tokens: int) -> PerExample:
+    """c(n) of every node of every kind."""
     scores: PerExample = {}
     for kind in setup.kinds:
         n_units = units(setup.model, kind)
         nodes = [(slot, unit) for slot in range(len(setup.labels)) for unit in range(n_units)]
         layers = [
-            patch_effects(setup, kind, layer, nodes, source[kind.name][layer], params.chunk_tokens)
+            patch_effects(setup, kind, layer, nodes, source[kind.name][layer], chunk_tokens)
             for layer in range(setup.model.shape.n_layers)
         ]
         shape = (len(setup.labels),) if kind.split == "vector" else (len(setup.labels), n_units)
         scores[kind.name] = torch.stack(layers, 1).unflatten(-1, shape)
-    return Result(scores)
+    return scores
 
 
 def patch_effects(

@@ -21,6 +21,7 @@ from torch import Tensor
 from relp_cli.errors import RelpError
 from relp_cli.methods.core import Gradients, PerExample, differences, must_reach, products, refuse_metric
 from relp_cli.methods.setup import Setup
+from relp_cli.methods.space import Batch
 from relp_cli.methods.table import Params, Result
 from relp_cli.models.model import Hook
 from relp_cli.nodes.access import Activations, capture, units
@@ -36,8 +37,6 @@ from relp_cli.nodes.attention import (
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.precision import wide
 
-BETWEEN_LAYERS = ("resid_pre", "resid_dim")  # kinds that no layer contains
-
 
 class AtpStarParams(Params):
     """qk_fix: recompute the softmax exactly for queries and keys. grad_drop: average |score| over dropped layers."""
@@ -46,13 +45,13 @@ class AtpStarParams(Params):
     grad_drop: bool = True
 
 
-def atp_star(setup: Setup, params: AtpStarParams) -> Result:
+def atp_star(on: Batch, params: AtpStarParams) -> Result:
     """2 forward + 1 backward (with grad_drop: per layer); with qk_fix + 1 forward for queries and 1 for keys (one per head
     where a norm couples the heads).
 
     Raises: RelpError for queries or keys of a model whose attention scores cannot be read and verified.
     """
-    n_layers = setup.model.shape.n_layers
+    setup, n_layers = on.setup, on.model.shape.n_layers
     dropped = [frozenset([layer]) for layer in range(n_layers)] if params.grad_drop else [frozenset[int]()]
     fixed = [k.name for k in setup.kinds if k.name in ("query", "key")] if params.qk_fix else []
     source = setup.source_activations()
@@ -76,8 +75,8 @@ def atp_star(setup: Setup, params: AtpStarParams) -> Result:
 
 
 def _n_drops(kind: str, n_layers: int) -> int:
-    """K of docs/methods.md: how many layers can be dropped without dropping the node itself."""
-    k = n_layers if kind in BETWEEN_LAYERS else n_layers - 1
+    """K of METHODS.md: how many layers can be dropped without dropping the node itself."""
+    k = n_layers if NODE_KINDS[kind].between_layers else n_layers - 1
     if k == 0:
         raise RelpError(
             f"grad_drop: {kind} nodes of a one-layer model have no other layer to drop; use grad_drop=false"
@@ -87,7 +86,7 @@ def _n_drops(kind: str, n_layers: int) -> int:
 
 def _outside(kind: str, scores: Tensor, dropping: Collection[int]) -> Tensor:
     """1 for the layers whose nodes a dropped layer does not contain, along the layer axis."""
-    inside = torch.tensor([kind not in BETWEEN_LAYERS and n in dropping for n in range(scores.shape[1])])
+    inside = torch.tensor([not NODE_KINDS[kind].between_layers and n in dropping for n in range(scores.shape[1])])
     return (~inside).to(scores).view(1, -1, *[1] * (scores.ndim - 2))
 
 

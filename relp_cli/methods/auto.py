@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from relp_cli.errors import RelpError
-from relp_cli.methods.relp import RelpParams, with_extra_rules
+from relp_cli.methods.points import RelpParams
 from relp_cli.methods.request import Request
-from relp_cli.methods.score import mean_activations, score_nodes
+from relp_cli.methods.score import mean_activations, score_units, with_extra_rules
 from relp_cli.methods.scores import NodeScores, Scores
 from relp_cli.methods.setup import Passes, Setup
 from relp_cli.models.model import Model
@@ -67,7 +67,7 @@ def score_auto(
     by_rules: dict[Rules, list[str]] = {}
     for kind in nodes:
         by_rules.setdefault(chosen[kind], []).append(kind)
-    parts = [score_nodes(model, scoring, "relp", kinds, request, rules=rules) for rules, kinds in by_rules.items()]
+    parts = [score_units(model, scoring, "relp", kinds, request, rules=rules) for rules, kinds in by_rules.items()]
     n_scored = sum(len(b) for b in scoring)
     several = len(by_rules) > 1
     applied = {
@@ -125,7 +125,7 @@ def choose(
     started = time.perf_counter()
     sets = candidates(model, nodes, request.baseline)
     kept = replace(request, keep_examples=True)
-    estimates = {name: score_nodes(model, pairs, "relp", nodes, kept, rules=rules) for name, rules in sets.items()}
+    estimates = {name: score_units(model, pairs, "relp", nodes, kept, rules=rules) for name, rules in sets.items()}
     cells = {kind: _sample(kind, [e[kind] for e in estimates.values()], params) for kind in nodes}
     exact, forwards = exact_cells(model, pairs, cells, next(iter(estimates.values())), request)
     table, chosen = [], {}

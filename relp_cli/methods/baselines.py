@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from relp_cli.methods.core import differences, products
-from relp_cli.methods.setup import Setup
+from relp_cli.methods.space import Batch
 from relp_cli.methods.table import Params, Result
 from relp_cli.nodes.access import units
 
@@ -16,16 +16,15 @@ class RandomParams(Params):
     seed: int = 0
 
 
-def delta(setup: Setup, params: Params) -> Result:  # noqa: ARG001 - it has no parameters
+def delta(on: Batch, params: Params) -> Result:  # noqa: ARG001 - it has no parameters
     """‖n(source) − n(run)‖₂ of each node."""
-    source = setup.source_activations()
-    d = differences(source, setup.run_activations())
-    return Result({k: v.sqrt() for k, v in products(setup, d, d).items()})
+    d = differences(on.source, on.run)
+    return Result({k: v.sqrt() for k, v in products(on.setup, d, d).items()})
 
 
-def random(setup: Setup, params: RandomParams) -> Result:
+def random(on: Batch, params: RandomParams) -> Result:
     """Standard normal scores, the same for every pair (a random ranking, not an average that shrinks with n)."""
-    scores = {}
+    setup, scores = on.setup, {}
     for kind in setup.kinds:
         n_units = [] if kind.split == "vector" else [units(setup.model, kind)]
         layers = []

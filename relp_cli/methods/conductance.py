@@ -1,21 +1,19 @@
 """Conductance: Σ over steps of ∂L/∂n(α) · (n(α_{j+1}) − n(α_j)) while the embeddings move from run to source.
 
-Over a cut (resid_pre of one layer, all positions) the sum tends to L(source) − L(run), the same for every layer
-(Dhamdhere et al. 2018); attn_out, mlp_out and neurons are no cuts.
+Over a cut (resid_pre of one layer, all positions; the edges into the logits) the sum tends to L(source) − L(run), the same
+for every layer (Dhamdhere et al. 2018); attn_out, mlp_out and neurons are no cuts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import numpy as np
-import torch
 from torch import Tensor
 
-from relp_cli.methods.core import PerExample, gradients, products
-from relp_cli.methods.path import Path, PathParams, QuadratureRule, along, chunks, quadrature
-from relp_cli.methods.setup import Setup
+from relp_cli.methods.points import PathParams, QuadratureRule, embeddings, quadrature
+from relp_cli.methods.space import Batch
 from relp_cli.methods.table import Result
-from relp_cli.nodes.access import Activations, capture
-from relp_cli.precision import wide
 
 
 class ConductanceParams(PathParams):
@@ -27,68 +25,36 @@ class ConductanceParams(PathParams):
     rule: QuadratureRule = "trapezoid"
 
 
-def conductance(setup: Setup, params: ConductanceParams) -> Result:
-    """Per node; δn does not enter: what moves the node is the path."""
-    path = Path.of(setup)
+def conductance(on: Batch, params: ConductanceParams) -> Result:
+    """Per unit; δ does not enter: what moves the unit is the path."""
     between = params.rule in ("midpoint", "gauss_legendre")
-    return Result((_in_cells if between else _on_grid)(setup, path, params))
+    total: dict[str, Tensor] = {}
+    for weight, scores in (_in_cells if between else _on_grid)(on, params):
+        for key, value in scores.items():
+            total[key] = total[key] + weight * value if key in total else weight * value
+    return Result(total)
 
 
-def _on_grid(setup: Setup, path: Path, params: ConductanceParams) -> PerExample:
+def _on_grid(on: Batch, params: ConductanceParams) -> Iterator[tuple[float, Mapping[str, Tensor]]]:
     """Gradients at the ends of each increment: the left, the right, or the mean of both."""
     left = {"left": 1.0, "right": 0.0, "trapezoid": 0.5}[params.rule]
-    total: PerExample = {}
-    last: tuple[Activations, Activations] | None = None  # values and gradients at the point before this chunk
-    for part, at in along(setup, path, np.arange(params.steps + 1) / params.steps, params.chunk_tokens):
-        values, grads = (_by_point(a, part.stop - part.start) for a in (at.values, at.grads))
+    alphas = np.arange(params.steps + 1) / params.steps
+    last = None
+    for _, at in on.passes(embeddings(on, alphas, np.ones(len(alphas)))):
         if last is not None:
-            values, grads = _join(last[0], values), _join(last[1], grads)
-        steps = {k: [v[1:] - v[:-1] for v in layers] for k, layers in values.items()}
-        slopes = {k: [left * g[:-1] + (1 - left) * g[1:] for g in layers] for k, layers in grads.items()}
-        _add(total, setup, steps, slopes)
-        last = tuple({k: [v[-1:] for v in layers] for k, layers in a.items()} for a in (values, grads))  # type: ignore[assignment]
-    return total
+            for weight, end in ((left, last), (1 - left, at)):
+                if weight:
+                    yield weight, on.product(last.values, at.values, end)
+        last = at
 
 
-def _in_cells(setup: Setup, path: Path, params: ConductanceParams) -> PerExample:
+def _in_cells(on: Batch, params: ConductanceParams) -> Iterator[tuple[float, Mapping[str, Tensor]]]:
     """Gradients inside each increment. A cell is as long as its point's weight, which puts the point inside it."""
-    points, weights = quadrature(params.rule, params.steps)
-    edges = np.concatenate([[0.0], np.cumsum(weights)])
-    total: PerExample = {}
-    for part in chunks(len(points), setup, params.chunk_tokens):
-        size = part.stop - part.start
-        at = gradients(setup, tokens=setup.run.repeat(size, 1), leaf=path.at(points[part]))
-        values = _by_point(_values(setup, path, edges[part.start : part.stop + 1]), size + 1)
-        steps = {k: [v[1:] - v[:-1] for v in layers] for k, layers in values.items()}
-        _add(total, setup, steps, _by_point(at.grads, size))
-    return total
-
-
-def _values(setup: Setup, path: Path, alphas: np.ndarray) -> Activations:
-    """n(α) for every node, rows [α, batch] flattened (forward passes only)."""
-    setup.passes.forward += len(alphas)
-    leaf = path.at(alphas)
-    at_leaf = setup.model.hooks({"blocks.0.hook_in": lambda _: leaf})
-    with torch.no_grad(), at_leaf, capture(setup.model, setup.kinds) as seen:
-        setup.model.logits(setup.run.repeat(len(alphas), 1))
-    return seen
-
-
-def _by_point(values: Activations, n: int) -> Activations:
-    return {k: [wide(v).unflatten(0, (n, -1)) for v in layers] for k, layers in values.items()}
-
-
-def _join(a: Activations, b: Activations) -> Activations:
-    return {k: [torch.cat(pair) for pair in zip(a[k], b[k], strict=True)] for k in b}
-
-
-def _add(total: PerExample, setup: Setup, steps: Activations, slopes: Activations) -> None:
-    summed = {k: [_dot(s, g) for s, g in zip(steps[k], slopes[k], strict=True)] for k in steps}
-    ones = {k: [torch.ones_like(v) for v in layers] for k, layers in summed.items()}
-    for kind, scores in products(setup, summed, ones).items():
-        total[kind] = total[kind] + scores if kind in total else scores
-
-
-def _dot(step: Tensor, slope: Tensor) -> Tensor:
-    """Σ over points of step·slope: Float[batch, pos, width]."""
-    return torch.einsum("a...,a...->...", step, wide(slope))
+    alphas, weights = quadrature(params.rule, params.steps)
+    ends = np.concatenate([[0.0], np.cumsum(weights)])
+    moves = [p.moved for p in embeddings(on, ends, np.ones(len(ends)))]
+    start = on.read_run(moves[0])
+    for (_, at), moved in zip(on.passes(embeddings(on, alphas, weights)), moves[1:], strict=True):
+        end = on.read_run(moved)
+        yield 1.0, on.product(start, end, at)
+        start = end

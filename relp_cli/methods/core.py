@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 from relp_cli.errors import RelpError
 from relp_cli.lrp.context import lrp
 from relp_cli.methods.setup import Setup
-from relp_cli.nodes.access import Activations, capture, per_node
+from relp_cli.methods.space import Point, together
+from relp_cli.nodes.access import Activations, as_leaf, capture, per_node
 from relp_cli.precision import wide
 
 PerExample = dict[str, Tensor]  # node kind → Float[batch, layer, slot, *unit]
@@ -20,46 +21,67 @@ PerExample = dict[str, Tensor]  # node kind → Float[batch, layer, slot, *unit]
 
 @dataclass(frozen=True)
 class Gradients:
-    """values[kind][layer], grads[kind][layer]: Float[rows, pos, width]; metric: Float[rows]; applied: rule → layers."""
+    """Of one point: values[kind][layer], grads[kind][layer]: Float[batch, pos, width]; metric: Float[batch]; applied: rule →
+    layers. For a point with `of`, only leaf: Float[batch, pos, width], the gradient of the value that was moved.
+    """
 
     values: Activations
     grads: Activations
-    metric: Float[Tensor, " rows"]
+    metric: Float[Tensor, " batch"]
     applied: dict[str, int]
+    leaf: Tensor | None = None
 
 
-def gradients(
-    setup: Setup,
-    rules: Sequence[str] = (),
-    other: Mapping[str, Mapping[str, Tensor]] | None = None,
-    tokens: Tensor | None = None,
-    leaf: Tensor | None = None,
-) -> Gradients:
-    """∂L/∂n of every node at `tokens` (default: the run), with LRP rules in place of local gradients where given.
+def gradients(setup: Setup, points: Sequence[Point]) -> list[Gradients]:
+    """∂L/∂n of every node at every point, with LRP rules in place of local gradients where given: 1 forward + 1 backward.
 
-    leaf: the first block's input Float[rows, pos, d_model] to run from instead of the tokens' own embeddings.
-
-    Raises: RelpError for a metric that has no gradient, and for nodes that the rules cut off from the output.
+    points: of one group (`Batch.gradients`). Raises: RelpError for a metric that has no gradient, and for nodes that the
+    rules cut off from the output.
     """
-    refuse_metric(setup, at_run=tokens is None and leaf is None)
-    tokens = setup.run if tokens is None else tokens
+    first, k = points[0], len(points)
+    refuse_metric(setup, at_run=not first.moved)
+    kinds = setup.kinds if first.of is None else ()
+    leaves: list[Tensor] = []
+    moved, other = together(points)
+
+    def leaf(change: Tensor) -> Callable[[Tensor], Tensor]:
+        def hook(value: Tensor) -> Tensor:
+            leaves.append(as_leaf((value + change).to(value.dtype)))
+            return leaves[-1]
+
+        return hook
+
     with torch.enable_grad():
-        with lrp(setup.model, rules, other) as applied, capture(setup.model, setup.kinds, leaf) as values:
-            logits = setup.model.logits(tokens)
+        moves = {name: leaf(change) for name, change in moved.items()}
+        with lrp(setup.model, first.rules, other) as applied, capture(setup.model, kinds, moves) as values:
+            logits = setup.model.logits(setup.run.repeat(k, 1))
         metric = setup.value(logits)  # outside the hooks: kl runs the model for its reference
-        flat = [v for layers in values.values() for v in layers]
-        grads = torch.autograd.grad(metric.sum(), flat, allow_unused=True)
-    if tokens is setup.run and leaf is None:
+        wanted = leaves if first.of is not None else [v for layers in values.values() for v in layers]
+        grads = iter(torch.autograd.grad(metric.sum(), wanted, allow_unused=True))
+    if not moved:
         setup.seen["run"] = metric.detach()
-    times = len(tokens) / len(setup.batch)
-    setup.passes.forward += times
-    setup.passes.backward += times
-    by_kind: Activations = {}
-    position = iter(grads)
-    for kind, layers in values.items():
-        by_kind[kind] = [must_reach(next(position), kind, layer, rules) for layer in range(len(layers))]
-    detached = {kind: [v.detach() for v in layers] for kind, layers in values.items()}
-    return Gradients(detached, by_kind, metric.detach(), applied)
+    setup.passes.forward += k
+    setup.passes.backward += k
+    if first.of is not None:
+        (place,) = moved
+        parts = must_reach(next(grads), place, 0, first.rules).unflatten(0, (k, -1))
+        return [
+            Gradients({}, {}, m, applied, g) for m, g in zip(metric.detach().unflatten(0, (k, -1)), parts, strict=True)
+        ]
+    by_kind = {
+        kind: [must_reach(next(grads), kind, layer, first.rules) for layer in range(len(layers))]
+        for kind, layers in values.items()
+    }
+    rows = [slice(i * len(setup.batch), (i + 1) * len(setup.batch)) for i in range(k)]
+    return [
+        Gradients(
+            {kind: [v.detach()[r] for v in layers] for kind, layers in values.items()},
+            {kind: [g[r] for g in layers] for kind, layers in by_kind.items()},
+            metric.detach()[r],
+            applied,
+        )
+        for r in rows
+    ]
 
 
 def refuse_metric(setup: Setup, at_run: bool = True) -> None:

@@ -75,7 +75,7 @@ class Account:
         values = torch.cat(self.values)
         return {
             "method": self.method,
-            "params": params.model_dump(mode="json"),
+            "params": params.model_dump(mode="json", exclude=set(row.fixed)),
             "signed": row.signed,
             "rules": dict(rules),
             "metric": self.request.metric,

@@ -1,8 +1,8 @@
-"""`score_nodes`: run one method over batches of pairs and aggregate over examples."""
+"""`score_units`: run one estimator over batches of pairs of one space, and aggregate over examples."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,75 +11,142 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from relp_cli.errors import RelpError, nearest
-from relp_cli.methods.relp import with_extra_rules
-from relp_cli.methods.request import Account, Request
+from relp_cli.lrp.rules import RULES, TWO_POINT, parse_rules
+from relp_cli.methods.request import Account, Progress, Request
 from relp_cli.methods.scores import NodeScores, Scores
 from relp_cli.methods.setup import Means
-from relp_cli.methods.table import METHODS, Method, Params, Result
+from relp_cli.methods.space import CHUNK_TOKENS, Batch, Space, SpaceRow, space_of
+from relp_cli.methods.table import METHODS, Method, Params, Result, methods_for
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import activations, units
-from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
+from relp_cli.nodes.kinds import NodeKind
 from relp_cli.tasks.pairs import PairBatch
 
 COMPONENTS = ("resid_pre", "attn_out", "mlp_out")
 KEEP_LIMIT = 1 << 26  # per-example scores are kept up to this many numbers a kind, unless asked for
 
 
-def score_nodes(
+def score_units(
     model: Model, pairs: Sequence[PairBatch], method: str, nodes: Sequence[str], request: Request, **params: Any
 ) -> Scores:
-    """`relp.score` for the kinds of `NODE_KINDS` and one fixed set of rules; see there for arguments and errors."""
-    row, parsed = resolve_method(model, method, params)
-    if row.scope == "edges":
-        raise RelpError(f"method '{row.name}' scores edges; ask for nodes=edges")
-    kinds = tuple(NODE_KINDS[name] for name in nodes)
-    if not kinds or len(set(nodes)) != len(nodes):
-        raise RelpError(f"expected node kinds, each once, got {list(nodes)}; known: {', '.join(NODE_KINDS)}")
-    axis, labels = position_axis(pairs)
-    request.check()
-    function, _ = row.load()
+    """`relp.score` with one fixed set of rules; see there for arguments and errors. Besides the method's own parameters:
+
+    positions:  of edges, "sum" (one score per edge) or "keep" (one per edge and position; the axis is that of node scores).
+    dictionary: of features, a path or shipped name (see `features.load`), or Dictionaries that are loaded already.
+    only:       of features, the FeatureCircuit whose nodes act_patch patches (others have score 0).
+    """
+    space = space_of(nodes)
+    options = {name: params.pop(name, None) for name in space.options}
+    row, parsed = resolve_method(method, params, space.name, model)
+    check_baseline(row, space, request)
+    units: Space = space.load()(model, pairs, nodes, request, options)
     chunks = request.chunks(model, pairs)
     account = Account(request, model, chunks, method)
-    means = None
-    if request.baseline == "mean":
-        with_inputs = dict.fromkeys((*kinds, NODE_KINDS["resid_pre"]))  # integrated gradients need the mean embeddings
-        means = mean_activations(model, pairs, tuple(with_inputs), request.batch_size)
-        account.passes.forward += len(chunks)
-    sums = {k.name: Running(model, k, labels, account.n_pairs, request.keep_examples) for k in kinds}
+    units.prepare(chunks, account.passes)
+    size = getattr(parsed, "chunk_tokens", CHUNK_TOKENS)
+    batches = (
+        units.batch(chunk, account.passes, size, _within(request.progress, i, len(chunks)))
+        for i, chunk in enumerate(chunks)
+    )
+    totals = units.totals(account.n_pairs, request.keep_examples)
     result = Result({})
-    for chunk in chunks:
-        setup = request.setup(model, chunk, kinds, account.passes, None if means is None else means.at(chunk))
-        result = function(setup, parsed)
-        for kind in kinds:
-            sums[kind.name].add(result.scores[kind.name], setup.labels)
-        account.done(setup)
-    meta = account.meta(row, parsed, result.applied, axis, **result.meta)
-    return Scores({k.name: sums[k.name].finish(axis, meta) for k in kinds}, meta)
+    for on, result in _results(row, parsed, batches):
+        totals.add(result.scores, on.labels)
+        account.done(on.setup)
+        on.forget()
+    meta = account.meta(row, parsed, result.applied, units.axis, **units.about, **result.meta)
+    return Scores(totals.finish(units.axis, meta), meta)
 
 
-def resolve_method(model: Model, method: str, params: dict[str, Any]) -> tuple[Method, Params]:
-    """A method's row and its validated parameters. `relp+ah` adds rules to the preset (or to `rules=`)."""
+def _results(row: Method, params: Params, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Result]]:
+    """What an estimator of any sort says of each batch."""
+    function, _ = row.load()
+    if row.by == "all":
+        every = list(batches)
+        yield from zip(every, function(every, params), strict=True)
+        return
+    for on in batches:
+        found = function(on, params)
+        yield on, on.attribute(found) if row.by == "points" else found
+
+
+def _within(progress: Progress | None, number: int, count: int) -> Progress | None:
+    """Progress within batch `number` of `count`, as progress of the whole."""
+    if progress is None:
+        return None
+    return lambda done, total, what: progress(number * total + done, count * total, what)
+
+
+def resolve_method(
+    method: str, params: dict[str, Any], space: str, model: Model | None = None
+) -> tuple[Method, Params]:
+    """A method's row and its validated parameters. `relp+ah` adds rules to the preset (or to `rules=`).
+
+    model: None to check only: a preset stays None.
+    Raises: RelpError for unknown names, parameters and rules, and for a space that the method does not serve.
+    """
     name, *extra = method.split("+")
     row = METHODS[name]
+    if space not in row.spaces:
+        raise RelpError(
+            f"method '{name}' does not score {space}; methods for {space}: {', '.join(methods_for(space))} "
+            f"('{name}' scores {', '.join(row.spaces)})"
+        )
     _, schema = row.load()
-    if params.get("rules") is not None and isinstance(params["rules"], str):
-        params = {**params, "rules": tuple(params["rules"].split(","))}
-    known = list(schema.model_fields)
+    params = {k: tuple(v.split(",")) if k == "rules" and isinstance(v, str) else v for k, v in params.items()}
+    known = [k for k in schema.model_fields if k not in row.fixed]
     for key in params:
         if key not in known:
             raise RelpError(f"method '{name}' has no parameter '{key}'{nearest(key, known) if known else ''}")
     if extra and not row.rules:
         raise RelpError(f"method '{name}' takes no rules, got '{method}'; only relp variants take '+rule'")
-    params = {k: v for k, v in params.items() if v is not None}
-    if row.rules:
-        base = tuple(params.get("rules") or model.family.rules) if "rules" not in params else tuple(params["rules"])
-        params = {**params, "rules": with_extra_rules(model, base, extra)}
+    params = {**row.defaults, **{k: v for k, v in params.items() if v is not None}, **row.fixed}
+    if row.rules and (model or extra):
+        preset = model.family.rules if model else ()
+        params["rules"] = with_extra_rules(model, tuple(params.get("rules", preset)), extra)
     try:
-        return row, schema(**params)
+        parsed = schema(**params)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(p) for p in first["loc"])
         raise RelpError(f"method '{name}', parameter '{where}': {first['msg']} (got {first['input']!r})") from error
+    _check_rules(name, getattr(parsed, "rules", None), space)
+    return row, parsed
+
+
+def _check_rules(name: str, rules: tuple[str, ...] | None, space: str) -> None:
+    """Raises RelpError for rules that do not exist, and for `auto` where it cannot be."""
+    if rules != ("auto",):
+        parse_rules(list(rules or ()))
+    elif space != "nodes":
+        raise RelpError(f"rules are chosen automatically for node kinds, not for {space}; give --rules by name")
+    elif name != "relp":
+        raise RelpError(f"rules 'auto' are chosen for method relp only, got '{name}'")
+
+
+def check_baseline(row: Method, space: SpaceRow, request: Request) -> None:
+    """Raises RelpError for a metric, direction or baseline that does not exist, or not for this space or method."""
+    space.check(request)
+    if row.baselines is not None and request.baseline not in row.baselines:
+        raise RelpError(
+            f"method '{row.name}' goes between the two prompts of a pair, the original and the patch prompt; "
+            f"it has no baseline '{request.baseline}'"
+        )
+
+
+def with_extra_rules(model: Model | None, rules: tuple[str, ...], extra: list[str]) -> tuple[str, ...]:
+    """`relp+ah`, `relp+two_point`: rules added to a set, each in place of the one that acts on the same kind of layer."""
+    if "auto" in extra:
+        if extra != ["auto"]:
+            raise RelpError(f"rules 'auto' stand alone, got +{'+'.join(extra)}")
+        return ("auto",)
+    gated = model is None or model.shape.gated
+    for name in extra:
+        added = [r for r in TWO_POINT if r != "gate2" or gated] if name == "two_point" else [name]
+        for rule in added:
+            site = RULES[rule.partition("=")[0]].site
+            rules = (*(r for r in rules if RULES[r.partition("=")[0]].site != site), rule)
+    return rules
 
 
 def position_axis(pairs: Sequence[PairBatch]) -> tuple[str, tuple[str, ...]]:

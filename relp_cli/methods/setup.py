@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from relp_cli.errors import RelpError
-from relp_cli.models.model import Model
-from relp_cli.nodes.access import Activations, capture
+from relp_cli.models.model import Hook, Model
+from relp_cli.nodes.access import EMBEDDED, Activations, capture
 from relp_cli.nodes.kinds import NodeKind
 from relp_cli.tasks.metrics import Metric
 from relp_cli.tasks.pairs import PairBatch
@@ -51,6 +51,9 @@ class Setup:
     means: Means | None = None
     passes: Passes = field(default_factory=Passes)
     seen: dict[str, Tensor] = field(default_factory=dict)  # "run", "source": L of a prompt that a pass has already run
+    inputs: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # the same: what the first block reads, Float[batch, pos, d]
 
     def __post_init__(self) -> None:
         if self.batch.patch is None and (self.baseline == "patch" or self.direction == "denoising"):
@@ -120,11 +123,15 @@ class Setup:
         """n(source) for every kind: Float[batch, pos, width] per layer (one forward pass; none for a mean baseline)."""
         if self.baseline == "mean":
             assert self.means is not None
-            return {k.name: [m.expand(len(self.batch), -1, -1) for m in self.means[k.name]] for k in self.kinds}
+            means = {k: [m.expand(len(self.batch), -1, -1) for m in layers] for k, layers in self.means.items()}
+            if "resid_pre" in means:
+                self.inputs["source"] = means["resid_pre"][0]
+            return {k.name: means[k.name] for k in self.kinds}
         prompt: Literal["run", "source"] = "source" if self.baseline == "patch" else "run"
         self.passes.forward += 1
         values = self._captured(prompt)
         if self.baseline == "zero":
+            self.inputs["source"] = torch.zeros_like(self.inputs["run"])
             return {name: [torch.zeros_like(v) for v in layers] for name, layers in values.items()}
         return values
 
@@ -135,7 +142,8 @@ class Setup:
 
     def _captured(self, prompt: Literal["run", "source"]) -> Activations:
         with torch.no_grad():
-            with capture(self.model, self.kinds) as values:
+            keep: Hook = lambda value: self.inputs.__setitem__(prompt, value)  # noqa: E731
+            with self.model.hooks({EMBEDDED: keep}), capture(self.model, self.kinds) as values:
                 logits = self.model.logits(getattr(self, prompt))
             self.seen[prompt] = self.value(logits)  # outside `capture`: kl runs the model for its reference
         return values

@@ -1,13 +1,17 @@
-"""The methods as rows. A method is one function `(setup, params) → Result`; adding one touches its file and one row here.
+"""The estimators as rows. Every signed score estimates c(n), the change of the metric when the unit is patched.
 
-Every signed score estimates c(n), the change of the metric when the node is patched (docs/methods.md).
+An estimator is one function, of one of three sorts (`by`), for every space (`space.py`) that it serves:
+points  (on, params) → the points at which gradients are taken; the space multiplies them with its differences
+batch   (on, params) → Result, the scores of one batch of pairs
+all     (batches, params) → one Result per batch, for what depends on all pairs
+`on` is a `space.Batch`. Adding an estimator touches its file and one row; `METHODS.add` takes rows from other packages.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -15,16 +19,16 @@ from pydantic import BaseModel, ConfigDict
 from relp_cli.registry import Registry
 
 if TYPE_CHECKING:
-    from relp_cli.methods.core import PerExample
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Result:
-    """Per-example scores on the slot axis, what was done to get them (rules applied → layers), and what else the
-    scores' metadata should say (it may override what the row says: `signed`).
+    """Scores per example of one batch, by the space's own keys, what was done to get them (rules applied → layers), and
+    what else their metadata should say (it may override what the row says: `signed`).
     """
 
-    scores: PerExample
+    scores: Mapping[str, Tensor]
     applied: dict[str, int] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
 
@@ -35,9 +39,18 @@ class Params(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+NODES, EDGES = ("nodes",), ("edges",)
+EVERY = ("nodes", "edges", "features")
+
+
 @dataclass(frozen=True)
 class Method:
-    """One row of `relp ls methods`. `where` is `module:function:params class`, imported when the method is used."""
+    """One row of `relp ls methods`. `where` is `module:function:params class`, imported when the method is used.
+
+    spaces:    the spaces that it serves. signed: whether scores have a sign. rules: whether it takes LRP rules.
+    baselines: those it is defined for (None: what the space allows). each: one forward pass per unit.
+    defaults, fixed: of an alias, parameters that start or stay at another value than the method's own.
+    """
 
     name: str
     where: str
@@ -45,69 +58,82 @@ class Method:
     cost: str
     addresses: str
     source: str
+    spaces: tuple[str, ...] = EVERY
+    by: Literal["points", "batch", "all"] = "points"
     signed: bool = True
     rules: bool = False
-    scope: Literal["nodes", "edges"] = "nodes"
+    baselines: tuple[str, ...] | None = None
+    each: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
-    def load(self) -> tuple[Callable[..., Result], type[Params]]:
+    def load(self) -> tuple[Callable[..., Any], type[Params]]:
         module, function, params = self.where.split(":")
-        package = "edges" if self.scope == "edges" else "methods"
-        loaded: Any = importlib.import_module(f"relp_cli.{package}.{module}")
+        loaded: Any = importlib.import_module(module)
         return getattr(loaded, function), getattr(loaded, params) if params else Params
 
 
 METHODS: Registry[Method] = Registry("method")
+POINTS, BASELINES = "relp_cli.methods.points", "relp_cli.methods.baselines"
+ALONG = "steps × (forward + backward) + 2 forward"
+FLAT = "zero-gradient regions, saturation"
 for _row in (
-    Method("act_patch", "act_patch:act_patch:ActPatchParams", "c(n), exactly", "1 forward per node", "—",
-           "RelP eq. 1"),
-    Method("atp", "atp:atp:", "c(n), linearised at the run", "2 forward + 1 backward", "cost", "RelP eq. 2; Nanda 2022"),
-    Method("relp", "relp:relp:RelpParams", "c(n), with LRP coefficients for the gradient", "2 forward + 1 backward",
+    Method("act_patch", "relp_cli.methods.act_patch:act_patch:ActPatchParams", "c(n), exactly", "1 forward per unit", "—",
+           "RelP eq. 1; edges: path patching, Goldowsky-Dill et al. 2023", by="batch", each=True),
+    Method("atp", f"{POINTS}:atp:", "c(n), linearised at the run", "2 forward + 1 backward", "cost",
+           "RelP eq. 2; Nanda 2022; edges: Syed et al. 2023"),
+    Method("relp", f"{POINTS}:relp:RelpParams", "c(n), with LRP coefficients for the gradient", "2 forward + 1 backward",
            "noisy gradients of norms, activations and gates", "RelP eq. 3", rules=True),
-    Method("ig_inputs", "ig_inputs:ig_inputs:PathParams",
-           "c(n), gradient averaged over embeddings between run and source",
-           "steps × (forward + backward) + 2 forward", "zero-gradient regions, saturation",
+    Method("ig_inputs", f"{POINTS}:ig_inputs:PathParams",
+           "c(n), gradient averaged over embeddings between run and source", ALONG, FLAT,
            "Sundararajan et al. 2017; Hanna et al. 2024"),
-    Method("relp_ig", "relp_ig:relp_ig:RelpIgParams", "c(n), LRP coefficients averaged over the same path",
-           "steps × (forward + backward) + 2 forward", "as relp and ig_inputs", "relp (docs/methods.md)", rules=True),
-    Method("ig_activations", "ig_activations:ig_activations:IgActivationsParams",
-           "c(n), gradient averaged while a layer's site moves from run to source",
-           "steps × (forward + backward) per layer and kind + 2 forward", "zero-gradient regions, saturation",
-           "Marks et al. 2025; IG blog (IGact)"),
-    Method("conductance", "conductance:conductance:ConductanceParams",
-           "the node's share of L(source) − L(run) along the path of embeddings",
-           "(steps + 1) × (forward + backward) + 2 forward", "zero-gradient regions", "Dhamdhere et al. 2018"),
-    Method("atp_star", "atp_star:atp_star:AtpStarParams",
+    Method("relp_ig", f"{POINTS}:relp_ig:RelpIgParams", "c(n), LRP coefficients averaged over the same path", ALONG,
+           "as relp and ig_inputs", "relp (METHODS.md)", rules=True),
+    Method("ig_activations", f"{POINTS}:ig_activations:IgActivationsParams",
+           "c(n), gradient averaged while the unit's site moves from run to source",
+           "steps × (forward + backward) per site (layer and kind) + 2 forward", FLAT,
+           "Marks et al. 2025; IG blog (IGact); edges: Hanna et al. 2024 (code)"),
+    Method("conductance", "relp_cli.methods.conductance:conductance:ConductanceParams",
+           "the unit's share of L(source) − L(run) along the path of embeddings",
+           "(steps + 1) × (forward + backward) + 2 forward", "zero-gradient regions", "Dhamdhere et al. 2018", by="batch"),
+    Method("atp_star", "relp_cli.methods.atp_star:atp_star:AtpStarParams",
            "|c(n)|, averaged over dropped layers (grad_drop=false: c(n), exact up to the pattern for queries and keys)",
            "2 forward + 1 backward per layer; QK fix: + 2 forward",
            "attention saturation (QK fix), cancellation (GradDrop)",
-           "Kramár et al. 2024", signed=False),
-    Method("edge_patch", "edge_patch:edge_patch:EdgePatchParams", "c(u→v), exactly", "1 forward per edge", "—",
-           "path patching: Goldowsky-Dill et al. 2023", scope="edges"),
-    Method("eap", "eap:eap:", "c(u→v), linearised at the run", "2 forward + 1 backward", "cost", "Syed et al. 2023",
-           scope="edges"),
-    Method("relp_edges", "eap:relp_edges:RelpParams", "c(u→v), with LRP coefficients for the gradient",
-           "2 forward + 1 backward", "noisy gradients of norms, activations and gates", "relp (docs/methods.md)", rules=True,
-           scope="edges"),
-    Method("eap_ig", "eap_ig:eap_ig:EapIgParams", "c(u→v), gradient averaged over embeddings between run and source",
-           "steps × (forward + backward) + 2 forward", "zero-gradient regions, saturation", "Hanna et al. 2024",
-           scope="edges"),
-    Method("relp_edges_ig", "eap_ig:relp_edges_ig:RelpEdgesIgParams", "c(u→v), LRP coefficients averaged over eap_ig's path",
-           "steps × (forward + backward) + 2 forward", "as relp_edges and eap_ig", "relp (docs/methods.md)", rules=True,
-           scope="edges"),
-    Method("eap_ig_activations", "eap_ig:eap_ig_activations:EapIgParams",
-           "c(u→v), gradient averaged while u's site moves from run to source",
-           "(2·layers + 1) × steps × (forward + backward) + 2 forward", "zero-gradient regions, saturation",
-           "Hanna et al. 2024 (code)", scope="edges"),
-    Method("eap_gp", "eap_gp:eap_gp:EapGpParams", "c(u→v), gradient averaged along a path that follows the gradients",
+           "Kramár et al. 2024", NODES, "batch", signed=False),
+    Method("eap_gp", "relp_cli.edges.eap_gp:eap_gp:EapGpParams",
+           "c(u→v), gradient averaged along a path that follows the gradients",
            "steps × (2 forward + 4 backward) + 5 forward", "saturation along the straight path", "Zhang et al. 2025",
-           scope="edges"),
-    Method("acdc", "acdc:acdc:AcdcParams", "change of L when the edge is cut in turn, greedily from the logits",
-           "1 forward per edge", "baseline", "Conmy et al. 2023", scope="edges"),
-    Method("information_flow", "flow:information_flow:", "share of the reader's input that the writer makes up, unsigned",
-           "1 forward", "baseline", "Ferrando & Voita 2024", signed=False, scope="edges"),
-    Method("clean_corrupted", "eap:clean_corrupted:", "c(u→v), mean of the gradients at both prompts",
-           "2 forward + 2 backward", "zero-gradient regions", "Hanna et al. 2024 (code)", scope="edges"),
-    Method("delta", "baselines:delta:", "‖n(source) − n(run)‖, unsigned", "2 forward", "baseline", "—", signed=False),
-    Method("random", "baselines:random:RandomParams", "nothing: seeded noise", "none", "baseline", "—", signed=False),
+           EDGES, "all", baselines=("patch",)),
+    Method("acdc", "relp_cli.edges.acdc:acdc:AcdcParams",
+           "change of L when the edge is cut in turn, greedily from the logits",
+           "1 forward per edge", "baseline", "Conmy et al. 2023", EDGES, "all", each=True),
+    Method("information_flow", "relp_cli.edges.flow:information_flow:",
+           "share of the reader's input that the writer makes up, unsigned",
+           "1 forward", "baseline", "Ferrando & Voita 2024", EDGES, "batch", signed=False),
+    Method("delta", f"{BASELINES}:delta:", "‖n(source) − n(run)‖, unsigned", "2 forward", "baseline", "—", NODES, "batch",
+           signed=False),
+    Method("random", f"{BASELINES}:random:RandomParams", "nothing: seeded noise", "none", "baseline", "—", NODES, "batch",
+           signed=False),
 ):  # fmt: skip
     METHODS.add(_row.name, _row)
+
+
+def alias(name: str, of: str, space: str, **more: Any) -> Method:
+    """Another name for a method on one space; more: fields of the row that differ. Returns the row, registered."""
+    return METHODS.add(name, replace(METHODS[of], name=name, spaces=(space,), **more))
+
+
+JOINT = {"exact": ()}  # a parameter for nodes
+alias("edge_patch", "act_patch", "edges")
+alias("eap", "atp", "edges")
+alias("relp_edges", "relp", "edges")
+alias("eap_ig", "ig_inputs", "edges", defaults={"steps": 5})
+alias("relp_edges_ig", "relp_ig", "edges", defaults={"steps": 5})
+alias("eap_ig_activations", "ig_activations", "edges", defaults={"steps": 5}, fixed=JOINT)
+alias("clean_corrupted", "ig_inputs", "edges", fixed={"steps": 1, "rule": "trapezoid"}, baselines=("patch",))
+
+
+def methods_for(space: str) -> list[str]:
+    """Names of the estimators that serve a space."""
+    return [name for name, row in METHODS.items() if space in row.spaces]

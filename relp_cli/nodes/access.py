@@ -6,7 +6,7 @@ n_units · d_unit = width (n_units = 1 for vector nodes, d_unit = 1 for units).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,22 +14,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 from relp_cli.errors import RelpError
-from relp_cli.models.model import Model
-from relp_cli.nodes.kinds import NodeKind
+from relp_cli.models.model import Hook, Model
+from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
 
 Activations = dict[str, list[Tensor]]  # node kind → one Float[batch, pos, width] per layer
+EMBEDDED = NODE_KINDS["resid_pre"].point(0)  # what the first block reads
+
+
+def as_leaf(value: Tensor) -> Tensor:
+    """The value as a leaf of the graph."""
+    return value.detach().requires_grad_(True)
 
 
 def units(model: Model, kind: NodeKind) -> int:
     """Nodes per layer and position. Raises RelpError for MLP neurons where the MLPs are mixtures of experts."""
     shape = model.shape
-    if kind.name == "mlp_neuron" and shape.moe:
+    if kind.width == "d_mlp" and shape.moe:
         raise RelpError(
             f"model {model.name} ({model.family.name}) has no {kind.name} nodes: its MLPs are mixtures of experts, and "
             "TransformerLens shows no expert's hidden units or output; mlp_out and mlp_dim stand for the whole mixture"
         )
     if kind.split == "unit":
-        return shape.d_mlp if kind.name == "mlp_neuron" else shape.d_model
+        return int(getattr(shape, kind.width))
     return {"vector": 1, "head": shape.n_heads, "kv_head": shape.n_kv_heads}[kind.split]
 
 
@@ -45,17 +51,20 @@ def per_node(model: Model, kind: NodeKind, product: Float[Tensor, "... width"]) 
 
 
 @contextmanager
-def capture(model: Model, kinds: Sequence[NodeKind], leaf: Tensor | None = None) -> Iterator[Activations]:
+def capture(
+    model: Model, kinds: Sequence[NodeKind], leaves: Mapping[str, Callable[[Tensor], Tensor]] | None = None
+) -> Iterator[Activations]:
     """Collect the activations of every kind and layer during the forward passes inside the block.
 
     Enter it *inside* any `lrp` block: hooks run in the order of registration, and a node must be read downstream of a
-    rule that sits at the same hook point (docs/methods.md: the Half-rule and `mlp_neuron` share one). With gradients on, the
-    first block's input becomes the leaf of the graph (parameters are frozen): `leaf` if given, else the embeddings.
+    rule that sits at the same hook point (METHODS.md: the Half-rule and `mlp_neuron` share one). With gradients on,
+    leaves of the graph are needed (parameters are frozen): hook point → the leaf to put there, made of the running value;
+    by default what the first block reads.
     """
     seen: Activations = {kind.name: [] for kind in kinds}
-    hooks = []
+    hooks: list[tuple[str, Hook]] = []
     if torch.is_grad_enabled():
-        hooks.append(("blocks.0.hook_in", lambda h: (h.detach() if leaf is None else leaf).requires_grad_(True)))
+        hooks += (leaves or {EMBEDDED: as_leaf}).items()
     for kind in kinds:
         for layer in range(model.shape.n_layers):
             hooks.append((kind.point(layer), seen[kind.name].append))

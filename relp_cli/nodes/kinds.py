@@ -16,12 +16,18 @@ Split = Literal["vector", "head", "kv_head", "unit"]
 
 @dataclass(frozen=True)
 class NodeKind:
-    """One row: `hook` is the hook point of layer `{l}`; `split` says how its last axis divides into nodes."""
+    """One row: `hook` is the hook point of layer `{l}`; `split` says how its last axis divides into nodes.
+
+    width:          of units, the field of the model's `Shape` that says how many there are.
+    between_layers: no layer contains it, as the residual stream (`atp_star` drops layers without dropping it).
+    """
 
     name: str
     hook: str
     split: Split
     description: str
+    width: str = "d_model"
+    between_layers: bool = False
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -36,7 +42,7 @@ class NodeKind:
 
 NODE_KINDS: Registry[NodeKind] = Registry("node kind")
 for _row in (
-    NodeKind("resid_pre", "blocks.{l}.hook_in", "vector", "residual stream entering the block"),
+    NodeKind("resid_pre", "blocks.{l}.hook_in", "vector", "residual stream entering the block", between_layers=True),
     NodeKind(
         "attn_out", "blocks.{l}.hook_attn_out", "vector", "what attention adds to the residual (after any post-norm)"
     ),
@@ -45,11 +51,17 @@ for _row in (
     NodeKind("query", "blocks.{l}.attn.q.hook_out", "head", "a head's query, before rotary"),
     NodeKind("key", "blocks.{l}.attn.k.hook_out", "kv_head", "a key (shared by its group of heads), before rotary"),
     NodeKind("value", "blocks.{l}.attn.v.hook_out", "kv_head", "a value (shared by its group of heads)"),
-    NodeKind("mlp_neuron", "blocks.{l}.mlp.out.hook_in", "unit", "MLP hidden unit: act(pre), or act(gate)·up"),
+    NodeKind(
+        "mlp_neuron", "blocks.{l}.mlp.out.hook_in", "unit", "MLP hidden unit: act(pre), or act(gate)·up", width="d_mlp"
+    ),
     NodeKind("attn_dim", "blocks.{l}.hook_attn_out", "unit", "one output dimension of attention (Marks et al.)"),
     NodeKind("mlp_dim", "blocks.{l}.hook_mlp_out", "unit", "one output dimension of the MLP (Marks et al.)"),
     NodeKind(
-        "resid_dim", "blocks.{l}.hook_out", "unit", "one dimension of the residual leaving the block (Marks et al.)"
+        "resid_dim",
+        "blocks.{l}.hook_out",
+        "unit",
+        "one dimension of the residual leaving the block (Marks et al.)",
+        between_layers=True,
     ),
 ):
     NODE_KINDS.add(_row.name, _row)

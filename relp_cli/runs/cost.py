@@ -40,7 +40,7 @@ def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> 
     forwards = f"{row.cost} per pair ({n_pairs} pairs)"
     if spec.method.endswith("+auto") or spec.params.get("rules") == "auto":
         forwards += "; to choose rules, another such pass per candidate set and 256 exactly patched cells"
-    if row.name == "act_patch":
+    if row.each:
         forwards = f"{exact + 2 * n_pairs:,} patched runs of one pair ({n_pairs} pairs)"
         if spec.nodes == (SCORED,):
             forwards = f"a run per feature, position and pair where it differs between the prompts ({n_pairs} pairs)"
@@ -56,7 +56,7 @@ def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> 
 def _edges_cost(model: Model, n_pairs: int, positions: int, spec: ScoreSpec) -> dict[str, Any]:
     """The same for edges: exact methods run the model once per edge (and position)."""
     edges, row = Graph.of(model.shape).n_edges, METHODS[spec.method.partition("+")[0]]
-    exact = {"edge_patch": edges * positions, "acdc": edges}.get(row.name)
+    exact = edges * positions if row.each else None
     return {
         "pairs": n_pairs,
         "nodes": {"edges": edges * positions},

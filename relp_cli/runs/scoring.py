@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from relp_cli import __version__
 from relp_cli.errors import RelpError, RunFailed
 from relp_cli.evaluation.behaviour import Behaviour, behaviour, keep_correct
 from relp_cli.features.load import Dictionaries, check_dictionary, load_dictionaries
-from relp_cli.features.score import check_method
 from relp_cli.files import check_writable
-from relp_cli.lrp.rules import parse_rules
-from relp_cli.methods.request import Progress
-from relp_cli.methods.score import resolve_method
+from relp_cli.methods.request import Progress, Request
+from relp_cli.methods.score import check_baseline, resolve_method
 from relp_cli.methods.scores import Scores
+from relp_cli.methods.space import space_of
 from relp_cli.models.load import load_model
 from relp_cli.models.model import Model
 from relp_cli.runs.checked import score_spec
@@ -108,23 +106,14 @@ def check_request(spec: ScoreSpec, folder: Path | None = None) -> None:
     """What can be known to be wrong before anything is loaded: method, its parameters and rules, the output folder."""
     if folder is not None and folder.exists() and not folder.is_dir():
         raise RelpError(f"--output {folder} is a file; expected a folder")
-    features = spec.nodes == ("feature",)
-    if not features and "dictionary" in spec.params:
+    space = space_of(spec.nodes)
+    if "dictionary" in spec.params and "dictionary" not in space.options:
         raise RelpError("--dictionary is for features (--nodes feature)")
-    if spec.nodes != ("edges",):
-        # The real preset is the model's; any will do to check names and parameters.
-        family = SimpleNamespace(rules=("ln", "identity"))
-        stand_in: Any = SimpleNamespace(family=family, shape=SimpleNamespace(gated=True))
-        given = {k: v for k, v in spec.params.items() if k != "dictionary"}
-        row, params = resolve_method(stand_in, spec.method, given)
-        if features:
-            check_method(row.name, params)
-            check_dictionary(spec.params.get("dictionary"))
-        rules = getattr(params, "rules", None)
-        if rules and rules != ("auto",):
-            parse_rules(list(rules))
-        if row.scope == "edges":
-            raise RelpError(f"method '{row.name}' scores edges; ask for --nodes edges")
+    given = {k: v for k, v in spec.params.items() if k not in space.options}
+    row, _ = resolve_method(spec.method, given, space.name)
+    check_baseline(row, space, Request(direction=spec.direction, baseline=spec.baseline))
+    if "dictionary" in space.options:
+        check_dictionary(spec.params.get("dictionary"))
     if spec.metric is not None:
         METRICS[spec.metric]
 

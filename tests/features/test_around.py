@@ -22,10 +22,10 @@ from relp_cli.evaluation.overlap import overlap, stability
 from relp_cli.evaluation.verify import confirmed
 from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.load import Dictionaries, load_dictionaries
-from relp_cli.features.score import score_features
 from relp_cli.features.scores import FeatureScores
 from relp_cli.features.sites import Site
 from relp_cli.methods.request import Request
+from relp_cli.methods.score import score_units
 from relp_cli.methods.scores import Scores
 from relp_cli.selection import select
 from relp_cli.tasks.metrics import METRICS
@@ -173,7 +173,7 @@ def test_verification_patches_the_circuits_nodes_alone(dicts: Dictionaries, opti
     with exact_float64(), double_by_default():
         kept = confirmed(C.model, [C.batch], circuit, tau, scores.meta, dicts)
         request = Request("logit_diff", scores.meta["direction"], scores.meta["baseline"])
-        only = score_features(C.model, [C.batch], "act_patch", request, only=circuit, dictionary=dicts)
+        only = score_units(C.model, [C.batch], "act_patch", ["feature"], request, only=circuit, dictionary=dicts)
     assert 0 < only.meta["patched_runs"] <= 4 * 60 < exact.meta["patched_runs"]
     for site in dicts:
         assert torch.equal(kept.features[site], circuit.features[site] & (exact.dense(site).abs() > tau))

@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 from relp_cli.errors import RelpError
 from relp_cli.features.annotations import read_annotations
 from relp_cli.features.load import SHIPPED, load_dictionaries, shipped_dictionaries
-from relp_cli.features.score import score_features
 from relp_cli.features.show import described, promoted, top_features
 from relp_cli.features.sites import Site, all_sites
 from relp_cli.features.train import Text, TrainSpec, activations_at, quality, train_dictionary
 from relp_cli.features.trainset import task_lines, train_dictionaries
 from relp_cli.methods.request import Request
+from relp_cli.methods.score import score_units
 from relp_cli.models.load import load_model
 from relp_cli.models.model import Model
 from relp_cli.tasks.task import load_task
@@ -126,7 +126,7 @@ def test_annotations(tmp_path: Path) -> None:
 def test_features_are_described() -> None:
     pairs = load_task("sva_across_pp").pairs(model(), n=20, seed=0, split="discovery")
     found = load_dictionaries("tiny-pythia", model())
-    scores = score_features(model(), pairs, "relp", Request(), dictionary=found)["feature"]
+    scores = score_units(model(), pairs, "relp", ["feature"], Request(), dictionary=found)["feature"]
     table = top_features(scores, 12)  # type: ignore[arg-type]
     assert len(table) == 12
     assert table.score.abs().is_monotonic_decreasing

@@ -11,7 +11,7 @@ from oracles.make import SHAPES
 from oracles.wrapped import GATED, case, close, run
 
 from relp_cli.errors import RelpError
-from relp_cli.methods.path import quadrature
+from relp_cli.methods.points import quadrature
 
 PRESET = {shape: ("ln", "identity", *(["half"] if shape in GATED else [])) for shape in SHAPES}
 

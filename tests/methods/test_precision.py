@@ -2,16 +2,16 @@
 
 import pytest
 import torch
+from relp_cli.edges.setup import EdgeSetup
+from relp_cli.features.gradients import GRADIENT_METHODS
+from relp_cli.features.score import one_batch
 
 import relp_cli as relp
 from relp_cli.edges.gradients import Products, reader_gradients
 from relp_cli.edges.graph import Graph
-from relp_cli.edges.setup import EdgeSetup
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.behaviour import behaviour
-from relp_cli.features.gradients import GRADIENT_METHODS
 from relp_cli.features.load import load_dictionaries
-from relp_cli.features.score import one_batch
 from relp_cli.methods.core import gradients
 from relp_cli.methods.setup import Setup
 from relp_cli.methods.table import METHODS, Params

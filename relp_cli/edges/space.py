@@ -1,0 +1,168 @@
+"""The space of edges: (u(source) − u(run))·∂L/∂(input of v) for every writer u and reader v of `Graph`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relp_cli.edges.edge_patch import Patcher
+from relp_cli.edges.check import check_once
+from relp_cli.edges.gradients import Products, Readers, reader_gradients
+from relp_cli.edges.graph import Graph
+from relp_cli.edges.reads import reads
+from relp_cli.edges.scores import EVERYWHERE, KIND
+from relp_cli.edges.stream import Recorder, Written, keeping, mean_written, written
+from relp_cli.edges.totals import Totals
+from relp_cli.errors import RelpError, unknown
+from relp_cli.methods.request import Progress, Request
+from relp_cli.methods.score import position_axis
+from relp_cli.methods.setup import Passes, Setup
+from relp_cli.methods.space import CHUNK_TOKENS, Batch, Place, Point, added
+from relp_cli.methods.table import Result
+from relp_cli.models.model import Model
+from relp_cli.nodes.access import EMBEDDED
+from relp_cli.tasks.pairs import PairBatch
+
+POSITIONS = ("sum", "keep")
+
+
+class Edges:
+    """Every edge of a model. See `space.Space`. Raises: RelpError for no pairs, and `positions` that are none."""
+
+    def __init__(
+        self, model: Model, pairs: Sequence[PairBatch], _: Sequence[str], request: Request, options: Mapping[str, Any]
+    ) -> None:
+        positions = options.get("positions") or "sum"
+        if positions not in POSITIONS:
+            raise unknown("positions", positions, POSITIONS)
+        if not pairs:
+            raise RelpError("no prompt pairs to score")
+        self.model, self.request, self.positions = model, request, positions == "keep"
+        self.axis, self.labels = position_axis(pairs) if self.positions else ("all", EVERYWHERE)
+        self.graph = Graph.of(model.shape)
+        self.about = {"positions": positions, "n_edges": self.graph.n_edges, "d_model": model.shape.d_model}
+        self.means: tuple[Written, tuple[str, ...]] | None = None
+
+    def prepare(self, chunks: Sequence[PairBatch], passes: Passes) -> None:  # noqa: ARG002 - means are of the originals
+        """What every writer writes on average over all originals, per position label; and that edges know this model."""
+        if self.request.baseline == "mean":
+            _, labels = position_axis(chunks)
+            index = ((c, torch.tensor([labels.index(x) for x in c.labels], device=self.model.device)) for c in chunks)
+            self.means = mean_written(((written(self.model, c.original)[0], i) for c, i in index), len(labels)), labels
+        check_once(self.model, chunks[0])
+
+    def batch(self, chunk: PairBatch, passes: Passes, chunk_tokens: int, tick: Progress | None) -> EdgeBatch:
+        means = None
+        if self.means is not None:
+            index = torch.tensor([self.means[1].index(x) for x in chunk.labels], device=self.model.device)
+            means = self.means[0].map(lambda t: t[index])
+        setup = self.request.setup(self.model, chunk, (), passes, {} if means else None)
+        return EdgeBatch(setup, self.graph, self.positions, means, chunk_tokens, tick)
+
+    def totals(self, n_pairs: int, keep: bool | None) -> Totals:
+        return Totals(self.graph, self.labels, n_pairs, keep)
+
+
+class EdgeBatch(Batch):
+    """What every writer writes, and the gradient at every reader's input.
+
+    positions: one score per edge and position. means: for baseline "mean", what writers write on average per label, at this
+    batch's positions: Float[pos, width].
+    """
+
+    def __init__(
+        self, setup: Setup, graph: Graph, positions: bool = False, means: Written | None = None,
+        chunk_tokens: int = CHUNK_TOKENS, tick: Progress | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(setup, chunk_tokens, tick)
+        self.graph, self.positions, self.means = graph, positions, means
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.setup.labels if self.positions else EVERYWHERE
+
+    def read_source(self) -> Written:
+        """u(source) for every writer. 1 forward pass; with a zero baseline the run's, with a mean none."""
+        if self.means is not None:
+            return self.means.map(lambda t: t.expand(len(self), -1, -1))
+        if self.setup.baseline == "zero":
+            return self.run.map(torch.zeros_like)
+        return self._written("source")
+
+    def read_run(self, moved: Mapping[str, Tensor] | None = None) -> Written:
+        if not moved:
+            return self._written("run")
+        recorder = Recorder(self.model)
+        with torch.no_grad(), self.model.hooks([*added(moved), *recorder.hooks()]):
+            self.model.logits(self.setup.run)
+        self.setup.passes.forward += 1
+        return recorder.written()
+
+    def _written(self, prompt: str) -> Written:
+        recorder = Recorder(self.model)
+        with torch.no_grad(), self.model.hooks(recorder.hooks()):
+            logits = self.model.logits(getattr(self.setup, prompt))
+        self.setup.seen[prompt] = self.setup.value(logits)
+        self.setup.passes.forward += 1
+        return recorder.written()
+
+    @property
+    def embedding_change(self) -> Tensor:
+        change: Tensor = (self.source - self.run).input
+        return change
+
+    def gradients(self, points: Sequence[Point]) -> list[Readers]:
+        return reader_gradients(self.setup, points)
+
+    def places(self, exact: Any) -> Iterator[Place]:
+        """One writing site at a time (the input, a layer's heads jointly, a layer's MLP), for its own edges.
+
+        EAP-IG's code (`ig_activations`) averages the gradients of *all* edges over the moved runs of all sites instead.
+        """
+        if exact:
+            raise RelpError("ig_activations moves all heads of a layer jointly; 'exact' is not for edges")
+        delta, total = self.source - self.run, 2 * self.graph.n_layers + 1
+        yield Place(EMBEDDED, delta.input, slice(0, 1))
+        for layer in range(self.graph.n_layers):
+            self.tick(2 * layer + 1, total, "writing sites")
+            heads = self.graph.heads_of(layer)
+            yield Place(f"blocks.{layer}.hook_attn_out", delta.heads_out(self.model, layer).sum(0), heads)
+            self.tick(2 * layer + 2, total, "writing sites")
+            yield Place(f"blocks.{layer}.hook_mlp_out", delta.mlps[layer], slice(heads.stop, heads.stop + 1))
+        self.tick(total, total, "writing sites")
+
+    def product(self, start: Written, end: Written, at: Readers) -> Mapping[str, Tensor]:
+        return self.result(Products(self.model, self.graph, end - start, self.positions).scores(at)).scores
+
+    def attribute(self, points: Iterable[Point]) -> Result:
+        products = None
+        total, applied = torch.zeros(()), {}
+        for point, at in self.passes(points):
+            if products is None:
+                products = Products(self.model, self.graph, self.source - self.run, self.positions)
+            total, applied = total + point.weight * products.scores(at, point.of or slice(None)), at.applied
+            del at  # before the next pass, not during it
+        return self.result(total, applied)
+
+    def result(self, scores: Tensor, applied: dict[str, int] | None = None) -> Result:
+        """Scores Float[batch, writer, reader] or, with positions, Float[batch, pos, writer, reader], on the slot axis."""
+        slots = self.setup.to_slots(scores[:, None])[:, 0] if self.positions else scores
+        return Result({KIND: slots}, applied or {}, self.meta)
+
+    def patch(self) -> Result:
+        """All positions are patched jointly (an EAP score is the sum over them), or one label at a time."""
+        source = self.source
+        with keeping(self.model, [reads(self.model, n).stream for n in range(self.graph.n_layers)]) as streams:
+            products = Products(self.model, self.graph, source - self.read_run())
+        setup, deltas = self.setup, torch.cat([products.deltas(rows) for rows in products.parts], 1)
+        slots = torch.ones(1, setup.batch.n_pos, dtype=torch.bool, device=self.model.device)
+        if self.positions:
+            slots = setup.slots[None] == torch.arange(len(setup.labels), device=self.model.device)[:, None]
+        patcher = Patcher(setup, self.graph, self.chunk_tokens, deltas, streams, slots)
+        for reader in range(len(self.graph.readers)):
+            patcher.reader(reader)
+            self.tick(reader + 1, len(self.graph.readers), "edge_patch readers")
+        return Result({KIND: patcher.out if self.positions else patcher.out[:, 0]})

@@ -1,0 +1,170 @@
+"""The space of features: those of sparse autoencoders, and their error terms.
+
+The dictionaries are not in the model: features are read off its activations. x = x̂ + ε is an identity, so writing a site's
+activation as features plus error leaves the forward pass unchanged, and the gradient g at x passes through to both:
+∂L/∂f = W_dec·g, ∂L/∂ε = g. What lies upstream of x is reached through x itself, as in Marks et al. (their pass-through
+gradients), so one plain backward pass serves all sites at once.
+
+1. f = enc(x) and ε = x − x̂ in both runs; δf, δε their differences.
+2. Score of a feature: δf·(W_dec·g); of the error term: δε·g. At every site they sum to the site's own node score δx·g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from relp_cli.errors import RelpError
+from relp_cli.features.circuit import FeatureCircuit
+from relp_cli.features.dictionary import Dictionary
+from relp_cli.features.load import NO_DICTIONARY, Dictionaries, load_dictionaries
+from relp_cli.features.patching import patch_features
+from relp_cli.features.sites import Site
+from relp_cli.features.totals import Totals
+from relp_cli.methods.core import Gradients
+from relp_cli.methods.nodes import NodeBatch, NodesAt
+from relp_cli.methods.request import Progress, Request
+from relp_cli.methods.score import position_axis
+from relp_cli.methods.setup import Passes, Setup
+from relp_cli.methods.space import CHUNK_TOKENS, Place, Point
+from relp_cli.methods.table import Result
+from relp_cli.models.model import Model
+from relp_cli.nodes.access import Activations
+from relp_cli.precision import wide
+from relp_cli.tasks.pairs import PairBatch
+
+
+class Features:
+    """Every feature and error term of all sites that have a dictionary. See `space.Space`.
+
+    Raises: RelpError without dictionaries, as `load_dictionaries`, and for pairs that share no position axis.
+    """
+
+    def __init__(
+        self, model: Model, pairs: Sequence[PairBatch], _: Sequence[str], request: Request, options: Mapping[str, Any]
+    ) -> None:
+        where = options.get("dictionary")
+        if where is None:
+            raise RelpError(NO_DICTIONARY)
+        self.axis, self.labels = position_axis(pairs)
+        found = where if isinstance(where, Dictionaries) else load_dictionaries(where, model)
+        self.model, self.request, self.dictionaries, self.only = model, request, found, options.get("only")
+        self.about: dict[str, Any] = {"dictionary": found.source, "dictionary_hash": found.digest}
+        if found.model:
+            self.about["dictionary_of"] = found.model
+
+    def prepare(self, chunks: Sequence[PairBatch], passes: Passes) -> None:
+        """Nothing."""
+
+    def batch(self, chunk: PairBatch, passes: Passes, chunk_tokens: int, tick: Progress | None) -> FeatureBatch:
+        setup = feature_setup(self.model, self.dictionaries, chunk, self.request, passes)
+        return FeatureBatch(setup, self.dictionaries, self.only, self.about, chunk_tokens, tick)
+
+    def totals(self, n_pairs: int, keep: bool | None) -> _Totals:  # noqa: ARG002 - they need not know beforehand
+        sizes = [d.n_features for d in self.dictionaries.values()]
+        return _Totals(Totals(tuple(self.dictionaries), sizes, self.labels, keep))
+
+
+def feature_setup(
+    model: Model, dictionaries: Mapping[Site, Dictionary], chunk: PairBatch, request: Request, passes: Passes
+) -> Setup:
+    """A batch whose node kinds are those that the dictionaries encode."""
+    return request.setup(model, chunk, tuple(dict.fromkeys(site.node_kind for site in dictionaries)), passes)
+
+
+class _Totals:
+    def __init__(self, sums: Totals) -> None:
+        self.sums = sums
+
+    def add(self, scores: Mapping[str, Tensor], labels: Sequence[str]) -> None:
+        names = [site.name for site in self.sums.sites]
+        self.sums.add([scores[name] for name in names], [scores[f"{name}/error"] for name in names], labels)
+
+    def finish(self, axis: str, meta: dict[str, Any]) -> dict[str, Any]:
+        return {"feature": self.sums.finish(axis, meta)}
+
+
+class FeatureBatch(NodeBatch):
+    """Scores by site: its name → Float[batch, slot, feature], its name/error → Float[batch, slot].
+
+    only: the circuit whose nodes `patch` patches (others have score 0). about: where `patch` counts its runs.
+    """
+
+    def __init__(
+        self, setup: Setup, dictionaries: Mapping[Site, Dictionary], only: FeatureCircuit | None = None,
+        about: dict[str, Any] | None = None, chunk_tokens: int = CHUNK_TOKENS, tick: Progress | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(setup, chunk_tokens, tick)
+        self.dictionaries, self.only, self.about = dictionaries, only, {} if about is None else about
+
+    def places(self, exact: Any) -> Iterator[Place]:
+        """(f, ε) of one site move jointly. Decoding is linear, so the activation moves on the straight line between its two
+        values; with a zero baseline to f = 0 and ε = 0.
+        """
+        if exact:
+            raise RelpError(
+                "ig_activations moves the features and error of one site jointly; 'exact' is not for features"
+            )
+        self.meta["interpolation"] = "joint (features and error of one site at once)"
+        for site, d in self.dictionaries.items():
+            kind, x = site.node_kind, self.run[site.node_kind.name][site.at]
+            end = d.b_dec.expand_as(x) if self.setup.baseline == "zero" else self.source[kind.name][site.at]
+            yield Place(site.point, wide(end) - wide(x), NodesAt(kind, site.at))
+
+    def parts(self, values: Activations, site: Site) -> tuple[Tensor, Tensor]:
+        """(f Float[batch, pos, feature], ε Float[batch, pos, d_model]) of one site."""
+        f, error = self.dictionaries[site].split(values[site.node_kind.name][site.at])
+        return wide(f), wide(error)
+
+    def difference(self, start: Activations, end: Activations, site: Site) -> tuple[Tensor, Tensor]:
+        """(δf, δε), end − start."""
+        (f, error), (end_f, end_error) = self.parts(start, site), self.parts(end, site)
+        return end_f - f, end_error - error
+
+    def delta(self, site: Site) -> tuple[Tensor, Tensor]:
+        """(δf, δε), source − run; baseline zero: (−f, −ε)."""
+        if self.setup.baseline != "zero":
+            return self.difference(self.run, self.source, site)
+        f, error = self.parts(self.run, site)
+        return -f, -error
+
+    def product(self, start: Activations, end: Activations, at: Gradients) -> dict[str, Tensor]:
+        grads = {site: at.grads[site.node_kind.name][site.at] for site in self.dictionaries}
+        return self._products(lambda site: self.difference(start, end, site), grads)
+
+    def attribute(self, points: Iterable[Point]) -> Result:
+        grads, applied = self.site_gradients(points)
+        return Result(self._products(self.delta, grads), applied, self.meta)
+
+    def site_gradients(self, points: Iterable[Point]) -> tuple[dict[Site, Tensor], dict[str, int]]:
+        """Per site the mean of ∂L/∂x over the points that are for it, Float[batch, pos, d_model], and the rules applied."""
+        mean, applied = self.mean_gradients(points)
+        return {site: mean[site.node_kind.name, site.at] for site in self.dictionaries}, applied
+
+    def _products(
+        self, delta: Callable[[Site], tuple[Tensor, Tensor]], grads: Mapping[Site, Tensor]
+    ) -> dict[str, Tensor]:
+        scores = {}
+        for site, d in self.dictionaries.items():
+            (delta_f, delta_e), g = delta(site), wide(grads[site])
+            scores[site.name] = self.setup.to_slots((delta_f * (g @ wide(d.w_dec).T))[:, None])[:, 0]
+            scores[f"{site.name}/error"] = self.setup.to_slots((delta_e * g).sum(-1)[:, None])[:, 0]
+        return scores
+
+    def patch(self) -> Result:
+        """Only what differs is patched: with `only`, the differences of the circuit's nodes."""
+        scores = {}
+        for site, d in self.dictionaries.items():
+            delta_f, delta_e = self.delta(site)
+            if self.only is not None:
+                slots = self.only.slots(self.setup.batch)
+                features, errors = (
+                    m[site][slots].to(self.model.device) for m in (self.only.features, self.only.errors)
+                )
+                delta_f, delta_e = delta_f * features, delta_e * errors[:, None]
+            found = patch_features(self.setup, site, d, delta_f, delta_e, self.chunk_tokens)
+            scores[site.name], scores[f"{site.name}/error"], runs = found
+            self.about["patched_runs"] = self.about.get("patched_runs", 0) + runs
+        return Result(scores)

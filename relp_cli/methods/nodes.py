@@ -1,0 +1,179 @@
+"""The space of nodes: sites of `NODE_KINDS`, by layer, position and unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from relp_cli.errors import RelpError
+from relp_cli.methods.act_patch import patch_nodes
+from relp_cli.methods.core import Gradients, differences, gradients, products
+from relp_cli.methods.request import Progress, Request
+from relp_cli.methods.score import Running, mean_activations, position_axis
+from relp_cli.methods.setup import Passes
+from relp_cli.methods.space import Batch, Place, Point, added
+from relp_cli.methods.table import Result
+from relp_cli.models.model import Model
+from relp_cli.nodes.access import Activations, capture, split, units
+from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
+from relp_cli.precision import wide
+from relp_cli.tasks.pairs import PairBatch
+
+
+class Nodes:
+    """The kinds that were asked for. See `space.Space`.
+
+    Raises: RelpError for kinds that do not exist, and pairs that share no position axis.
+    """
+
+    def __init__(
+        self, model: Model, pairs: Sequence[PairBatch], nodes: Sequence[str], request: Request, _: Mapping[str, Any]
+    ) -> None:
+        self.model, self.request = model, request
+        self.about: dict[str, Any] = {}
+        self.kinds = tuple(NODE_KINDS[name] for name in nodes)
+        if not self.kinds or len(set(nodes)) != len(nodes):
+            raise RelpError(f"expected node kinds, each once, got {list(nodes)}; known: {', '.join(NODE_KINDS)}")
+        self.axis, self.labels = position_axis(pairs)
+        self.means: Any = None
+
+    def prepare(self, chunks: Sequence[PairBatch], passes: Passes) -> None:
+        """The means of baseline "mean", and those of the embeddings, where paths end."""
+        if self.request.baseline == "mean":
+            kinds = tuple(dict.fromkeys((*self.kinds, NODE_KINDS["resid_pre"])))
+            self.means = mean_activations(self.model, chunks, kinds, self.request.batch_size)
+            passes.forward += len(chunks)
+
+    def batch(self, chunk: PairBatch, passes: Passes, chunk_tokens: int, tick: Progress | None) -> NodeBatch:
+        means = None if self.means is None else self.means.at(chunk)
+        return NodeBatch(self.request.setup(self.model, chunk, self.kinds, passes, means), chunk_tokens, tick)
+
+    def totals(self, n_pairs: int, keep: bool | None) -> _Totals:
+        return _Totals([Running(self.model, k, self.labels, n_pairs, keep) for k in self.kinds])
+
+
+class _Totals:
+    def __init__(self, sums: Sequence[Running]) -> None:
+        self.sums = {s.kind.name: s for s in sums}
+
+    def add(self, scores: Mapping[str, Tensor], labels: Sequence[str]) -> None:
+        for kind, running in self.sums.items():
+            running.add(scores[kind], labels)
+
+    def finish(self, axis: str, meta: dict[str, Any]) -> dict[str, Any]:
+        return {kind: running.finish(axis, meta) for kind, running in self.sums.items()}
+
+
+@dataclass(frozen=True)
+class NodesAt:
+    """Nodes of one layer and kind; mask: those that are meant, Bool[pos, unit] (None: all)."""
+
+    kind: NodeKind
+    layer: int
+    mask: Bool[Tensor, "pos unit"] | None = None
+
+
+class NodeBatch(Batch):
+    """Activations of the node kinds; the features of a site (`features.space`) are read off the same."""
+
+    def read_source(self) -> Activations:
+        return self.setup.source_activations()
+
+    def read_run(self, moved: Mapping[str, Tensor] | None = None) -> Activations:
+        if not moved:
+            return self.setup.run_activations()
+        with torch.no_grad(), self.model.hooks(added(moved)), capture(self.model, self.setup.kinds) as seen:
+            self.model.logits(self.setup.run)
+        self.setup.passes.forward += 1
+        return seen
+
+    @property
+    def embedding_change(self) -> Tensor:
+        _ = self.source, self.run
+        return wide(self.setup.inputs["source"]) - wide(self.setup.inputs["run"])
+
+    def gradients(self, points: Sequence[Point]) -> Sequence[Gradients]:
+        return gradients(self.setup, points)
+
+    def places(self, exact: Any) -> Iterator[Place]:
+        """Every kind's sites, all nodes of one jointly; the exact ones' one at a time, positions of a label together."""
+        self.meta["interpolation"] = _interpolation(exact)
+        slots = self.setup.slots[None] == torch.arange(len(self.setup.labels), device=self.model.device)[:, None]
+        deltas = differences(self.source, self.run)
+        for kind in self.setup.kinds:
+            for layer, delta in enumerate(deltas[kind.name]):
+                chosen, n_units = _chosen(self.model, kind, layer, exact), units(self.model, kind)
+                if len(chosen) < n_units:
+                    joint = torch.ones(len(slots[0]), n_units, dtype=torch.bool, device=self.model.device)
+                    joint[:, chosen] = False
+                    yield Place(kind.point(layer), delta, NodesAt(kind, layer, joint if chosen else None))
+                for where in slots:
+                    for unit in chosen:
+                        mask = torch.zeros(len(where), n_units, dtype=torch.bool, device=self.model.device)
+                        mask[:, unit] = where
+                        yield Place(
+                            kind.point(layer), _masked(self.model, kind, delta, mask), NodesAt(kind, layer, mask)
+                        )
+
+    def product(self, start: Activations, end: Activations, at: Gradients) -> dict[str, Tensor]:
+        return products(self.setup, differences(end, start), at.grads)
+
+    def attribute(self, points: Iterable[Point]) -> Result:
+        found, applied = self.mean_gradients(points)
+        layers = range(self.model.shape.n_layers)
+        mean = {kind.name: [found[kind.name, n] for n in layers] for kind in self.setup.kinds}
+        return Result(products(self.setup, differences(self.source, self.run), mean), applied, self.meta)
+
+    def mean_gradients(self, points: Iterable[Point]) -> tuple[dict[tuple[str, int], Tensor], dict[str, int]]:
+        """(kind, layer) → Σ weight · ∂L/∂n over the points that are for it, Float[batch, pos, width]; the rules applied."""
+        total: dict[tuple[str, int], Tensor] = {}
+        applied: dict[str, int] = {}
+        for point, at in self.passes(points):
+            applied = at.applied
+            for where, grad in self._parts(point, at):
+                before = total.get(where)
+                total[where] = point.weight * wide(grad) if before is None else before + point.weight * wide(grad)
+        return total, applied
+
+    def _parts(self, point: Point, at: Gradients) -> Iterator[tuple[tuple[str, int], Tensor]]:
+        """(kind, layer) → the gradient of the nodes there that the point is for, 0 for others."""
+        if at.leaf is None:
+            for kind, layers in at.grads.items():
+                yield from (((kind, n), grad) for n, grad in enumerate(layers))
+            return
+        of: NodesAt = point.of
+        grad = at.leaf if of.mask is None else _masked(self.model, of.kind, at.leaf, of.mask)
+        yield (of.kind.name, of.layer), grad
+
+    def patch(self) -> Result:
+        return Result(patch_nodes(self.setup, self.source, self.chunk_tokens))
+
+
+def _masked(model: Model, kind: NodeKind, value: Tensor, mask: Bool[Tensor, "pos unit"]) -> Tensor:
+    """The value where the mask is, 0 elsewhere: Float[batch, pos, width]."""
+    return (split(model, kind, value) * mask[..., None]).flatten(-2)
+
+
+def _interpolation(exact: Any) -> str:
+    if exact == "all":
+        return "exact (one node at a time)"
+    joint = "joint (one layer's site at once)"
+    return f"exact (one node at a time) for layer, unit {list(exact)}; {joint} for the others" if exact else joint
+
+
+def _chosen(model: Model, kind: NodeKind, layer: int, exact: Any) -> list[int]:
+    """Units of this layer that are interpolated one at a time."""
+    n_units, n_layers = units(model, kind), model.shape.n_layers
+    if exact == "all":
+        return list(range(n_units))
+    for at, unit in exact:
+        if not (0 <= at < n_layers and 0 <= unit < n_units):
+            raise RelpError(
+                f"exact: {kind.name} has no layer {at}, unit {unit}; there are {n_layers} layers of {n_units} units"
+            )
+    return sorted({unit for at, unit in exact if at == layer})

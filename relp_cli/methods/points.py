@@ -1,0 +1,116 @@
+"""Estimators of the gradient kind: where each takes its gradients. The space multiplies their mean with δ = source − run.
+
+atp              at the run (RelP eq. 2)
+relp             at the run, with RelP's coefficients for the gradient (RelP eq. 3); two-point rules read the pass that gives δ
+ig_inputs        at points between the embeddings of run and source. Over the nodes resid_pre[0] the sum is L(source) −
+                 L(run), up to the quadrature's error (completeness; Sundararajan et al. 2017)
+relp_ig          RelP's coefficients at the same points; one left step is relp, for every rule set
+ig_activations   one site at a time moves from run to source, all else stays as in the run: n(run) + α·δn
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+from pydantic import Field
+
+from relp_cli.methods.space import CHUNK_TOKENS, Batch, Point
+from relp_cli.methods.table import Params
+from relp_cli.nodes.access import EMBEDDED
+
+QuadratureRule = Literal["left", "right", "midpoint", "trapezoid", "gauss_legendre"]
+
+
+class RelpParams(Params):
+    """rules: rule names, None for the family's preset (paper Table 4), or "auto" (`methods/auto.py`): chosen per node kind
+    on pairs set aside, of which auto_cells (pair, node) cells a kind are patched exactly; auto_seed draws both.
+    """
+
+    rules: tuple[str, ...] | None = None
+    auto_cells: int = Field(default=256, ge=16)
+    auto_seed: int = 0
+
+
+class PathParams(Params):
+    """steps: m, intervals of the path. rule: left, right (error O(1/m)), midpoint, trapezoid (O(1/m²); trapezoid has
+    m + 1 points) or gauss_legendre, with α = 0 at the run. For noising, "right" is the grid of EAP-IG's code (α from the
+    patch side k/m, k = 0..m−1), "left" the paper's (k = 1..m). chunk_tokens: how many tokens one pass may hold (points are
+    rows of the batch).
+    """
+
+    steps: int = Field(default=10, ge=1)
+    rule: QuadratureRule = "midpoint"
+    chunk_tokens: int = Field(default=CHUNK_TOKENS, gt=0)
+
+
+class RelpIgParams(PathParams):
+    """As ig_inputs; rules: rule names, or None for the family's preset (paper Table 4)."""
+
+    rules: tuple[str, ...] | None = None
+
+
+class IgActivationsParams(PathParams):
+    """exact: (layer, unit) couples whose nodes are interpolated one at a time (at every position, in every requested
+    kind; unit 0 for vector nodes), or "all"; the others' layer moves jointly. steps, rule, chunk_tokens: as ig_inputs.
+    """
+
+    exact: Literal["all"] | tuple[tuple[int, int], ...] = ()
+
+
+def quadrature(rule: QuadratureRule, steps: int) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
+    """Points α in [0, 1] (0 = run, 1 = source), ascending, and their weights."""
+    if rule == "gauss_legendre":
+        points, weights = np.polynomial.legendre.leggauss(steps)
+        return (points + 1) / 2, weights / 2
+    if rule == "trapezoid":
+        weights = np.full(steps + 1, 1 / steps)
+        weights[[0, -1]] /= 2
+        return np.arange(steps + 1) / steps, weights
+    shift = {"left": 0.0, "right": 1.0, "midpoint": 0.5}[rule]
+    return (np.arange(steps) + shift) / steps, np.full(steps, 1 / steps)
+
+
+def atp(on: Batch, params: Params) -> Iterable[Point]:  # noqa: ARG001 - it has no parameters
+    """2 forward + 1 backward for all units."""
+    return [Point()]
+
+
+def relp(on: Batch, params: RelpParams) -> Iterable[Point]:
+    """2 forward + 1 backward for all units."""
+    rules = rules_of(on, params)
+    return [Point(rules=rules, other=on.recorded(rules))]
+
+
+def ig_inputs(on: Batch, params: PathParams) -> Iterable[Point]:
+    """`steps` forward + backward, and 2 forward for δ."""
+    return embeddings(on, *quadrature(params.rule, params.steps))
+
+
+def relp_ig(on: Batch, params: RelpIgParams) -> Iterable[Point]:
+    """As ig_inputs. Two-point rules stand between the path's point and the source."""
+    return embeddings(on, *quadrature(params.rule, params.steps), rules_of(on, params))
+
+
+def ig_activations(on: Batch, params: IgActivationsParams) -> Iterator[Point]:
+    """`steps` forward + backward per place (and exact node), and 2 forward for δ."""
+    for place in on.places(params.exact):
+        for alpha, weight in zip(*quadrature(params.rule, params.steps), strict=True):
+            yield Point(float(weight), {place.point: float(alpha) * place.change}, of=place.of)
+
+
+def rules_of(on: Batch, params: RelpParams | RelpIgParams) -> tuple[str, ...]:
+    """The rules asked for, or the family's preset."""
+    return params.rules if params.rules is not None else on.model.family.rules
+
+
+def embeddings(
+    on: Batch, alphas: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray, rules: tuple[str, ...] = ()
+) -> Iterator[Point]:
+    """Points between what the first block reads in the run (α = 0) and in the source (α = 1)."""
+    other = on.recorded(rules)
+    change = on.embedding_change
+    for alpha, weight in zip(alphas, weights, strict=True):
+        yield Point(float(weight), {EMBEDDED: float(alpha) * change}, rules, other)

@@ -1,0 +1,269 @@
+"""Spaces: sorts of units that estimators score. A space is one module and one row of `SPACES`; it says
+
+1. what of a run its units need (`read`),
+2. how differences of that and gradients at points make scores (`attribute`, `product`),
+3. how its units are patched exactly (`patch`), and what sums their scores over pairs (`Totals`).
+Estimators (`table.py`) know nothing else of a space.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from relp_cli.errors import RelpError
+from relp_cli.lrp.context import Recorded, recording
+from relp_cli.lrp.rules import parse_rules
+from relp_cli.methods.request import Progress, Request
+from relp_cli.methods.setup import Passes, Setup
+from relp_cli.methods.table import Method, Result
+from relp_cli.models.model import Hook, Model
+from relp_cli.registry import Registry
+from relp_cli.tasks.pairs import PairBatch
+
+CHUNK_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where gradients are taken: the run, with `moved` added at hook points.
+
+    weight: its share of the average. moved: hook point → Float[batch, pos, width]; nothing: the run as it is.
+    rules, other: what `lrp` is given. of: whose scores these gradients are for (`Place.of`); None: everything.
+    """
+
+    weight: float = 1.0
+    moved: Mapping[str, Tensor] = field(default_factory=dict)
+    rules: tuple[str, ...] = ()
+    other: Recorded | None = None
+    of: Any = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """A hook point whose value can move to the source's on its own, by `change`; of: the units that are scored there."""
+
+    point: str
+    change: Tensor
+    of: Any
+
+
+class At(Protocol):
+    """One point's forward and backward pass, as a space reads it: values (see `Batch.read`), applied (rule → layers)."""
+
+    @property
+    def values(self) -> Any: ...
+
+    @property
+    def applied(self) -> dict[str, int]: ...
+
+
+class Batch(ABC):
+    """One batch of pairs as one space reads it: all that an estimator is given. Readings are made once.
+
+    chunk_tokens: how many tokens one pass may hold (points are rows of it). meta: what scores should say of themselves.
+    """
+
+    def __init__(self, setup: Setup, chunk_tokens: int = CHUNK_TOKENS, tick: Progress | None = None) -> None:
+        self.setup, self.chunk_tokens, self._tick = setup, chunk_tokens, tick
+        self.meta: dict[str, Any] = {}
+        self._read: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.setup.batch)
+
+    @property
+    def model(self) -> Model:
+        return self.setup.model
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of the position axis of this batch's scores."""
+        return self.setup.labels
+
+    def tick(self, done: int, total: int, what: str) -> None:
+        """Progress within the batch."""
+        if self._tick:
+            self._tick(done, total, what)
+
+    def forget(self) -> None:
+        """Drop what was read."""
+        self._read.clear()
+
+    @property
+    def source(self) -> Any:
+        """What the source has: 1 forward pass (none for a mean baseline)."""
+        if "source" not in self._read:
+            self._read["source"] = self.read_source()
+        return self._read["source"]
+
+    @property
+    def run(self) -> Any:
+        """What the run has: 1 forward pass, or none where gradients were taken at it."""
+        if "run" not in self._read:
+            self._read["run"] = self.read_run()
+        return self._read["run"]
+
+    def recorded(self, rules: Sequence[str]) -> Recorded | None:
+        """What two-point rules among `rules` need of the source's pass, which is made here.
+
+        Raises: RelpError for two-point rules where no patch prompt is run.
+        """
+        if not any(a.rule.two_point for a in parse_rules(list(rules))):
+            return None
+        if self.setup.baseline != "patch":
+            raise RelpError(f"two-point rules need a patch prompt, not baseline '{self.setup.baseline}'")
+        with torch.no_grad(), recording(self.model, rules) as other:
+            self._read["source"] = self.read_source()
+        return other
+
+    def passes(self, points: Iterable[Point]) -> Iterator[tuple[Point, Any]]:
+        """Every point and what its pass gave (`At`); points that follow each other share passes as far as they can."""
+        for group in _groups(points, max(1, self.chunk_tokens // self.setup.run.numel())):
+            found = self.gradients(group)
+            if not group[0].moved:
+                self._read.setdefault("run", found[0].values)
+            yield from zip(group, found, strict=True)
+            del found  # before the next pass, not during it
+
+    @abstractmethod
+    def read_source(self) -> Any:
+        """The values of the source that scores are made of."""
+
+    @abstractmethod
+    def read_run(self, moved: Mapping[str, Tensor] | None = None) -> Any:
+        """The same of the run, with `moved` added where it is given. 1 forward pass."""
+
+    @property
+    @abstractmethod
+    def embedding_change(self) -> Tensor:
+        """Source − run of what the first block reads: Float[batch, pos, d_model]."""
+
+    @abstractmethod
+    def places(self, exact: Any) -> Iterator[Place]:
+        """Where values can move on their own. exact: see `points.IgActivationsParams`; raises RelpError where undefined."""
+
+    @abstractmethod
+    def gradients(self, points: Sequence[Point]) -> Sequence[Any]:
+        """`At` per point. The points move the same hook points under the same rules: 1 forward + 1 backward of all."""
+
+    @abstractmethod
+    def product(self, start: Any, end: Any, at: Any) -> Mapping[str, Tensor]:
+        """(end − start) · gradient for every unit, per example: start, end as `read`, at as `passes` gave it."""
+
+    @abstractmethod
+    def attribute(self, points: Iterable[Point]) -> Result:
+        """(source − run) · Σ weight · gradient, over the points."""
+
+    @abstractmethod
+    def patch(self) -> Result:
+        """Every unit patched on its own, exactly."""
+
+
+class Totals(Protocol):
+    """Sums of scores over pairs."""
+
+    def add(self, scores: Mapping[str, Tensor], labels: Sequence[str]) -> None:
+        """Scores of one batch, as `Result.scores`, whose positions carry `labels`."""
+
+    def finish(self, axis: str, meta: dict[str, Any]) -> dict[str, Any]:
+        """Kind → its scores."""
+
+
+class Space(Protocol):
+    """A space made ready for one request, by `row.load()(model, pairs, nodes, request, options)`.
+
+    axis, labels: of the scores' positions. about: what scores should say of the space.
+    """
+
+    axis: str
+    labels: tuple[str, ...]
+    about: dict[str, Any]
+
+    def prepare(self, chunks: Sequence[PairBatch], passes: Passes) -> None:
+        """What is needed of all pairs before the first is scored (means)."""
+
+    def batch(self, chunk: PairBatch, passes: Passes, chunk_tokens: int, tick: Progress | None) -> Batch:
+        """One batch made ready."""
+
+    def totals(self, n_pairs: int, keep: bool | None) -> Totals: ...
+
+
+@dataclass(frozen=True)
+class SpaceRow:
+    """where: `module:class`, imported when it is used. kinds: the names by which `nodes=` asks for it (none: any other).
+    options: keywords of `relp.score` that are the space's, not the estimator's. of: for messages.
+    """
+
+    name: str
+    where: str
+    kinds: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    baselines: tuple[str, ...] = ("patch", "zero", "mean")
+    of: str = ""
+
+    def load(self) -> Any:
+        module, name = self.where.split(":")
+        return getattr(importlib.import_module(module), name)
+
+    def check(self, request: Request) -> None:
+        """Raises RelpError for a metric, direction or baseline that does not exist here."""
+        request.check(self.of, self.baselines)
+
+
+SPACES: Registry[SpaceRow] = Registry("space")
+for _row in (
+    SpaceRow("nodes", "relp_cli.methods.nodes:Nodes"),
+    SpaceRow("edges", "relp_cli.edges.space:Edges", ("edges",), ("positions",)),
+    SpaceRow(
+        "features", "relp_cli.features.space:Features", ("feature", "feature_error"), ("dictionary", "only"),
+        ("patch", "zero"), " for features",
+    ),
+):  # fmt: skip
+    SPACES.add(_row.name, _row)
+
+
+def own_nodes(row: Method) -> tuple[str, ...]:
+    """What `nodes=` is for a method that scores no nodes: the units of its space."""
+    return SPACES[row.spaces[0]].kinds[:1]
+
+
+def space_of(nodes: Sequence[str]) -> SpaceRow:
+    """The space that `nodes=` asks for."""
+    return next((row for _, row in SPACES.items() if nodes and set(nodes) <= set(row.kinds)), SPACES["nodes"])
+
+
+def added(moved: Mapping[str, Tensor]) -> list[tuple[str, Hook]]:
+    """The hooks that add to a run's values."""
+    return [(name, lambda value, change=change: (value + change).to(value.dtype)) for name, change in moved.items()]  # type: ignore[misc]
+
+
+def _groups(points: Iterable[Point], size: int) -> Iterator[list[Point]]:
+    """Runs of at most `size` points that move the same hook points under the same rules."""
+    group: list[Point] = []
+    for point in points:
+        if group and (
+            len(group) == size or point.moved.keys() != group[0].moved.keys() or point.rules != group[0].rules
+        ):
+            yield group
+            group = []
+        group.append(point)
+    if group:
+        yield group
+
+
+def together(points: Sequence[Point]) -> tuple[dict[str, Tensor], Recorded | None]:
+    """`moved` of several points as rows [point, batch] of one pass, and `other` for these rows."""
+    first, k = points[0], len(points)
+    moved = {name: torch.cat([p.moved[name] for p in points]) for name in first.moved}
+    other = first.other and {
+        site: {key: v.repeat(k, *[1] * (v.ndim - 1)) for key, v in values.items()}
+        for site, values in first.other.items()
+    }
+    return moved, other
