@@ -9,8 +9,7 @@ from relp_cli.methods.auto import score_auto
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import COMPONENTS, resolve_method, score_units
 from relp_cli.methods.scores import Scores
-from relp_cli.methods.space import own_nodes, space_of
-from relp_cli.methods.table import METHODS
+from relp_cli.methods.table import default_nodes, space_of
 from relp_cli.models.model import Model
 from relp_cli.tasks.pairs import PairBatch
 
@@ -41,9 +40,8 @@ def score(
     Returns Scores: kind → mean, variance, n [layer, pos, *unit], per example where it fits (`keep_examples`).
     Raises: RelpError for unknown names, bad parameters, and pairs that share no position axis.
     """
-    row = METHODS[method.partition("+")[0]]
-    if tuple(nodes) == COMPONENTS and "nodes" not in row.spaces:
-        nodes = own_nodes(row)
+    if tuple(nodes) == COMPONENTS:
+        nodes = default_nodes(method, COMPONENTS)
     request = Request(metric, direction, baseline, batch_size, keep_examples, progress)
     space = space_of(nodes)
     own = {name: value for name, value in params.items() if name not in space.options}

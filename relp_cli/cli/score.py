@@ -66,6 +66,7 @@ def command(
 
     Example: relp score ioi --model tiny-gpt2 --method relp --nodes mlp_out,head -o runs/ioi
     """
+    from relp_cli.methods.table import default_nodes
     from relp_cli.runs.checked import score_spec
 
     params: dict[str, Any] = assignments(settings)
@@ -74,6 +75,8 @@ def command(
     if dictionary is not None:
         params["dictionary"] = dictionary
         nodes = "feature" if nodes == COMPONENTS else nodes
+    elif nodes == COMPONENTS:
+        nodes = ",".join(default_nodes(method, comma(nodes)))
     spec = score_spec(
         task=task, model=model, method=method, nodes=comma(nodes), pairs=pairs, seed=seed, split=split, metric=metric,
         direction=direction, baseline=baseline, bos=bos, only_correct=only_correct, dtype=dtype, batch_size=batch_size,

@@ -32,10 +32,10 @@ from relp_cli.features.space import FeatureBatch, feature_setup
 from relp_cli.features.totals import moments
 from relp_cli.lrp.context import lrp
 from relp_cli.methods.request import Progress, Request
-from relp_cli.methods.score import resolve_method
+from relp_cli.methods.score import check_baseline, resolve_method
 from relp_cli.methods.setup import Passes
-from relp_cli.methods.space import SPACES, Point, added
-from relp_cli.methods.table import METHODS, methods_for
+from relp_cli.methods.space import Point, added
+from relp_cli.methods.table import METHODS, SPACES, methods_for
 from relp_cli.models.model import Hook, Model
 from relp_cli.precision import wide
 from relp_cli.tasks.pairs import PairBatch
@@ -79,7 +79,7 @@ def feature_edges(
         known = [name for name in methods_for("features") if METHODS[name].by == "points"]
         raise RelpError(f"edges of features need gradients ({', '.join(known)}), not method '{row.name}'")
     request = Request(how["metric"], how["direction"], how["baseline"], batch_size)
-    SPACES["features"].check(request)
+    check_baseline(row, SPACES["features"], request)
     nodes = circuit.nodes()
     if not nodes:
         none = torch.zeros(0, dtype=torch.float64)

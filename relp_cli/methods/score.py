@@ -15,8 +15,8 @@ from relp_cli.lrp.rules import RULES, TWO_POINT, parse_rules
 from relp_cli.methods.request import Account, Progress, Request
 from relp_cli.methods.scores import NodeScores, Scores
 from relp_cli.methods.setup import Means
-from relp_cli.methods.space import CHUNK_TOKENS, Batch, Space, SpaceRow, space_of
-from relp_cli.methods.table import METHODS, Method, Params, Result, methods_for
+from relp_cli.methods.space import CHUNK_TOKENS, Batch, Space
+from relp_cli.methods.table import METHODS, Method, Params, Result, SpaceRow, methods_for, space_of
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import activations, units
 from relp_cli.nodes.kinds import NodeKind
@@ -27,16 +27,23 @@ KEEP_LIMIT = 1 << 26  # per-example scores are kept up to this many numbers a ki
 
 
 def score_units(
-    model: Model, pairs: Sequence[PairBatch], method: str, nodes: Sequence[str], request: Request, **params: Any
+    model: Model,
+    pairs: Sequence[PairBatch],
+    method: str,
+    nodes: Sequence[str],
+    request: Request,
+    only: Any = None,
+    **params: Any,
 ) -> Scores:
     """`relp.score` with one fixed set of rules; see there for arguments and errors. Besides the method's own parameters:
 
     positions:  of edges, "sum" (one score per edge) or "keep" (one per edge and position; the axis is that of node scores).
     dictionary: of features, a path or shipped name (see `features.load`), or Dictionaries that are loaded already.
-    only:       of features, the FeatureCircuit whose nodes act_patch patches (others have score 0).
+
+    only: of features, the FeatureCircuit whose nodes act_patch patches (others have score 0).
     """
     space = space_of(nodes)
-    options = {name: params.pop(name, None) for name in space.options}
+    options = {"only": only} | {name: params.pop(name, None) for name in space.options}
     row, parsed = resolve_method(method, params, space.name, model)
     check_baseline(row, space, request)
     units: Space = space.load()(model, pairs, nodes, request, options)
@@ -126,7 +133,7 @@ def _check_rules(name: str, rules: tuple[str, ...] | None, space: str) -> None:
 
 def check_baseline(row: Method, space: SpaceRow, request: Request) -> None:
     """Raises RelpError for a metric, direction or baseline that does not exist, or not for this space or method."""
-    space.check(request)
+    request.check("" if space.name == "nodes" else f" for {space.name}", space.baselines)
     if row.baselines is not None and request.baseline not in row.baselines:
         raise RelpError(
             f"method '{row.name}' goes between the two prompts of a pair, the original and the patch prompt; "

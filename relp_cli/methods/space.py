@@ -1,4 +1,4 @@
-"""Spaces: sorts of units that estimators score. A space is one module and one row of `SPACES`; it says
+"""Spaces: sorts of units that estimators score. A space is one module and one row of `table.SPACES`; it says
 
 1. what of a run its units need (`read`),
 2. how differences of that and gradients at points make scores (`attribute`, `product`),
@@ -8,7 +8,6 @@ Estimators (`table.py`) know nothing else of a space.
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +19,10 @@ from torch import Tensor
 from relp_cli.errors import RelpError
 from relp_cli.lrp.context import Recorded, recording
 from relp_cli.lrp.rules import parse_rules
-from relp_cli.methods.request import Progress, Request
+from relp_cli.methods.request import Progress
 from relp_cli.methods.setup import Passes, Setup
-from relp_cli.methods.table import Method, Result
+from relp_cli.methods.table import Result
 from relp_cli.models.model import Hook, Model
-from relp_cli.registry import Registry
 from relp_cli.tasks.pairs import PairBatch
 
 CHUNK_TOKENS = 16384
@@ -193,50 +191,6 @@ class Space(Protocol):
         """One batch made ready."""
 
     def totals(self, n_pairs: int, keep: bool | None) -> Totals: ...
-
-
-@dataclass(frozen=True)
-class SpaceRow:
-    """where: `module:class`, imported when it is used. kinds: the names by which `nodes=` asks for it (none: any other).
-    options: keywords of `relp.score` that are the space's, not the estimator's. of: for messages.
-    """
-
-    name: str
-    where: str
-    kinds: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()
-    baselines: tuple[str, ...] = ("patch", "zero", "mean")
-    of: str = ""
-
-    def load(self) -> Any:
-        module, name = self.where.split(":")
-        return getattr(importlib.import_module(module), name)
-
-    def check(self, request: Request) -> None:
-        """Raises RelpError for a metric, direction or baseline that does not exist here."""
-        request.check(self.of, self.baselines)
-
-
-SPACES: Registry[SpaceRow] = Registry("space")
-for _row in (
-    SpaceRow("nodes", "relp_cli.methods.nodes:Nodes"),
-    SpaceRow("edges", "relp_cli.edges.space:Edges", ("edges",), ("positions",)),
-    SpaceRow(
-        "features", "relp_cli.features.space:Features", ("feature", "feature_error"), ("dictionary", "only"),
-        ("patch", "zero"), " for features",
-    ),
-):  # fmt: skip
-    SPACES.add(_row.name, _row)
-
-
-def own_nodes(row: Method) -> tuple[str, ...]:
-    """What `nodes=` is for a method that scores no nodes: the units of its space."""
-    return SPACES[row.spaces[0]].kinds[:1]
-
-
-def space_of(nodes: Sequence[str]) -> SpaceRow:
-    """The space that `nodes=` asks for."""
-    return next((row for _, row in SPACES.items() if nodes and set(nodes) <= set(row.kinds)), SPACES["nodes"])
 
 
 def added(moved: Mapping[str, Tensor]) -> list[tuple[str, Hook]]:

@@ -1,6 +1,7 @@
-"""The estimators as rows. Every signed score estimates c(n), the change of the metric when the unit is patched.
+"""The estimators, and the spaces of units that they score, as rows.
 
-An estimator is one function, of one of three sorts (`by`), for every space (`space.py`) that it serves:
+Every signed score estimates c(n), the change of the metric when the unit is patched. An estimator is one function, of one of
+three sorts (`by`), for every space (`space.py`) that it serves:
 points  (on, params) → the points at which gradients are taken; the space multiplies them with its differences
 batch   (on, params) → Result, the scores of one batch of pairs
 all     (batches, params) → one Result per batch, for what depends on all pairs
@@ -10,7 +11,7 @@ all     (batches, params) → one Result per batch, for what depends on all pair
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -121,7 +122,9 @@ for _row in (
 
 def alias(name: str, of: str, space: str, **more: Any) -> Method:
     """Another name for a method on one space; more: fields of the row that differ. Returns the row, registered."""
-    return METHODS.add(name, replace(METHODS[of], name=name, spaces=(space,), **more))
+    given = {**more.get("defaults", {}), **more.get("fixed", {})}
+    estimates = ", ".join([f"{of} on {space}", *(f"{k}={v}" for k, v in given.items() if v != ())])
+    return METHODS.add(name, replace(METHODS[of], name=name, spaces=(space,), estimates=estimates, **more))
 
 
 JOINT = {"exact": ()}  # a parameter for nodes
@@ -132,6 +135,44 @@ alias("eap_ig", "ig_inputs", "edges", defaults={"steps": 5})
 alias("relp_edges_ig", "relp_ig", "edges", defaults={"steps": 5})
 alias("eap_ig_activations", "ig_activations", "edges", defaults={"steps": 5}, fixed=JOINT)
 alias("clean_corrupted", "ig_inputs", "edges", fixed={"steps": 1, "rule": "trapezoid"}, baselines=("patch",))
+
+
+@dataclass(frozen=True)
+class SpaceRow:
+    """One sort of units. where: `module:class` (`space.Space`), imported when it is used. kinds: the names by which `nodes=`
+    asks for it (none: all others). options: keywords of `relp.score` that are the space's, not the estimator's.
+    """
+
+    name: str
+    where: str
+    kinds: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    baselines: tuple[str, ...] = ("patch", "zero", "mean")
+
+    def load(self) -> Any:
+        module, name = self.where.split(":")
+        return getattr(importlib.import_module(module), name)
+
+
+SPACES: Registry[SpaceRow] = Registry("space")
+for _space in (
+    SpaceRow("nodes", "relp_cli.methods.nodes:Nodes"),
+    SpaceRow("edges", "relp_cli.edges.space:Edges", ("edges",), ("positions",)),
+    SpaceRow("features", "relp_cli.features.space:Features", ("feature", "feature_error"), ("dictionary",),
+             ("patch", "zero")),
+):  # fmt: skip
+    SPACES.add(_space.name, _space)
+
+
+def space_of(nodes: Sequence[str]) -> SpaceRow:
+    """The space that `nodes=` asks for."""
+    return next((row for _, row in SPACES.items() if nodes and set(nodes) <= set(row.kinds)), SPACES["nodes"])
+
+
+def default_nodes(method: str, nodes: tuple[str, ...]) -> tuple[str, ...]:
+    """What a method scores by default: `nodes`, or what its space is asked for by where it serves no nodes (`eap`: edges)."""
+    row = METHODS[method.partition("+")[0]]
+    return nodes if "nodes" in row.spaces else SPACES[row.spaces[0]].kinds[:1]
 
 
 def methods_for(space: str) -> list[str]:

@@ -15,7 +15,7 @@ from relp_cli.files import check_writable
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import check_baseline, resolve_method
 from relp_cli.methods.scores import Scores
-from relp_cli.methods.space import space_of
+from relp_cli.methods.table import space_of
 from relp_cli.models.load import load_model
 from relp_cli.models.model import Model
 from relp_cli.runs.checked import score_spec

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from relp_cli.errors import RelpError, unknown
-from relp_cli.methods.table import METHODS
+from relp_cli.methods.table import METHODS, SPACES
 from relp_cli.nodes.kinds import NODE_KINDS
 
 
@@ -44,14 +44,14 @@ class ScoreSpec(BaseModel):
     @field_validator("nodes")
     @classmethod
     def _known_nodes(cls, nodes: tuple[str, ...]) -> tuple[str, ...]:
-        if len(nodes) > 1 and {"edges", "feature"} & set(nodes):
+        alone = {kind: row.kinds[0] for _, row in SPACES.items() for kind in row.kinds}
+        if len(nodes) > 1 and set(alone) & set(nodes):
             raise RelpError("edges and features are scored on their own, not beside node kinds")
-        if nodes not in (("edges",), ("feature",)):
-            for name in nodes:
-                if name == "feature_error":
-                    raise RelpError("error terms are scored together with features: --nodes feature")
-                if name not in NODE_KINDS:
-                    raise unknown("node kind", name, [*NODE_KINDS, "edges", "feature"])
+        for name in nodes:
+            if alone.get(name, name) != name:
+                raise RelpError(f"error terms are scored together with features: --nodes {alone[name]}")
+            if name not in alone and name not in NODE_KINDS:
+                raise unknown("node kind", name, [*NODE_KINDS, *dict.fromkeys(alone.values())])
         if len(set(nodes)) < len(nodes):
             raise RelpError(f"node kinds {', '.join(nodes)}: one is there twice")
         return nodes

@@ -240,5 +240,13 @@ def test_edges_from_score_to_export(relp, tmp_path):
     rows = pd.read_csv(tmp_path / "out/compare.csv")
     assert rows.axis.tolist() == ["edges", "edges"]
     assert rows.n_nodes.tolist() == [479, 479]
-    bad = relp("score", "ioi", *about, "--method", "relp")
-    assert (bad.code, "methods for edges: edge_patch, eap" in bad.err) == (2, True)
+    done = relp("compare", "ioi", *about[:4], "--methods", "atp,relp+two_point,ig_inputs", "--pairs", 4, "-o", "more")
+    assert done.code == 0, done.err
+    more = pd.read_csv(tmp_path / "more/compare.csv")
+    assert more.pcc[0] == pytest.approx(rows.pcc[0], abs=1e-9)
+    bad = relp("score", "ioi", *about, "--method", "atp_star")
+    assert (bad.code, "methods for edges: act_patch, atp, relp" in bad.err) == (2, True)
+    bad = relp("score", "ioi", *about[2:4], "--nodes", "mlp_out", "--method", "eap")
+    assert (bad.code, "'eap' scores edges" in bad.err) == (2, True)
+    plain = json.loads(relp("score", "ioi", *about[2:4], "--method", "eap", "--pairs", 4, "--json").out)
+    assert (plain["spec"]["nodes"], plain["scores"]["method"]) == (["edges"], "eap")

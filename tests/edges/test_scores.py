@@ -292,7 +292,7 @@ def test_files_round_trip(tmp_path) -> None:
 def test_what_cannot_be_scored_is_refused() -> None:
     c = case("gpt2")
     for method, options, says in (
-        ("relp", {}, "scores nodes, not edges"),
+        ("atp_star", {}, "'atp_star' does not score edges"),
         ("relp_edges", {"rules": ["epsilon"]}, "no rule on linear layers"),
         ("eap", {"metric": "kl"}, "exactly 0"),
         ("eap", {"metric": "accuracy"}, "no gradient"),

@@ -181,7 +181,7 @@ def test_requests(relp, tmp_path: Path) -> None:
         ((*score, "--nodes", "feature_error"), "--nodes feature"),
         ((*score, "--nodes", "mlp_out", "--set", "dictionary=tiny-pythia"), "--dictionary is for features"),
         ((*score, "--dictionary", ""), "got an empty name"),
-        ((*features, "--method", "conductance", "--dry-run"), "does not score features"),
+        ((*features, "--method", "atp_star", "--dry-run"), "does not score features"),
         ((*features, "--rules", "auto"), "not for features"),
         (("circuit", "run", "--top-k", "3", "--greedy"), "--greedy is for edge circuits"),
         (("circuit", "run", "--top-k", "3", "-e", "nan"), "--edge-threshold: expected a number"),
@@ -189,7 +189,7 @@ def test_requests(relp, tmp_path: Path) -> None:
         (("report", "run", "--annotations", "high.jsonl"), "resid_out_layer1 has features up to 511, not 512"),
         (("report", "run", "--annotations", "nowhere"), "annotations nowhere cannot be read"),
         (("evaluate", "run", "--override", "pairs=3"), "--override is for jobs"),
-        (("evaluate", "job.yaml", "--override", "methods=[conductance]", "--dry-run"), "does not score features"),
+        (("evaluate", "job.yaml", "--override", "methods=[atp_star]", "--dry-run"), "does not score features"),
         (("evaluate", "job.yaml", "--override", "dictionary=nowhere"), "neither a folder nor shipped"),
         (
             ("evaluate", "job.yaml", "--override", "evaluate.ablation=resample"),

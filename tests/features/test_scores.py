@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import scores as S
-from oracles.forward import forward
+from oracles.forward import embed, forward
 from oracles.make import exact_float64
 from oracles.wrapped import case, close, double_by_default, pairs, run
 
@@ -65,9 +65,9 @@ def test_reconstruction_and_error_leave_the_logits_unchanged(dicts: Dictionaries
 
 
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
-@pytest.mark.parametrize("method", ["atp", "relp", "ig_inputs", "ig_activations"])
+@pytest.mark.parametrize("method", ["atp", "relp", "ig_inputs", "ig_activations", "relp_ig", "conductance"])
 def test_features_and_error_sum_to_the_sites_node_score(dicts: Dictionaries, method: str, direction: str) -> None:
-    steps = {"steps": 3} if method.startswith("ig") else {}
+    steps = {"steps": 3} if method not in ("atp", "relp") else {}
     found = scored(dicts, method, direction=direction, **steps)
     kinds = ["resid_pre", "attn_out", "mlp_out"]
     nodes = run(case(SHAPE), method, kinds, direction=direction, **steps)
@@ -150,6 +150,39 @@ def test_integrated_gradients_over_a_site_are_complete(dicts: Dictionaries) -> N
         close(found.total(Site("resid", layer)).sum(), gap.detach().mean(), 1e-3)
 
 
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_paths_of_embeddings_against_plain_formulas(dicts: Dictionaries, direction: str) -> None:
+    """relp_ig: δf·W_dec·(mean over the path of g under the rules). conductance: Σ_j (f_{j+1} − f_j)·W_dec·(g_j + g_{j+1})/2."""
+    c, m = case(SHAPE), 3
+    assert c.batch.patch is not None
+    ids, other_ids = S.pick(direction, c.batch.original, c.batch.patch)
+    start, end = (embed(c.weights, c.config, t) for t in (ids, other_ids))
+    rules = frozenset({"ln", "identity"})
+    averaged = scored(dicts, "relp_ig", direction=direction, steps=m, rule="left", chunk_tokens=50)
+    conducted = scored(dicts, "conductance", direction=direction, steps=m)
+    traces = [
+        [forward(c.weights, c.config, start + j / m * (end - start), r) for j in range(m + 1)] for r in (rules, ())
+    ]
+    for site in dicts:
+        kind, layer = node(site)
+        if not kind:
+            continue
+        slopes = [
+            [torch.autograd.grad(c.metric(t.logits).sum(), t[kind][layer], retain_graph=True)[0] for t in path]
+            for path in traces
+        ]
+        w_dec = dicts[site].w_dec.T
+        parts = [oracle_parts(dicts, site, t[kind][layer].detach()) for t in traces[1]]
+        g = sum(slopes[0][:m]) / m
+        close(averaged.dense(site), ((parts[m][0] - parts[0][0]) * (g @ w_dec)).mean(0))
+        close(averaged.error_mean[averaged.at(site)], ((parts[m][1] - parts[0][1]) * g).sum(-1).mean(0))
+        mean = [(slopes[1][j] + slopes[1][j + 1]) / 2 for j in range(m)]
+        want = sum((parts[j + 1][0] - parts[j][0]) * (mean[j] @ w_dec) for j in range(m))
+        close(conducted.dense(site), want.mean(0))
+        want = sum(((parts[j + 1][1] - parts[j][1]) * mean[j]).sum(-1) for j in range(m))
+        close(conducted.error_mean[conducted.at(site)], want.mean(0))
+
+
 def test_positions_of_one_label_are_one_node(dicts: Dictionaries) -> None:
     roles = ("a", "b", "b", "c", "d", "d")
     joint = scored(dicts, "atp", [pairs(roles=roles)])
@@ -187,7 +220,7 @@ def test_zero_baseline(dicts: Dictionaries) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "atp_star"}, "does not score features; methods for features: atp, relp"),
+        ({"method": "atp_star"}, "does not score features; methods for features: act_patch, atp, relp"),
         ({"method": "atp", "baseline": "mean"}, "unknown baseline for features 'mean'"),
         ({"method": "atp", "dictionary": None}, "--dictionary PATH"),
         ({"method": "ig_activations", "exact": "all"}, "'exact' is not for features"),
