@@ -75,7 +75,7 @@ def atp_star(on: Batch, params: AtpStarParams) -> Result:
 
 
 def _n_drops(kind: str, n_layers: int) -> int:
-    """K of METHODS.md: how many layers can be dropped without dropping the node itself."""
+    """K of docs/methods.md: how many layers can be dropped without dropping the node itself."""
     k = n_layers if NODE_KINDS[kind].between_layers else n_layers - 1
     if k == 0:
         raise RelpError(

@@ -89,7 +89,7 @@ for _row in (
            "c(n), gradient averaged over embeddings between run and source", ALONG, FLAT,
            "Sundararajan et al. 2017; Hanna et al. 2024"),
     Method("relp_ig", f"{POINTS}:relp_ig:RelpIgParams", "c(n), LRP coefficients averaged over the same path", ALONG,
-           "as relp and ig_inputs", "relp (METHODS.md)", rules=True),
+           "as relp and ig_inputs", "relp (docs/methods.md)", rules=True),
     Method("ig_activations", f"{POINTS}:ig_activations:IgActivationsParams",
            "c(n), gradient averaged while the unit's site moves from run to source",
            "steps × (forward + backward) per site (layer and kind) + 2 forward", FLAT,

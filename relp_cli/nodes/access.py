@@ -57,7 +57,7 @@ def capture(
     """Collect the activations of every kind and layer during the forward passes inside the block.
 
     Enter it *inside* any `lrp` block: hooks run in the order of registration, and a node must be read downstream of a
-    rule that sits at the same hook point (METHODS.md: the Half-rule and `mlp_neuron` share one). With gradients on,
+    rule that sits at the same hook point (docs/methods.md: the Half-rule and `mlp_neuron` share one). With gradients on,
     leaves of the graph are needed (parameters are frozen): hook point → the leaf to put there, made of the running value;
     by default what the first block reads.
     """

@@ -2,19 +2,18 @@
 
 import pytest
 import torch
-from relp_cli.edges.setup import EdgeSetup
-from relp_cli.features.gradients import GRADIENT_METHODS
-from relp_cli.features.score import one_batch
 
 import relp_cli as relp
-from relp_cli.edges.gradients import Products, reader_gradients
 from relp_cli.edges.graph import Graph
+from relp_cli.edges.space import EdgeBatch
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.behaviour import behaviour
 from relp_cli.features.load import load_dictionaries
+from relp_cli.features.space import FeatureBatch
 from relp_cli.methods.core import gradients
+from relp_cli.methods.nodes import NodeBatch
 from relp_cli.methods.setup import Setup
-from relp_cli.methods.table import METHODS, Params
+from relp_cli.methods.space import Point
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.tasks.metrics import METRICS
 
@@ -33,8 +32,8 @@ def batch(model):
 
 def test_scores_are_the_float32_products_of_the_models_own_tensors(model, batch):
     setup = Setup(model, batch, METRICS["logit_diff"], tuple(NODE_KINDS[k] for k in KINDS))
-    source, at = setup.source_activations(), gradients(setup)
-    found = METHODS["atp"].load()[0](setup, Params()).scores
+    source, (at,) = setup.source_activations(), gradients(setup, [Point()])
+    found = NodeBatch(setup).attribute([Point()]).scores
     n = model.shape
     for kind, split in (("resid_pre", 1), ("head", n.n_heads), ("mlp_neuron", n.d_mlp)):
         assert at.grads[kind][0].dtype == torch.bfloat16
@@ -47,29 +46,26 @@ def test_scores_are_the_float32_products_of_the_models_own_tensors(model, batch)
 
 
 def test_edges_too(model, batch):
-    setup = EdgeSetup(Setup(model, batch, METRICS["logit_diff"], ()), Graph.of(model.shape))
-    source, at = setup.source()[0], reader_gradients(setup.base)
-    scores = Products(model, setup.graph, source - at.written).scores(at)
-    want = ((source.input.float() - at.written.input.float()) * at.logits.float()).sum((1, 2))
+    on = EdgeBatch(Setup(model, batch, METRICS["logit_diff"], ()), Graph.of(model.shape))
+    source, (at,) = on.source, on.gradients([Point()])
+    scores = on.attribute([Point()]).scores["edges"]
+    want = ((source.input.float() - at.values.input.float()) * at.logits.float()).sum((1, 2))
     torch.testing.assert_close(scores[:, 0, -1], want, rtol=1e-5, atol=1e-7)
-    mlp = at.written.mlps[0].float(), source.mlps[0].float()
+    mlp = at.values.mlps[0].float(), source.mlps[0].float()
     want = ((mlp[1] - mlp[0]) * at.logits.float()).sum((1, 2))
-    torch.testing.assert_close(scores[:, setup.graph.n_heads + 1, -1], want, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(scores[:, on.graph.n_heads + 1, -1], want, rtol=1e-5, atol=1e-7)
 
 
 def test_features_too(model, batch):
     dictionaries = load_dictionaries("tiny-pythia", model)
     kinds = tuple(dict.fromkeys(site.node_kind for site in dictionaries))
-    setup = Setup(model, batch, METRICS["logit_diff"], kinds)
-    features, errors, *_ = one_batch(setup, dictionaries, "atp", Params())
-    at = GRADIENT_METHODS["atp"](setup, dictionaries, Params())
+    on = FeatureBatch(Setup(model, batch, METRICS["logit_diff"], kinds), dictionaries)
+    scores, (at,) = on.attribute([Point()]).scores, on.gradients([Point()])
     site, d = next(iter(dictionaries.items()))
-    (f, e), (f_source, e_source) = (
-        d.split(runs[site.node_kind.name][site.at]) for runs in (at.runs.run, at.runs.source)
-    )
-    g = at.grads[site].float()
-    assert torch.equal(features[0], (f_source.float() - f.float()) * (g @ d.w_dec.float().T))
-    assert torch.equal(errors[0], ((e_source.float() - e.float()) * g).sum(-1))
+    (f, e), (f_source, e_source) = (d.split(runs[site.node_kind.name][site.at]) for runs in (on.run, on.source))
+    g = at.grads[site.node_kind.name][site.at].float()
+    assert torch.equal(scores[site.name], (f_source.float() - f.float()) * (g @ d.w_dec.float().T))
+    assert torch.equal(scores[f"{site.name}/error"], ((e_source.float() - e.float()) * g).sum(-1))
 
 
 def test_kl_is_never_positive_and_that_of_the_float64_logits(model, batch):
