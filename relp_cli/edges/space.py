@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relp_cli.edges.edge_patch import Patcher
 from relp_cli.edges.check import check_once
+from relp_cli.edges.edge_patch import Patcher
 from relp_cli.edges.gradients import Products, Readers, reader_gradients
 from relp_cli.edges.graph import Graph
 from relp_cli.edges.reads import reads
