@@ -11,6 +11,7 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError
 from relp_cli.lrp.rules import ActiveRule
+from relp_cli.models.checks import unhooked_norms
 from relp_cli.models.model import Model
 from relp_cli.models.moe import CHOSEN, OUT, X, moe_of
 
@@ -50,6 +51,11 @@ def build_sites(model: Model, active: list[ActiveRule]) -> list[RuleSite]:
 
 
 def _norms(model: Model, rule: ActiveRule) -> list[RuleSite]:
+    if missing := unhooked_norms(model):
+        raise RelpError(
+            f"rule '{rule}' does not reach {len(missing)} norms of {model.name} ({model.family.name}): TransformerLens shows no "
+            f"scale at {missing[0]}; leave the rule out (--rules)"
+        )
     return [_norm(model, p.removesuffix(".hook_scale"), rule) for p in model.points if p.endswith(".hook_scale")]
 
 
@@ -167,9 +173,9 @@ def _attention(model: Model, name: str, rule: ActiveRule) -> RuleSite:
     def surrogate(v: Values, y: Tensor, other: Values | None) -> Tensor:
         z = rule.rule.fn(
             v["pattern"],
-            by_head(model, v["value"]),
+            by_head(model, _clipped(model, v["value"])),
             other and other["pattern"],
-            other and by_head(model, other["value"]),
+            other and by_head(model, _clipped(model, other["value"])),
         )
         return z.transpose(1, 2).reshape(y.shape)
 
@@ -178,6 +184,12 @@ def _attention(model: Model, name: str, rule: ActiveRule) -> RuleSite:
 
     reads = {"pattern": f"{name}.hook_pattern", "value": f"{name}.v.hook_out"}
     return RuleSite(name, (str(rule),), reads, f"{name}.o.hook_in", surrogate, dict, value)
+
+
+def _clipped(model: Model, value: Tensor) -> Tensor:
+    """Values as attention uses them (`clip_qkv` of OLMo and MPT)."""
+    clip = model.shape.clip_qkv
+    return value if clip is None else value.clamp(-clip, clip)
 
 
 def by_head(model: Model, value: Tensor) -> Tensor:

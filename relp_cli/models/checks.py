@@ -6,20 +6,146 @@ a forward pass. These checks compare each assumed formula with what the model co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from relp_cli.errors import RelpError
-from relp_cli.models.families import ACTIVATIONS
+from relp_cli.models.families import ACTIVATIONS, Activation
 from relp_cli.models.model import Hook, Model
 from relp_cli.models.moe import CHOSEN, OUT, X, moe_of
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Two ways to the same logits (fused or not, another order of sums) differ by more than one formula does.
+FORWARD = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
 UNGATED = ("mlp.in.hook_out", "mlp.out.hook_in")
 GATED = (*UNGATED, "mlp.gate.hook_out")
 MOE = (X, CHOSEN, OUT)
+
+
+PROBE = 16  # tokens
+
+
+def probe(hf: Any) -> tuple[Int[Tensor, "1 pos"], Float[Tensor, "1 pos vocab"]]:
+    """Some token ids, spread over the vocabulary, and the plain model's logits on them: before anything wraps it."""
+    config = hf.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or PROBE
+    vocab, n = hf.get_input_embeddings().weight.shape[0], min(PROBE, int(longest))
+    tokens = (torch.arange(n, device=hf.get_input_embeddings().weight.device) * (vocab // n + 1) % vocab)[None]
+    try:
+        with torch.no_grad():
+            return tokens, hf(input_ids=tokens, use_cache=False).logits
+    except Exception as error:  # the model's own code, on its own configuration
+        raise RelpError(
+            f"this model ({hf.config.model_type}) cannot run even without relp: {type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0][:160]}"
+        ) from error
+
+
+def check_forward(model: Model, tokens: Int[Tensor, "1 pos"], plain: Float[Tensor, "1 pos vocab"]) -> None:
+    """Raises RelpError unless the wrapped model computes the plain model's logits."""
+    try:
+        with torch.no_grad():
+            logits = model.logits(tokens, all_positions=True)
+    except RelpError:
+        raise
+    except Exception as error:  # whatever a bridge's own attention or norm trips over
+        raise RelpError(
+            f"TransformerLens cannot run model '{model.name}' ({model.family.name}): "
+            f"{(str(error).splitlines() or [type(error).__name__])[0][:160] or type(error).__name__}"
+        ) from error
+    error_ = ((logits - plain).abs().max() / plain.abs().max().clamp_min(1e-6)).item()
+    if not error_ <= FORWARD[model.dtype]:
+        raise RelpError(
+            f"model '{model.name}' ({model.family.name}): TransformerLens's wrapper computes other logits than the model "
+            f"itself, off by {error_:.1%} of the largest; it ignores something in the configuration, so every number would "
+            "be of another model"
+        )
+
+
+def flat_points(model: Model) -> frozenset[str]:
+    """Hook points of the MLPs where values are [batch·pos, width] (OPT): nodes and rules need to see positions."""
+    if model.shape.moe:
+        return frozenset()  # routers and experts work on tokens, and are read as such (`moe`)
+    parts = ("ln2", "ln2_post", "mlp", "hook_mlp_out", "hook_mlp_in")
+    names = [
+        f"blocks.{layer}.{rest}"
+        for layer in range(model.shape.n_layers)
+        for rest in {n.removeprefix("blocks.0.") for n in model.points if n.startswith("blocks.0.")}
+        if rest.partition(".")[0] in parts and f"blocks.{layer}.{rest}" in model.points
+    ]
+    flat: set[str] = set()
+    tokens = torch.arange(6, device=model.device).view(2, 3) % model.shape.vocab
+
+    def look(name: str) -> Hook:
+        return lambda value: (
+            flat.add(name) if isinstance(value, Tensor) and value.ndim == 2 and len(value) == 6 else None
+        )
+
+    with torch.no_grad(), model.hooks({name: look(name) for name in names}):
+        model.logits(tokens)
+    return frozenset(flat)
+
+
+def mlp_form(model: Model) -> dict[str, Any]:
+    """`d_mlp` and `activation` as the MLPs have them: how many hidden units, and the activation that the configuration names
+    where it fits, else the one that fits best; the configuration's word where none does.
+    """
+    named = model.shape.activation
+    names = ["mlp.in.hook_out", "mlp.out.hook_in", *(["mlp.gate.hook_out"] if model.shape.gated else [])]
+    at = {} if model.shape.moe else _values(model, [f"blocks.0.{n}" for n in names if f"blocks.0.{n}" in model.points])
+    if len(at) < len(names):
+        return {}  # of mixtures of experts, or check_model says what is missing
+    up, hidden = at["blocks.0.mlp.in.hook_out"], at["blocks.0.mlp.out.hook_in"]
+    pre = at.get("blocks.0.mlp.gate.hook_out", up)
+    size = hidden.abs().max().clamp_min(1e-6)
+
+    def off(act: Activation) -> float:
+        return ((hidden - pre * act.ratio(pre) * (up if model.shape.gated else 1)).abs().max() / size).item()
+
+    tolerance = TOLERANCE[model.dtype]
+    errors = {name: off(act) for name, act in ACTIVATIONS.items()}
+    best = min(errors, key=lambda name: errors[name])
+    fits = named if errors.get(named, 1.0) <= tolerance or errors[best] > tolerance else best
+    return {"d_mlp": hidden.shape[-1], "activation": fits}
+
+
+NORM = re.compile(r"(?:Layer|RMS|RMSLayer|RMS_)?Norm", re.IGNORECASE)
+
+
+def unhooked_norms(model: Model) -> list[str]:
+    """Norms inside the blocks, by their path in the plain model, at which no hook shows a scale."""
+    hooked = {id(m) for name in model.points if name.endswith(".hook_scale") for m in _wrapped(model, name)}
+    return [
+        path.replace("._original_component", "").replace(".original_component", "")
+        for path, module in model.hf.named_modules()
+        if NORM.search(type(module).__name__)
+        and "Bridge" not in type(module).__name__
+        and not any(True for _ in module.children())
+        and re.search(r"\.\d+\.", path)
+        and id(module) not in hooked
+    ]
+
+
+def _wrapped(model: Model, point: str) -> list[Any]:
+    component = model.component(point.removesuffix(".hook_scale"))
+    return [component, getattr(component, "original_component", None)]
+
+
+def _values(model: Model, names: Sequence[str]) -> dict[str, Tensor]:
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Hook:
+        return lambda value: seen.__setitem__(name, value)
+
+    tokens = torch.arange(4, device=model.device)[None] % model.shape.vocab
+    with torch.no_grad(), model.hooks({name: keep(name) for name in names}):
+        model.logits(tokens)
+    return seen
 
 
 def check_model(model: Model) -> None:
@@ -29,21 +155,13 @@ def check_model(model: Model) -> None:
     layers = range(model.shape.n_layers)
     form = MOE if model.shape.moe else GATED if model.shape.gated else UNGATED
     names = ["hook_in", "hook_attn_out", "hook_mlp_out", "hook_out", *form]
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Hook:
-        return lambda value: seen.__setitem__(name, value)
-
-    hooks = {f"blocks.{layer}.{n}": keep(f"{layer}.{n}") for layer in layers for n in names}
-    tokens = torch.arange(4, device=model.device)[None] % model.shape.vocab
-    with torch.no_grad(), model.hooks(hooks):
-        model.logits(tokens)
+    seen = _values(model, [f"blocks.{layer}.{n}" for layer in layers for n in names])
     tolerance = TOLERANCE[model.dtype]
     for layer in layers:
-        silent = [n for n in names if f"{layer}.{n}" not in seen]
+        silent = [n for n in names if f"blocks.{layer}.{n}" not in seen]
         if silent:
             raise RelpError(f"model {model.name}: layer {layer} never calls {', '.join(silent)}; not supported")
-        at = {n: seen[f"{layer}.{n}"] for n in names}
+        at = {n: seen[f"blocks.{layer}.{n}"] for n in names}
         total = at["hook_in"] + at["hook_attn_out"] + at["hook_mlp_out"]
         _must_equal(model, layer, "resid_post = resid_pre + attn_out + mlp_out", at["hook_out"], total, tolerance)
         if model.shape.activation in ACTIVATIONS:
@@ -65,6 +183,11 @@ def _mlp(model: Model, layer: int, at: Mapping[str, Tensor]) -> tuple[str, Tenso
 
 
 def _must_equal(model: Model, layer: int, claim: str, got: Tensor, want: Tensor, tolerance: float) -> None:
+    if got.shape != want.shape:
+        raise RelpError(
+            f"model {model.name} ({model.family.name}): layer {layer}: {claim} has shapes {list(got.shape)} and "
+            f"{list(want.shape)}; this architecture is not supported"
+        )
     error = ((got - want).abs().max() / got.abs().max().clamp_min(1e-6)).item()
     if not error <= tolerance:
         raise RelpError(

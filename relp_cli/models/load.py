@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
+import re
 import socket
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,12 +15,16 @@ from urllib.parse import urlsplit
 import torch
 
 from relp_cli.errors import RelpError, nearest
-from relp_cli.models.catalog import EMBEDDED, embedded_names
-from relp_cli.models.checks import check_model
+from relp_cli.models.catalog import embedded_names
+from relp_cli.models.checks import check_forward, check_model, flat_points, mlp_form, probe
 from relp_cli.models.families import family_of
+from relp_cli.models.folder import content_hash, local_path, read_config
 from relp_cli.models.model import Model, Shape
 from relp_cli.models.moe import CHOSEN
+from relp_cli.models.scaled import contributions
 
+# Weights of other parts of a checkpoint: pictures, next-token heads of training, buffers that are computed anew.
+ELSEWHERE = re.compile(r"vision|multi_modal|audio|mtp|inv_freq|masked_bias|attn\.bias$|attention\.bias$|position_ids")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -47,10 +51,12 @@ def load_model(
         torch.empty(1, device=target)
     except (RuntimeError, AssertionError) as error:
         raise RelpError(f"device '{device}' is not available here ({_first_line(error)})") from error
-    folder = _folder(str(name))
-    hf, tokenizer = _from_pretrained(str(name), folder, torch_dtype, revision)
-    version = _content_hash(folder) if folder else str(getattr(hf.config, "_commit_hash", None) or "unknown")
-    label = str(name) if str(name) in embedded_names() or not folder else folder.name
+    local = local_path(str(name))
+    if local is not None and revision is not None:
+        raise RelpError(f"--revision {revision}: '{name}' is on this disk, only models of the hub have revisions")
+    hf, tokenizer = _from_pretrained(str(name), local, torch_dtype, revision)
+    version = content_hash(local) if local else str(getattr(hf.config, "_commit_hash", None) or revision or "unknown")
+    label = str(name) if str(name) in embedded_names() or not local else local.name
     return wrap(hf, tokenizer, label, device=target, revision=version, bos=bos)
 
 
@@ -63,18 +69,27 @@ def wrap(
     revision: str = "in-memory",
     bos: bool | None = None,
 ) -> Model:
-    """A Model from a Hugging Face causal language model that is already in memory (its weights are frozen, not copied)."""
+    """A Model from a Hugging Face causal language model that is already in memory (its weights are frozen, not copied).
+
+    Raises: RelpError where TransformerLens cannot wrap it, or computes something else than the model does, or where it is
+    not what rules and methods assume (`checks`).
+    """
     hf.config._attn_implementation = "eager"
     hf.config._experts_implementation = "eager"  # grouped_mm, the default, has no float64
     hf.to(device).eval().requires_grad_(False)
+    tokens, plain = probe(hf)
     bridge = _bridge(hf, name)
     hf.requires_grad_(False)
-    shape = _shape(hf.config, bridge)
+    shape = _shape(hf, bridge)
     model = Model(
         name=name,
         hf=bridge.original_model,
         bridge=bridge,
-        points={**bridge.hook_dict, "logits": torch.nn.Identity()},
+        points={
+            **bridge.hook_dict,
+            **contributions(bridge.hook_dict, shape.n_layers, shape.residual_multiplier),
+            "logits": torch.nn.Identity(),
+        },
         tokenizer=tokenizer,
         bos=_bos(tokenizer, bool(bridge.cfg.default_prepend_bos) if bos is None else bos, name, bos is not None),
         family=family_of(hf.config.model_type, shape.gated),
@@ -84,6 +99,9 @@ def wrap(
         device=torch.device(device),
         bos_asked=bos is not None,
     )
+    check_forward(model, tokens, plain)
+    model = replace(model, flat=flat_points(model))
+    model = replace(model, shape=replace(shape, **mlp_form(model)))
     check_model(model)
     return model
 
@@ -96,23 +114,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _folder(name: str) -> Path | None:
-    """The local folder of an embedded name or a path; None for a hub name."""
-    if name in embedded_names():
-        return EMBEDDED / name
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise RelpError(f"model folder '{name}' has no config.json; expected a Hugging Face model folder")
-        if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
-            raise RelpError(f"model folder '{name}' has no weights (*.safetensors or pytorch_model*.bin)")
-        return path
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise RelpError(f"model folder '{name}' does not exist")
-    return None
-
-
-def _from_pretrained(name: str, folder: Path | None, dtype: torch.dtype, revision: str | None) -> tuple[Any, Any]:
+def _from_pretrained(name: str, local: Path | None, dtype: torch.dtype, revision: str | None) -> tuple[Any, Any]:
     from pickle import UnpicklingError
 
     from safetensors import SafetensorError
@@ -120,45 +122,61 @@ def _from_pretrained(name: str, folder: Path | None, dtype: torch.dtype, revisio
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
-    where: str | Path = folder or name
-    cached_only = folder is not None or not _hub_resolves()
+    # trust_remote_code=False: code in a folder is neither run nor asked about on stdin.
+    where: dict[str, Any] = {
+        "pretrained_model_name_or_path": local or name, "revision": revision, "trust_remote_code": False,
+        "local_files_only": local is not None or not _hub_resolves(),
+    }  # fmt: skip
+    if local is not None and local.is_file():
+        where |= {"pretrained_model_name_or_path": local.parent, "gguf_file": local.name}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                where,
-                revision=revision,
-                dtype=dtype,
-                attn_implementation="eager",
-                output_loading_info=True,
-                local_files_only=cached_only,
+                **where, dtype=dtype, attn_implementation="eager", output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
-        raise _load_error(name, folder, error) from error
+    except (
+        OSError, ValueError, TypeError, AttributeError, RuntimeError, KeyError, EOFError, ImportError, AssertionError,
+        RecursionError, SafetensorError, UnpicklingError,
+    ) as error:  # fmt: skip
+        raise _load_error(name, local, error) from error
     hf, info = loaded
+    _must_be_complete(name, info)
+    folder = local if local is not None and local.is_dir() else None
+    if folder and not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return hf, None
+    try:
+        loader: Any = PreTrainedTokenizerFast if folder and _generic_tokenizer(folder) else AutoTokenizer
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return hf, loader.from_pretrained(**where)
+    except RelpError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare exceptions for files that it cannot read
+        raise RelpError(f"model '{name}': its tokenizer cannot be loaded ({_first_line(error)})") from error
+
+
+def _must_be_complete(name: str, info: dict[str, Any]) -> None:
+    """Raises RelpError unless the file's weights are the model's, all of them."""
     incomplete = sorted(map(str, [*info.get("missing_keys", []), *info.get("mismatched_keys", [])]))
     if incomplete:
         raise RelpError(
             f"model '{name}': {len(incomplete)} weights are missing or of the wrong shape (first: {incomplete[0]}); "
             "Transformers would have filled them with random numbers"
         )
-    if folder and not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return hf, None
-    try:
-        loader: Any = PreTrainedTokenizerFast if folder and _generic_tokenizer(folder) else AutoTokenizer
-        return hf, loader.from_pretrained(where, revision=revision, local_files_only=cached_only)
-    except Exception as error:  # a broken tokenizer.json ends in any exception, bare ones of its Rust library included
+    unused = sorted(str(key) for key in info.get("unexpected_keys", []) if not ELSEWHERE.search(str(key)))
+    if unused:
         raise RelpError(
-            f"model '{name}': its tokenizer cannot be loaded, tokenizer.json or tokenizer_config.json is broken "
-            f"({type(error).__name__}: {_first_line(error)})"
-        ) from error
+            f"model '{name}': {len(unused)} weights of its files have no place in the model that config.json describes "
+            f"(first: {unused[0]}); Transformers would have ignored them"
+        )
 
 
 def _generic_tokenizer(folder: Path) -> bool:
     """Whether the folder names the generic tokenizer class. AutoTokenizer overrides it by model type (Qwen2: byte-level
     BPE whatever tokenizer.json says), which would silently change every token."""
     config = folder / "tokenizer_config.json"
-    named = json.loads(config.read_text()).get("tokenizer_class") if config.is_file() else None
+    named = read_config(config).get("tokenizer_class") if config.is_file() else None
     return named in ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
@@ -175,8 +193,13 @@ def _hub_resolves() -> bool:
     return True
 
 
-def _load_error(name: str, folder: Path | None, error: Exception) -> RelpError:
-    if folder:
+def _load_error(name: str, local: Path | None, error: Exception) -> RelpError:
+    if local:
+        if "trust_remote_code" in str(error):
+            return RelpError(
+                f"model folder '{name}' brings its own code (auto_map in config.json), which is never run; expected an "
+                "architecture that Transformers itself has"
+            )
         return RelpError(f"model folder '{name}' cannot be loaded: {_first_line(error)}")
     near = nearest(name, embedded_names())
     hint = near if "did you mean" in near else f"; embedded models: {', '.join(embedded_names())}"
@@ -200,7 +223,7 @@ def _bridge(hf: Any, name: str) -> Any:
         warnings.simplefilter("ignore")
         try:
             return build_bridge_from_module(hf, type(hf).__name__, hf_config=hf.config, model_name=name)
-        except (ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # each adapter fails in its own way on a configuration that it does not know
             raise RelpError(f"TransformerLens cannot wrap model '{name}': {_first_line(error)}") from error
 
 
@@ -214,10 +237,14 @@ def _bos(tokenizer: Any, wanted: bool, name: str, asked: bool) -> int | None:
     return int(tokenizer.bos_token_id)
 
 
-def _shape(config: Any, bridge: Any) -> Shape:
-    cfg, points = bridge.cfg, bridge.hook_dict
+def _shape(hf: Any, bridge: Any) -> Shape:
+    cfg, points, config = bridge.cfg, bridge.hook_dict, hf.config.get_text_config()
     heads = int(cfg.n_heads)
-    act = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    named = (
+        getattr(config, key, None) for key in ("hidden_activation", "hidden_act", "activation_function", "activation")
+    )
+    learned = "pos_embed.hook_out" in points
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     return Shape(
         n_layers=int(cfg.n_layers),
         d_model=int(cfg.d_model),
@@ -225,23 +252,16 @@ def _shape(config: Any, bridge: Any) -> Shape:
         n_kv_heads=int(getattr(cfg, "n_key_value_heads", None) or heads),
         d_head=int(getattr(cfg, "d_head", 0) or cfg.d_model // heads),
         d_mlp=int(cfg.d_mlp),
-        vocab=int(config.vocab_size),
+        vocab=int(hf.get_input_embeddings().weight.shape[0]),
         gated="blocks.0.mlp.gate.hook_out" in points,  # of a mixture of experts: its router, and its experts are gated
         moe=f"blocks.0.{CHOSEN}" in points,
         parallel="blocks.0.hook_resid_mid" not in points,
         post_norm="blocks.0.ln2_post.hook_out" in points,
         attn_softcap=getattr(config, "attn_logit_softcapping", None),
         final_softcap=getattr(config, "final_logit_softcapping", None),
-        activation=str(act or getattr(config, "activation_function", "unknown")),
+        activation=str(next((name for name in named if name), "unknown")),
+        clip_qkv=getattr(config, "clip_qkv", None) or getattr(getattr(config, "attn_config", None), "clip_qkv", None),
+        positions=None if longest is None else int(longest),
+        learned_positions=learned,
+        residual_multiplier=float(getattr(config, "residual_multiplier", None) or 1.0),
     )
-
-
-def _content_hash(folder: Path) -> str:
-    """sha256 over the names and bytes of the weights and config: what makes two local folders the same model."""
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
-        digest.update(path.name.encode())
-        with path.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()[:16]

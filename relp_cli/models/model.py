@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,12 @@ Hook = Callable[[Tensor], "Tensor | None"]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes, and what the blocks are made of. moe: every MLP is a mixture of (gated) experts of d_mlp hidden units each."""
+    """Sizes, and what the blocks are made of.
+
+    clip_qkv: queries, keys and values are clipped to ± that. positions: how many the model was made for; learned_positions:
+    it has no more of them. residual_multiplier: what contributions are scaled by before they are added (Granite). moe: every
+    MLP is a mixture of (gated) experts of d_mlp hidden units each.
+    """
 
     n_layers: int
     d_model: int
@@ -34,6 +39,10 @@ class Shape:
     attn_softcap: float | None
     final_softcap: float | None
     activation: str
+    clip_qkv: float | None = None
+    positions: int | None = None
+    learned_positions: bool = False
+    residual_multiplier: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +54,8 @@ class Model:
     points:    hook point name (`blocks.0.hook_in`) → module, and `logits`, through which the final logits pass.
     tokenizer: Hugging Face fast tokenizer, or None (token-id pairs only).
     bos:       the token id that prompts start with, or None.
+    flat:      hook points where the model has one row per token, [batch·pos, width]; hooks see [batch, pos, width] there.
+    batch:     how many prompts the running forward pass has.
     bos_asked: whether that was asked for at loading; otherwise it is TransformerLens's default for the architecture.
     """
 
@@ -60,6 +71,8 @@ class Model:
     dtype: torch.dtype
     device: torch.device
     bos_asked: bool = False
+    flat: frozenset[str] = frozenset()
+    batch: list[int] = field(default_factory=lambda: [0])
 
     def point(self, name: str) -> nn.Module:
         """The hook point of that name. Raises RelpError where the architecture has none."""
@@ -88,15 +101,40 @@ class Model:
         items = list(hooks.items()) if isinstance(hooks, Mapping) else hooks
         with ExitStack() as stack:
             for name, fn in items:
-                handle = self.point(name).register_forward_hook(_as_forward_hook(fn))
+                seen = self._by_prompt(fn) if name in self.flat else fn
+                handle = self.point(name).register_forward_hook(_as_forward_hook(seen))
                 stack.callback(handle.remove)
             yield
+
+    def _by_prompt(self, fn: Hook) -> Hook:
+        """A hook for a point with a row per token; what the hook sees is on the way of the gradient."""
+
+        def hook(value: Tensor) -> Tensor:
+            shaped = value.unflatten(0, (self.batch[0], -1))
+            new = fn(shaped)
+            return (shaped if new is None else new).flatten(0, 1)
+
+        return hook
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raises RelpError for token ids, or positions, that the model does not have."""
+        if self.shape.learned_positions and self.shape.positions and tokens.shape[1] > self.shape.positions:
+            raise RelpError(
+                f"a prompt of {tokens.shape[1]} tokens; model {self.name} has {self.shape.positions} positions"
+            )
+        largest, smallest = int(tokens.max()), int(tokens.min())
+        if largest >= self.shape.vocab or smallest < 0:
+            wrong = largest if largest >= self.shape.vocab else smallest
+            raise RelpError(f"token id {wrong}: model {self.name} has ids 0 to {self.shape.vocab - 1}")
 
     def logits(self, tokens: Tensor, all_positions: bool = False) -> Tensor:
         """Logits Float[batch, vocab] at the last position (Float[batch, pos, vocab] if `all_positions`).
 
         The unembedding is computed only where it is read: slicing its input is exact and saves most of its cost.
+        Raises: RelpError for token ids, or positions, that the model does not have.
         """
+        self.check_tokens(tokens)
+        self.batch[0] = len(tokens)
         if all_positions:
             return self.point("logits")(self.hf(input_ids=tokens, use_cache=False).logits)
         with self.hooks({"unembed.hook_in": lambda h: h[:, -1:].contiguous()}):
