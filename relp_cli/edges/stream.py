@@ -66,6 +66,8 @@ def heads_out(
         out = z.new_empty(heads, *z.shape[:2], model.shape.d_model)
     by_head = z.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3).flatten(1, 2)
     torch.bmm(by_head, weight.T.to(z.dtype).unflatten(0, (heads, -1)), out=out.flatten(1, 2))
+    if model.shape.residual_multiplier != 1:
+        out.mul_(model.shape.residual_multiplier)
     return out.copy_(centred(model.component(f"blocks.{layer}.ln1_post"), out)) if model.shape.post_norm else out
 
 
