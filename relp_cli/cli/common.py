@@ -44,6 +44,9 @@ BosOption = Annotated[
         "(whose tokenizer adds none); every output says what was done.",
     ),
 ]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="The model's branch, tag or commit on the hub (also: --model NAME@REVISION).")
+]
 DtypeOption = Annotated[str, typer.Option(help="float32, float64, bfloat16, float16")]
 
 
@@ -56,6 +59,11 @@ def output_option(help: str) -> Any:
         return Path(text)
 
     return typer.Option("--output", "-o", parser=path, help=help)
+
+
+def at_revision(model: str, revision: str | None) -> str:
+    """The model's name with its revision, as specs and records hold it."""
+    return model if revision is None else f"{model}@{revision}"
 
 
 def comma(text: str) -> tuple[str, ...]:

@@ -23,7 +23,9 @@ from relp_cli.cli.common import (
 
 def command(
     targets: Annotated[list[str], typer.Argument(help="Tasks, or run directories of one task, model and node kinds.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="Models, comma-separated.")] = "tiny-gpt2",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Models, comma-separated; of the hub also NAME@REVISION.")
+    ] = "tiny-gpt2",
     methods: Annotated[str, typer.Option(help="Methods to compare with the reference.")] = "atp,relp",
     nodes: Annotated[str, typer.Option(help="Node kinds.")] = COMPONENTS,
     pairs: Annotated[int, typer.Option(help="How many prompt pairs.")] = 100,

@@ -6,7 +6,17 @@ from typing import Annotated, Any
 
 import typer
 
-from relp_cli.cli.common import DeviceOption, DtypeOption, JsonFlag, note, out, print_json, progress
+from relp_cli.cli.common import (
+    DeviceOption,
+    DtypeOption,
+    JsonFlag,
+    RevisionOption,
+    at_revision,
+    note,
+    out,
+    print_json,
+    progress,
+)
 
 
 def command(
@@ -14,6 +24,7 @@ def command(
     model: Annotated[
         str, typer.Option("--model", "-m", help="Embedded name, local folder, or hub name.")
     ] = "tiny-gpt2",
+    revision: RevisionOption = None,
     method: Annotated[
         str, typer.Option(help="What to diagnose: atp, atp_star, relp, relp+two_point, ig_inputs.")
     ] = "atp",
@@ -36,7 +47,8 @@ def command(
     from relp_cli.runs.checked import score_spec
 
     spec = score_spec(
-        task=task, model=model, pairs=pairs, seed=seed, split=split, metric=metric, direction=direction, dtype=dtype
+        task=task, model=at_revision(model, revision),
+        pairs=pairs, seed=seed, split=split, metric=metric, direction=direction, dtype=dtype
     )  # fmt: skip
     from relp_cli.evaluation.diagnose import Options, diagnose
     from relp_cli.runs.scoring import Session, prepare

@@ -14,7 +14,9 @@ from relp_cli.cli.common import (
     DryRunFlag,
     DtypeOption,
     JsonFlag,
+    RevisionOption,
     assignments,
+    at_revision,
     comma,
     log,
     note,
@@ -31,6 +33,7 @@ def command(
     model: Annotated[
         str, typer.Option("--model", "-m", help="Embedded name, local folder, or hub name.")
     ] = "tiny-gpt2",
+    revision: RevisionOption = None,
     method: Annotated[str, typer.Option(help="relp ls methods; `relp+ah` adds a rule.")] = "relp",
     nodes: Annotated[str, typer.Option(help="Node kinds, comma-separated (relp ls nodes).")] = COMPONENTS,
     pairs: Annotated[int, typer.Option(help="How many prompt pairs.")] = 100,
@@ -78,7 +81,8 @@ def command(
     elif nodes == COMPONENTS:
         nodes = ",".join(default_nodes(method, comma(nodes)))
     spec = score_spec(
-        task=task, model=model, method=method, nodes=comma(nodes), pairs=pairs, seed=seed, split=split, metric=metric,
+        task=task, model=at_revision(model, revision),
+        method=method, nodes=comma(nodes), pairs=pairs, seed=seed, split=split, metric=metric,
         direction=direction, baseline=baseline, bos=bos, only_correct=only_correct, dtype=dtype, batch_size=batch_size,
         keep_examples=per_example, params=params,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from relp_cli.cli.common import BosOption, JsonFlag, note, out, print_json
+from relp_cli.cli.common import BosOption, JsonFlag, RevisionOption, at_revision, note, out, print_json
 from relp_cli.errors import visible
 
 
@@ -46,6 +46,7 @@ def validate(
 def show(
     task: Annotated[str, typer.Argument(help="A shipped task, a task YAML, or a file of pairs.")],
     model: Annotated[str, typer.Option("--model", "-m", help="Whose tokenizer and behaviour to show.")] = "tiny-gpt2",
+    revision: RevisionOption = None,
     pairs: Annotated[
         int, typer.Option(help="Pairs to measure the model's behaviour on (as many as exist, at most).")
     ] = 100,
@@ -65,7 +66,7 @@ def show(
     from relp_cli.runs.checked import score_spec
     from relp_cli.runs.scoring import Session, prepare
 
-    spec = score_spec(task=task, model=model, pairs=pairs, seed=seed, split=split, bos=bos)
+    spec = score_spec(task=task, model=at_revision(model, revision), pairs=pairs, seed=seed, split=split, bos=bos)
     prepared = prepare(spec, Session(), at_most=True)
     tokenizer = prepared.model.tokenizer
 

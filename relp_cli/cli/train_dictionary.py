@@ -7,13 +7,25 @@ from typing import Annotated
 
 import typer
 
-from relp_cli.cli.common import DeviceOption, JsonFlag, comma, log, out, output_option, print_json, progress
+from relp_cli.cli.common import (
+    DeviceOption,
+    JsonFlag,
+    RevisionOption,
+    at_revision,
+    comma,
+    log,
+    out,
+    output_option,
+    print_json,
+    progress,
+)
 
 
 def command(
     model: Annotated[
         str, typer.Option("--model", "-m", help="Embedded name, local folder, or hub name.")
     ] = "tiny-pythia",
+    revision: RevisionOption = None,
     sites: Annotated[str, typer.Option(help="all, or names: embed,resid_out_layer0,mlp_out_layer1")] = "all",
     architecture: Annotated[str, typer.Option(help="topk, or standard (ReLU with an L1 penalty).")] = "topk",
     features: Annotated[int, typer.Option(help="Features per dictionary.")] = 512,
@@ -50,7 +62,7 @@ def command(
     except ValidationError as error:
         first = error.errors()[0]
         raise RelpError(f"--{first['loc'][0]}: {first['msg']}, got {first['input']!r}") from error
-    loaded = load_model(model, device=device)
+    loaded = load_model(at_revision(model, revision), device=device)
     wanted = all_sites(loaded) if sites == "all" else [site_of(name, loaded) for name in comma(sites)]
     material = read_lines(text, lines) if text else task_lines(lines)
     with progress() as bar:

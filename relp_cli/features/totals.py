@@ -51,14 +51,16 @@ class Totals:
 
     def _keep(self, features: Sequence[Tensor], errors: Sequence[Tensor], index: Tensor) -> None:
         for kept, value in zip(self.kept, features, strict=True):
-            value = value.detach().float().cpu()
+            value = value.detach().to(torch.get_default_dtype()).cpu()
             at = value.nonzero()
             where = torch.stack([at[:, 0] + self.count, index[at[:, 1]], at[:, 2]], 1)
             kept.append((where, value[tuple(at.T)]))
             self.entries += len(at)
         batch = len(errors[0])
         row = torch.zeros(batch, len(self.sites), len(self.labels))
-        self.kept_errors.append(row.index_copy_(2, index, torch.stack(list(errors), 1).detach().float().cpu()))
+        self.kept_errors.append(
+            row.index_copy_(2, index, torch.stack(list(errors), 1).detach().to(torch.get_default_dtype()).cpu())
+        )
         self.present.append(torch.zeros(batch, len(self.labels), dtype=torch.bool).index_fill_(1, index, True))
         self.count += batch
         if self.limit is not None and self.entries > self.limit:

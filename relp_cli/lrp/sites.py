@@ -173,9 +173,9 @@ def _attention(model: Model, name: str, rule: ActiveRule) -> RuleSite:
     def surrogate(v: Values, y: Tensor, other: Values | None) -> Tensor:
         z = rule.rule.fn(
             v["pattern"],
-            by_head(model, _clipped(model, v["value"])),
+            by_head(model, v["value"]),
             other and other["pattern"],
-            other and by_head(model, _clipped(model, other["value"])),
+            other and by_head(model, other["value"]),
         )
         return z.transpose(1, 2).reshape(y.shape)
 
@@ -186,14 +186,12 @@ def _attention(model: Model, name: str, rule: ActiveRule) -> RuleSite:
     return RuleSite(name, (str(rule),), reads, f"{name}.o.hook_in", surrogate, dict, value)
 
 
-def _clipped(model: Model, value: Tensor) -> Tensor:
-    """Values as attention uses them (`clip_qkv` of OLMo and MPT)."""
-    clip = model.shape.clip_qkv
-    return value if clip is None else value.clamp(-clip, clip)
-
-
 def by_head(model: Model, value: Tensor) -> Tensor:
-    """[batch, pos, kv_heads·d_head] → [batch, head, pos, d_head]; each key/value head serves its group of query heads."""
+    """[batch, pos, kv_heads·d_head] → [batch, head, pos, d_head], as attention uses values: clipped where the model clips
+    (`clip_qkv` of OLMo and MPT), each key/value head serving its group of query heads.
+    """
+    if model.shape.clip_qkv is not None:
+        value = value.clamp(-model.shape.clip_qkv, model.shape.clip_qkv)
     per_kv = value.unflatten(-1, (-1, model.shape.d_head)).transpose(1, 2)
     return per_kv.repeat_interleave(model.shape.n_heads // per_kv.shape[1], dim=1)
 

@@ -92,8 +92,8 @@ def flat_points(model: Model) -> frozenset[str]:
 
 
 def mlp_form(model: Model) -> dict[str, Any]:
-    """`d_mlp` and `activation` as the MLPs have them: how many hidden units, and the activation that the configuration names
-    where it fits, else the one that fits best; the configuration's word where none does.
+    """`d_mlp` and `activation` as the MLPs have them: how many hidden units, and where the configuration names no activation
+    that is known here, the one that fits. (One that it names and that does not fit is refused by `check_model`.)
     """
     named = model.shape.activation
     names = ["mlp.in.hook_out", "mlp.out.hook_in", *(["mlp.gate.hook_out"] if model.shape.gated else [])]
@@ -110,7 +110,7 @@ def mlp_form(model: Model) -> dict[str, Any]:
     tolerance = TOLERANCE[model.dtype]
     errors = {name: off(act) for name, act in ACTIVATIONS.items()}
     best = min(errors, key=lambda name: errors[name])
-    fits = named if errors.get(named, 1.0) <= tolerance or errors[best] > tolerance else best
+    fits = named if named in ACTIVATIONS or errors[best] > tolerance else best
     return {"d_mlp": hidden.shape[-1], "activation": fits}
 
 

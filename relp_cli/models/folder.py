@@ -22,6 +22,16 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 BUFFERS = ("position_ids", "attn.bias", "masked_bias", "inv_freq")  # no weights, whatever their dtype
 
 
+def split_revision(name: str, revision: str | None) -> tuple[str, str | None]:
+    """`gpt2@main` → ("gpt2", "main"); names of local folders stay whole. Raises RelpError for two revisions."""
+    before, at, after = name.rpartition("@")
+    if not at or Path(name).expanduser().exists():
+        return name, revision
+    if not before or not after or revision not in (None, after):
+        raise RelpError(f"model '{name}': expected NAME or NAME@REVISION, with one revision")
+    return before, after
+
+
 def local_path(name: str) -> Path | None:
     """The folder of an embedded name or a path, or a .gguf file; None for a hub name.
 

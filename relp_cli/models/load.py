@@ -18,7 +18,7 @@ from relp_cli.errors import RelpError, nearest
 from relp_cli.models.catalog import embedded_names
 from relp_cli.models.checks import check_forward, check_model, flat_points, mlp_form, probe
 from relp_cli.models.families import family_of
-from relp_cli.models.folder import content_hash, local_path, read_config
+from relp_cli.models.folder import content_hash, local_path, read_config, split_revision
 from relp_cli.models.model import Model, Shape
 from relp_cli.models.moe import CHOSEN
 from relp_cli.models.scaled import contributions
@@ -36,7 +36,7 @@ def load_model(
     revision: str | None = None,
     bos: bool | None = None,
 ) -> Model:
-    """Load a model by embedded name, local Hugging Face folder or hub name.
+    """Load a model by embedded name, local Hugging Face folder, .gguf file, or hub name (with a revision: `name@revision`).
 
     Parameters are frozen, attention is eager (so that patterns exist), dropout is off, weights are the raw Hugging
     Face weights (nothing folded). `device` defaults to the GPU if there is one. `bos` overrides whether prompts start
@@ -51,12 +51,13 @@ def load_model(
         torch.empty(1, device=target)
     except (RuntimeError, AssertionError) as error:
         raise RelpError(f"device '{device}' is not available here ({_first_line(error)})") from error
-    local = local_path(str(name))
+    name, revision = split_revision(str(name), revision)
+    local = local_path(name)
     if local is not None and revision is not None:
         raise RelpError(f"--revision {revision}: '{name}' is on this disk, only models of the hub have revisions")
-    hf, tokenizer = _from_pretrained(str(name), local, torch_dtype, revision)
+    hf, tokenizer = _from_pretrained(name, local, torch_dtype, revision)
     version = content_hash(local) if local else str(getattr(hf.config, "_commit_hash", None) or revision or "unknown")
-    label = str(name) if str(name) in embedded_names() or not local else local.name
+    label = local.name if local and name not in embedded_names() else name + (f"@{revision}" if revision else "")
     return wrap(hf, tokenizer, label, device=target, revision=version, bos=bos)
 
 
@@ -150,10 +151,11 @@ def _from_pretrained(name: str, local: Path | None, dtype: torch.dtype, revision
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return hf, loader.from_pretrained(**where)
-    except RelpError:
-        raise
-    except Exception as error:  # the tokenizers library raises bare exceptions for files that it cannot read
-        raise RelpError(f"model '{name}': its tokenizer cannot be loaded ({_first_line(error)})") from error
+    except Exception as error:  # a broken tokenizer.json ends in any exception, bare ones of its Rust library included
+        raise RelpError(
+            f"model '{name}': its tokenizer cannot be loaded, tokenizer.json or tokenizer_config.json is broken "
+            f"({type(error).__name__}: {_first_line(error)})"
+        ) from error
 
 
 def _must_be_complete(name: str, info: dict[str, Any]) -> None:

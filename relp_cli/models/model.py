@@ -101,17 +101,21 @@ class Model:
         items = list(hooks.items()) if isinstance(hooks, Mapping) else hooks
         with ExitStack() as stack:
             for name, fn in items:
-                seen = self._by_prompt(fn) if name in self.flat else fn
+                seen = self._by_prompt(name, fn) if name in self.flat else fn
                 handle = self.point(name).register_forward_hook(_as_forward_hook(seen))
                 stack.callback(handle.remove)
             yield
 
-    def _by_prompt(self, fn: Hook) -> Hook:
-        """A hook for a point with a row per token; what the hook sees is on the way of the gradient."""
+    def _by_prompt(self, name: str, fn: Hook) -> Hook:
+        """A hook for a point with a row per token. What it sees is on the way of the gradient, but at a norm's scale, where no
+        node is: a value that comes back there counts as an edit, for which TransformerLens computes the norm in another way.
+        """
 
-        def hook(value: Tensor) -> Tensor:
+        def hook(value: Tensor) -> Tensor | None:
             shaped = value.unflatten(0, (self.batch[0], -1))
             new = fn(shaped)
+            if new is None and name.endswith(".hook_scale"):
+                return None
             return (shaped if new is None else new).flatten(0, 1)
 
         return hook

@@ -25,7 +25,8 @@ class Scaled(nn.Module):
             new = hook(module, args, value)
             return (value if new is None else new) / self.factor  # `value` is on the way of the gradient
 
-        handle: RemovableHandle = self.inner.register_forward_hook(scaled, **options)
+        inner: Any = self.inner
+        handle: RemovableHandle = inner.register_forward_hook(scaled, **options)
         return handle
 
 

@@ -25,7 +25,6 @@ FORMS = (
     "stablelm-qk",
     "olmo2",
 )  # fused, one key, shared norm, norms of keys, no norm
-REFUSED = {"granite": "not supported", "opt": "no axes for batch and position"}
 
 
 @cache
@@ -38,7 +37,7 @@ def metric(logits: Tensor) -> Tensor:
     return (logits.gather(1, BATCH.answer) - logits.gather(1, BATCH.foil))[:, 0]
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if name not in REFUSED])
+@pytest.mark.parametrize("name", ROWS)
 def test_edges_equal_plain_hugging_face(name: str) -> None:
     """eap: autograd at each reader's own input; a circuit: every excluded edge ablated."""
     with exact_float64(), double_by_default():
@@ -88,12 +87,6 @@ def test_edge_patch_equals_moving_one_readers_input(name: str) -> None:
             change = source.written[u] - run.written[u]
             moved = oracle.run(BATCH.original, lambda r, x, _, v=v, change=change: x + change if r == v else x)
             close(exact.examples[:, 0, i], metric(moved.logits) - metric(run.logits))
-
-
-@pytest.mark.parametrize(("name", "says"), REFUSED.items())
-def test_what_cannot_be_done_is_refused_by_name(name: str, says: str) -> None:
-    with pytest.raises(RelpError, match=rf"model {name} .*{says}|model {name}: .*{says}"), exact_float64():
-        relp.score(wrapped(name), [BATCH], "eap", ["edges"])
 
 
 def test_relevance_reaches_an_mlp_that_shares_the_attentions_norm() -> None:

@@ -1,5 +1,7 @@
 """A rule's surrogate is compared with the value it replaces: a wrong one would change gradients, and no value would show it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracles.plain import ROWS, build
@@ -17,10 +19,17 @@ def case_of(name):
 
 @pytest.mark.parametrize("rule", ["ah", "attn2"])
 def test_values_that_are_clipped_before_they_are_attended_to(rule):
-    with pytest.raises(
-        RelpError, match=rf"model olmo-clip .*blocks\.0\.attn does not compute what rule {rule} replaces"
-    ):
-        run(case_of("olmo-clip"), "relp", ["resid_pre"], rules=[rule])
+    """Where nothing is clipped any more the value's gradient is 0; a model that clips unbeknownst is refused."""
+    c = case_of("olmo-clip")
+    clip = c.model.shape.clip_qkv
+    scores = run(c, "relp", ["value"], rules=[rule])["value"]
+    assert scores.mean.abs().max() > 1e-6
+    with torch.no_grad(), c.model.hooks({"blocks.0.attn.v.hook_out": lambda v: v - v.detach() + 2 * clip}):
+        beyond = run(c, "relp", ["value"], rules=[rule])["value"]
+    assert torch.equal(beyond.mean[0], torch.zeros_like(beyond.mean[0]))
+    unaware = replace(c, model=replace(c.model, shape=replace(c.model.shape, clip_qkv=None)))
+    with pytest.raises(RelpError, match=rf"olmo-clip .*blocks\.0\.attn does not compute what rule {rule} replaces"):
+        run(unaware, "relp", ["resid_pre"], rules=[rule])
 
 
 def test_a_norm_that_is_not_what_its_rule_says(monkeypatch):

@@ -26,7 +26,7 @@ def wrapped(name: str) -> Model:
         return wrap(build(ROWS[name]), None, name)
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if name != "granite"])  # its scaled contributions are refused
+@pytest.mark.parametrize("name", ROWS)
 def test_qk_fix_equals_replacing_one_query_or_key_in_plain_hugging_face(name: str) -> None:
     with exact_float64(), double_by_default():
         model, oracle = wrapped(name), plain(name)
