@@ -134,7 +134,8 @@ alias("relp_edges", "relp", "edges")
 alias("eap_ig", "ig_inputs", "edges", defaults={"steps": 5})
 alias("relp_edges_ig", "relp_ig", "edges", defaults={"steps": 5})
 alias("eap_ig_activations", "ig_activations", "edges", defaults={"steps": 5}, fixed=JOINT)
-alias("clean_corrupted", "ig_inputs", "edges", fixed={"steps": 1, "rule": "trapezoid"}, baselines=("patch",))
+alias("clean_corrupted", "ig_inputs", "edges", fixed={"steps": 1, "rule": "trapezoid"}, baselines=("patch",),
+      cost="4 forward + 2 backward")  # fmt: skip
 
 
 @dataclass(frozen=True)
