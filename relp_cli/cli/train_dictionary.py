@@ -47,24 +47,22 @@ def command(
 
     Example: relp train-dictionary --model tiny-pythia --sites resid_out_layer2 -o my-dictionaries
     """
-    from pydantic import ValidationError
-
-    from relp_cli.errors import RelpError
-    from relp_cli.features.sites import all_sites, site_of
-    from relp_cli.features.train import TrainSpec
-    from relp_cli.features.trainset import read_lines, task_lines, train_dictionaries
+    from relp_cli.features.sites import all_sites, must_be_site, site_of
+    from relp_cli.features.train import TrainSpec, enough
+    from relp_cli.features.trainset import read_card, read_lines, task_lines, train_dictionaries
     from relp_cli.models.load import load_model
 
-    try:
-        spec = TrainSpec(
-            architecture=architecture, features=features, k=k, l1=l1, steps=steps, batch=batch, lr=lr, seed=seed  # type: ignore[arg-type]
-        )  # fmt: skip
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise RelpError(f"--{first['loc'][0]}: {first['msg']}, got {first['input']!r}") from error
-    loaded = load_model(at_revision(model, revision), device=device)
-    wanted = all_sites(loaded) if sites == "all" else [site_of(name, loaded) for name in comma(sites)]
+    spec = TrainSpec.of(
+        architecture=architecture, features=features, k=k, l1=l1, steps=steps, batch=batch, lr=lr, seed=seed
+    )
+    names = [] if sites == "all" else comma(sites)
+    for name in names:  # what is wrong without a model is said before one is loaded
+        must_be_site(name)
+    enough(lines, ": --lines")
+    read_card(output)
     material = read_lines(text, lines) if text else task_lines(lines)
+    loaded = load_model(at_revision(model, revision), device=device)
+    wanted = [site_of(name, loaded) for name in names] or all_sites(loaded)
     with progress() as bar:
         table = train_dictionaries(loaded, material, wanted, spec, output, bar)
     if json:

@@ -128,7 +128,7 @@ class FeatureRuns:
                     for total, value in zip(sums[site], values, strict=True):
                         total.index_add_(0, index, value.double().sum(0))
         n = counts[:, None]
-        return {s: ((f / n).to(self.model.dtype), (e / n).to(self.model.dtype)) for s, (f, e) in sums.items()}
+        return {s: tuple((v / n).to(self.dictionaries[s].w_dec.dtype) for v in both) for s, both in sums.items()}  # type: ignore[misc]
 
     def active(self) -> dict[Site, Tensor]:
         """Bool[label, feature] per site: the features that are active in some original or patch prompt."""
@@ -186,7 +186,7 @@ class FeatureRuns:
             change_f, change_e = other[0] - f, other[1] - error
             if masks is not None:
                 change_f, change_e = change_f.masked_fill(masks[0], 0), change_e.masked_fill(masks[1], 0)
-            return x + (change_f @ d.w_dec + change_e)
+            return (x + (change_f @ d.w_dec + change_e)).to(x.dtype)
 
         return hook
 

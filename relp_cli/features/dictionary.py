@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from relp_cli.precision import wide
 from relp_cli.registry import Registry
 
 
@@ -25,7 +26,7 @@ class Dictionary:
     w_enc: Float[d_in, d_sae]   b_enc: Float[d_sae]   w_dec: Float[d_sae, d_in]   b_dec, b_in: Float[d_in]
     threshold: Float[d_sae] (jumprelu)   k: features kept (topk)   f_scale: Float[d_sae], or None for 1
     gate_bias, mag_scale, mag_bias: Float[d_sae] (gated)
-    label: the class it was loaded as, for people.
+    label: the class it was loaded as, for people. stored: the dtype of its file.
     """
 
     form: str
@@ -41,6 +42,7 @@ class Dictionary:
     gate_bias: Tensor | None = None
     mag_scale: Tensor | None = None
     mag_bias: Tensor | None = None
+    stored: str = ""
 
     @property
     def d_in(self) -> int:
@@ -54,7 +56,9 @@ class Dictionary:
         """f(x) ≥ 0, or of these `units` alone (what is active is decided among all features, as TopK needs it).
 
         Gradients are those of the linear parts: which features are active is held constant.
+        Computed in float32 at least, whatever the model's dtype: which features are the k largest hangs on small differences.
         """
+        x = wide(x)
         pre = (x - self.b_in) @ self.w_enc + self.b_enc
         active = ACTIVE[self.form](pre, self)
         chosen = slice(None) if units is None else list(units)
@@ -76,9 +80,11 @@ class Dictionary:
     def split(self, x: Float[Tensor, "... d_in"]) -> tuple[Tensor, Tensor]:
         """(f, ε) with x = decode(f) + ε."""
         f = self.encode(x)
-        return f, x - self.decode(f)
+        return f, wide(x) - self.decode(f)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Dictionary:
+        """In that dtype, or in float32 where it is narrower."""
+        dtype = torch.promote_types(dtype, torch.float32)
         moved: dict[str, Any] = {name: v.to(device, dtype) for name, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 

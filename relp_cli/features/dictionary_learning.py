@@ -6,9 +6,9 @@ Formulas: https://github.com/saprmarks/dictionary_learning, `dictionary.py` and 
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,34 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError, unknown
 from relp_cli.features.dictionary import Dictionary
+from relp_cli.features.folder import Settings, agree, dtype_name, floats, read_object
+from relp_cli.features.sites import SITE_KINDS, Site
 
 State = Mapping[str, Tensor]
-WEIGHTS = "ae.pt"
+WEIGHTS, CONFIG = "ae.pt", "config.json"
+COUNTS = ("k", "group_sizes")  # tensors that hold counts
+# submodule_name, as the package's own scripts write it
+_SUBMODULE = re.compile(r"(?P<kind>attn|attention|mlp|resid)(?:_out|_post)?_layer_?(?P<layer>\d{1,6})")
+
+
+class _Trainer(Settings):
+    dict_class: str | None = None
+    activation_dim: int | None = None
+    dict_size: int | None = None
+    k: int | None = None
+    layer: int | None = None
+    submodule_name: str | None = None
+    lm_name: str | None = None
+
+
+class _Buffer(Settings):
+    d_submodule: int | None = None
+    io: str | None = None
+
+
+class _Config(_Trainer):
+    trainer: _Trainer | None = None
+    buffer: _Buffer | None = None
 
 
 @dataclass(frozen=True)
@@ -114,12 +139,13 @@ CLASSES = {
 }
 
 
-def load_dictionary_learning(folder: Path) -> Dictionary:
-    """The dictionary of one folder.
+def load_dictionary_learning(folder: Path) -> tuple[Dictionary, Site | None]:
+    """The dictionary of one folder, and the site that its configuration gives (None where it gives none).
 
-    Raises: RelpError for an unreadable file, an unknown class, and tensors that are not those of the class.
+    Raises: RelpError for an unreadable file, an unknown class, tensors that are not those of the class or not of the sizes
+    that the configuration states, and dictionaries that read one activation and write another.
     """
-    path = folder / WEIGHTS
+    path, config = folder / WEIGHTS, settings(folder)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the bytes lead it to
@@ -128,37 +154,56 @@ def load_dictionary_learning(folder: Path) -> Dictionary:
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise RelpError(f"dictionary {path}: expected a state dict of tensors")
-    return _class_of(folder, frozenset(state)).build(state)
+    row = _class_of(folder, frozenset(state), config.get("dict_class"))
+    found = row.build(floats(path, state, COUNTS))
+    said = {
+        "activation_dim": (config.get("activation_dim"), found.d_in),
+        "d_submodule": (config.get("d_submodule"), found.d_in),
+        "dict_size": (config.get("dict_size"), found.n_features),
+        "k": (config.get("k") if found.form == "topk" else None, found.k),
+    }
+    agree(folder / CONFIG, said)
+    if config.get("io") not in (None, "out"):
+        raise RelpError(
+            f"{folder / CONFIG}: buffer.io '{config['io']}' is not supported; expected out (what a module adds)"
+        )
+    return replace(found, stored=dtype_name(state[next(n for n in state if n not in COUNTS)])), _site(folder, config)
 
 
-def _class_of(folder: Path, names: frozenset[str]) -> DictClass:
-    asked = _declared(folder)
-    if asked is not None:
+def settings(folder: Path) -> dict[str, Any]:
+    """What config.json says, of the trainer and of the activations it had; {} where there is none."""
+    if not (folder / CONFIG).is_file():
+        return {}
+    config = read_object(folder / CONFIG, _Config)
+    return {**(config.get("buffer") or {}), **(config.get("trainer") or config)}
+
+
+def _site(folder: Path, config: Mapping[str, Any]) -> Site | None:
+    """The site that submodule_name names, if it does. Raises RelpError where `layer` says another."""
+    match = _SUBMODULE.fullmatch(config.get("submodule_name") or "")
+    if match is None:
+        return None
+    if config.get("layer") not in (None, int(match["layer"])):
+        raise RelpError(f"{folder / CONFIG}: submodule_name '{match[0]}' and layer {config['layer']} disagree")
+    kind = "attn" if match["kind"] == "attention" else match["kind"]
+    assert kind in SITE_KINDS
+    return Site(kind, int(match["layer"]))
+
+
+def _class_of(folder: Path, names: frozenset[str], said: str | None) -> DictClass:
+    if said is not None:
+        asked = said.rpartition(".")[2].rstrip("'>")
         if asked not in CLASSES:
-            raise unknown("dictionary class", asked, CLASSES, f"{folder}/config.json: ")
+            raise unknown("dictionary class", asked, CLASSES, f"{folder}/{CONFIG}: ")
         row = CLASSES[asked]
         missing, extra = sorted(row.tensors - names), sorted(names - row.tensors - row.optional)
         if missing or extra:
             wrong = f"misses '{missing[0]}'" if missing else f"has unexpected '{extra[0]}'"
-            raise RelpError(f"dictionary {folder}: config.json says {asked}, but {WEIGHTS} {wrong}")
+            raise RelpError(f"dictionary {folder}: {CONFIG} says {asked}, but {WEIGHTS} {wrong}")
         return row
     fitting = [row for row in CLASSES.values() if row.tensors <= names <= row.tensors | row.optional]
     if len(fitting) != 1:
         found = " or ".join(row.name for row in fitting) or "none of " + ", ".join(CLASSES)
-        raise RelpError(f"dictionary {folder}: its tensors ({', '.join(sorted(names))}) fit {found}; "
-                        "config.json must name trainer.dict_class")  # fmt: skip
+        raise RelpError(f"dictionary {folder}: its tensors ({', '.join(sorted(map(str, names)))}) fit {found}; "
+                        f"{CONFIG} must name trainer.dict_class")  # fmt: skip
     return fitting[0]
-
-
-def _declared(folder: Path) -> str | None:
-    """The class that config.json names, if it does."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        config: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RelpError(f"{path} cannot be read: {error}") from error
-    trainer = config.get("trainer", config) if isinstance(config, dict) else {}
-    found = trainer.get("dict_class") if isinstance(trainer, dict) else None
-    return None if found is None else str(found).rpartition(".")[2].rstrip("'>")

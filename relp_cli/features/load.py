@@ -23,6 +23,7 @@ from relp_cli.features.sites import Site, parse_site
 from relp_cli.models.model import Model
 
 NO_DICTIONARY = "features need --dictionary PATH (dictionary=: a folder of sparse autoencoders, or a shipped name)"
+FILES = (dictionary_learning.WEIGHTS, dictionary_learning.CONFIG, saelens.CONFIG, saelens.WEIGHTS, saelens.SCALER)
 SHIPPED = Path(__file__).parent / "dictionaries"
 
 
@@ -31,12 +32,18 @@ class Dictionaries(Mapping[Site, Dictionary]):
     """Site → dictionary, in the order of a forward pass.
 
     source: the path that was asked for; digest: of their files; model: whose they say they are, where that is another one.
+    Their numbers are in float32 at least, whatever the model's dtype and that of the files (`stored`).
     """
 
     by_site: Mapping[Site, Dictionary]
     source: str
     digest: str
     model: str | None = None
+
+    @property
+    def stored(self) -> str:
+        """The dtypes of their files."""
+        return ", ".join(sorted({d.stored for d in self.by_site.values()}))
 
     def __getitem__(self, site: Site) -> Dictionary:
         return self.by_site[site]
@@ -54,7 +61,7 @@ def shipped_dictionaries() -> list[str]:
 
 
 def load_dictionaries(path: str | Path, model: Model) -> Dictionaries:
-    """All dictionaries below a path, in the model's dtype and on its device.
+    """All dictionaries below a path, on the model's device.
 
     Raises: RelpError for a path without dictionaries, two for one site, a site or a width that the model has not, and
     whatever a folder asks for that is not supported.
@@ -68,8 +75,8 @@ def load_dictionaries(path: str | Path, model: Model) -> Dictionaries:
         if site in found:
             raise RelpError(f"dictionary {root}: {found[site][1]} and {folder} are both for site {site.name}")
         found[site] = (loaded.to(model.device, model.dtype), folder)
-        others += saelens.other_model(folder, model)
-        for file in sorted(p for p in folder.iterdir() if p.is_file()):
+        others += other_model(folder, model)
+        for file in sorted(folder / name for name in FILES if (folder / name).is_file()):
             digest.update(f"{site.name}/{file.name}".encode() + file.read_bytes())
     by_site = {site: d for site, (d, _) in found.items()}
     return Dictionaries(by_site, str(path), digest.hexdigest()[:16], others[0] if others else None)
@@ -121,8 +128,10 @@ def _root(path: str | Path) -> Path:
 
 def dictionary_folders(root: Path) -> list[Path]:
     """Folders at or below `root` that hold one dictionary. Raises RelpError where there are none."""
-    files = [*root.rglob(dictionary_learning.WEIGHTS), *root.rglob(saelens.CONFIG)]
-    folders = sorted({file.parent for file in files})
+    holders = (dictionary_learning.WEIGHTS, saelens.CONFIG, saelens.WEIGHTS)
+    found = {file.parent for name in holders for file in root.rglob(name)}
+    # A hidden folder is one that is still being written.
+    folders = sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(root).parts))
     if not folders:
         raise RelpError(
             f"dictionary {root}: no folder in it has {dictionary_learning.WEIGHTS} (dictionary_learning) or "
@@ -141,9 +150,12 @@ def load_one(folder: Path, root: Path, model: Model) -> tuple[Site, Dictionary]:
     hook: str | None = None
     try:
         if (folder / dictionary_learning.WEIGHTS).is_file():
-            loaded = dictionary_learning.load_dictionary_learning(folder)
+            said_in = dictionary_learning.CONFIG
+            loaded, said = dictionary_learning.load_dictionary_learning(folder)
         else:
+            said_in = saelens.CONFIG
             loaded, hook = saelens.load_saelens(folder)
+            said = parse_site(hook) if hook else None
     except RelpError:
         raise
     except Exception as error:  # files from anywhere: whatever does not fit is the folder's fault, and is said of it
@@ -151,12 +163,9 @@ def load_one(folder: Path, root: Path, model: Model) -> tuple[Site, Dictionary]:
         raise RelpError(
             f"dictionary {folder}: its files do not fit together ({type(error).__name__}: {reason})"
         ) from error
-    by_hook = parse_site(hook) if hook else None
-    if site and by_hook and site != by_hook:
-        raise RelpError(
-            f"dictionary {folder}: the folder's name says site {site.name}, {saelens.CONFIG} says {by_hook.name}"
-        )
-    site = site or by_hook
+    if site and said and site != said:
+        raise RelpError(f"dictionary {folder}: the folder's name says site {site.name}, {said_in} says {said.name}")
+    site = site or said
     if site is None:
         raise RelpError(f"dictionary {folder}: for which site is it? Name its folder 'embed', 'attn_out_layer0', …")
     if site.kind == "embed" and "pos_embed.hook_out" in model.points and hook != "blocks.0.hook_resid_pre":
@@ -164,6 +173,21 @@ def load_one(folder: Path, root: Path, model: Model) -> tuple[Site, Dictionary]:
                         "first block reads; only a dictionary of blocks.0.hook_resid_pre is")  # fmt: skip
     _check(folder, site, loaded, model)
     return site, loaded
+
+
+def other_model(folder: Path, model: Model) -> list[str]:
+    """[the model that a folder names as its own], where that is not this one; [] for folders that do not say.
+
+    Ours say their model's revision. Others' names are matched loosely ("gpt2-small" and "gpt2" are the same).
+    """
+    if (folder / dictionary_learning.WEIGHTS).is_file():
+        name, revision = dictionary_learning.settings(folder).get("lm_name") or "", ""
+    else:
+        name, revision = saelens.owner(folder)
+    if revision:
+        return [name] if revision != model.revision else []
+    theirs, mine = (n.rpartition("/")[2].lower() for n in (name, model.name))
+    return [name] if theirs and theirs not in mine and mine not in theirs else []
 
 
 def _check(folder: Path, site: Site, d: Dictionary, model: Model) -> None:
@@ -188,7 +212,7 @@ def _check(folder: Path, site: Site, d: Dictionary, model: Model) -> None:
         raise RelpError(f"dictionary {folder} has no features")
     if d.k is not None and not 0 < d.k <= width:
         raise RelpError(f"dictionary {folder}: k = {d.k}, expected 1 to {width} (its number of features)")
-    broken = [n for n, t in vars(d).items() if isinstance(t, Tensor) and t.isnan().any()]
-    broken += [n for n in ("w_enc", "w_dec", "b_dec", "b_in") if n not in broken and not getattr(d, n).isfinite().all()]
-    if broken:
-        raise RelpError(f"dictionary {folder}: {broken[0]} holds values that are not finite")
+    # After scalings are folded in: finite numbers can give others (the exponential of r_mag, a row of zeros' norm).
+    finite = ("w_enc", "b_enc", "w_dec", "b_dec", "b_in", "f_scale", "gate_bias", "mag_scale", "mag_bias")
+    for name in (n for n in finite if getattr(d, n) is not None and not getattr(d, n).isfinite().all()):
+        raise RelpError(f"dictionary {folder}: {name} holds values that are not finite")

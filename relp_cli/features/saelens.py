@@ -6,20 +6,22 @@ Formulas: https://github.com/jbloomAus/SAELens, `sae_lens/saes/`. What a folder 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field, FiniteFloat
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from relp_cli.errors import RelpError, unknown
 from relp_cli.features.dictionary import Dictionary
+from relp_cli.features.folder import Settings, agree, dtype_name, floats, read_object
 from relp_cli.features.sites import parse_site
 from relp_cli.files import write_atomically
-from relp_cli.models.model import Model
 
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
 # architecture → form of the encoder; BatchTopK keeps what is above one threshold once it is trained
@@ -29,6 +31,40 @@ _REASONS = {
     "constant_norm_rescale": "its decoder depends on each activation's norm, so features alone do not reconstruct it",
     "expected_average_only_in": f"the folder has no {SCALER} with the scaling factor; fold it into the weights",
 }
+# What a file may hold besides an architecture's own tensors.
+_OTHER = {"scaling_factor", "finetuning_scaling_factor"}
+
+
+class _Metadata(Settings):
+    model_name: str | None = None
+    revision: str | None = None
+    hook_name: str | None = None
+    hook_point: str | None = None
+    hook_layer: int | None = None
+    hook_name_out: str | None = None
+
+
+class _Config(_Metadata):
+    """The settings that are read, of versions before and after 6."""
+
+    architecture: str = "standard"
+    d_in: int | None = None
+    d_sae: int | None = None
+    activation_fn: str | None = None
+    activation_fn_str: str | None = None
+    activation_fn_kwargs: dict[str, Any] | None = None
+    k: int | float | None = None
+    normalize_activations: str | bool | None = None
+    reshape_activations: str | None = None
+    apply_b_dec_to_input: bool = True
+    rescale_acts_by_decoder_norm: bool | None = None
+    finetuning_scaling_factor: bool | None = None
+    metadata: _Metadata | None = None
+    meta: _Metadata | None = None
+
+
+class _Scaler(Settings):
+    scaling_factor: FiniteFloat | None = Field(default=None, gt=0)
 
 
 def load_saelens(folder: Path) -> tuple[Dictionary, str | None]:
@@ -38,15 +74,18 @@ def load_saelens(folder: Path) -> tuple[Dictionary, str | None]:
     """
     config = _config(folder)
     architecture, k = _architecture(folder, config)
-    state = _state(folder)
+    state, stored = _state(folder)
     hook = _hook(folder, config)
     _refuse(folder, config, state)
     names = {"W_enc", "W_dec", "b_dec", *(("b_gate", "b_mag", "r_mag") if architecture == "gated" else ("b_enc",))}
     names |= {"threshold"} if architecture == "jumprelu" else set()
+    optional = {"threshold", "topk_threshold"} if architecture == "batchtopk" else set()
     if missing := sorted(names - state.keys()):
         raise RelpError(
             f"dictionary {folder}: a {architecture} SAE needs the tensor '{missing[0]}', {WEIGHTS} has none"
         )
+    if extra := sorted(state.keys() - names - optional - _OTHER):
+        raise RelpError(f"dictionary {folder}: {WEIGHTS} has '{extra[0]}', which a {architecture} SAE does not have")
     threshold = state.get("threshold", state.get("topk_threshold"))
     if architecture == "batchtopk" and threshold is None:
         raise RelpError(f"dictionary {folder}: a batchtopk SAE needs its threshold ('threshold' or 'topk_threshold')")
@@ -61,33 +100,20 @@ def load_saelens(folder: Path) -> tuple[Dictionary, str | None]:
         parts = {"threshold": threshold.to(common["b_enc"].dtype).expand_as(common["b_enc"])}
     else:
         parts = {"k": k}
-    return Dictionary(FORMS[architecture], f"SAELens {architecture}", **common, **parts), hook
+    found = Dictionary(FORMS[architecture], f"SAELens {architecture}", **common, **parts, stored=stored)
+    agree(folder / CONFIG, {"d_in": (config.get("d_in"), found.d_in), "d_sae": (config.get("d_sae"), found.n_features)})
+    return found, hook
 
 
-def other_model(folder: Path, model: Model) -> list[str]:
-    """[the model that a folder's metadata names], where that is not this one; [] for folders that do not say.
-
-    Ours say their model's revision. Others' names are matched loosely ("gpt2-small" and "gpt2" are the same).
-    """
-    if not (folder / CONFIG).is_file():
-        return []
+def owner(folder: Path) -> tuple[str, str]:
+    """The model whose a folder says it is, and its revision; "" for what it does not say."""
     config = _config(folder)
     about = {**config, **(config.get("metadata") or {})}
-    name = str(about.get("model_name") or "")
-    if about.get("revision"):
-        return [name] if about["revision"] != model.revision else []
-    theirs, mine = (n.rpartition("/")[2].lower() for n in (name, model.name))
-    return [name] if theirs and theirs not in mine and mine not in theirs else []
+    return about.get("model_name") or "", about.get("revision") or ""
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise RelpError(f"{folder / CONFIG} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise RelpError(f"{folder / CONFIG}: expected a JSON object")
-    return content
+    return read_object(folder / CONFIG, _Config)
 
 
 def _architecture(folder: Path, config: Mapping[str, Any]) -> tuple[str, int | None]:
@@ -98,21 +124,29 @@ def _architecture(folder: Path, config: Mapping[str, Any]) -> tuple[str, int | N
     activation = config.get("activation_fn_str") or config.get("activation_fn") or "relu"
     if activation == "topk" and architecture == "standard":
         architecture = "topk"
-    elif activation not in ("relu", "topk"):
-        raise RelpError(f"{folder / CONFIG}: activation '{activation}' is not supported; expected relu or topk")
+    known = ("relu", "topk") if architecture == "topk" else ("relu",)
+    if activation not in known:
+        raise RelpError(f"{folder / CONFIG}: activation '{activation}' is not supported for architecture "
+                        f"{architecture}; expected {' or '.join(known)}")  # fmt: skip
+    more = config.get("activation_fn_kwargs") or {}
+    if odd := sorted(more.keys() - {"k"}):
+        raise RelpError(f"{folder / CONFIG}: activation_fn_kwargs.{odd[0]} is not supported; expected k alone")
     if architecture != "topk":
         return architecture, None
-    k = config.get("k", (config.get("activation_fn_kwargs") or {}).get("k"))
+    k = config.get("k", more.get("k"))
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise RelpError(f"{folder / CONFIG}: a topk SAE needs a whole number k ≥ 1, got {k!r}")
     return architecture, k
 
 
-def _state(folder: Path) -> dict[str, Tensor]:
+def _state(folder: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors in float32 at least, and the dtype that W_dec is stored in."""
+    path = folder / WEIGHTS
     try:
-        return load_file(folder / WEIGHTS)
+        state = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise RelpError(f"dictionary {folder / WEIGHTS} cannot be read: {error}") from error
+        raise RelpError(f"dictionary {path} cannot be read: {error}") from error
+    return floats(path, state), dtype_name(state["W_dec"]) if "W_dec" in state else ""
 
 
 def _hook(folder: Path, config: Mapping[str, Any]) -> str | None:
@@ -132,7 +166,12 @@ def _hook(folder: Path, config: Mapping[str, Any]) -> str | None:
             f"{folder / CONFIG}: hook '{hook}' is no supported site; expected hook_embed, blocks.N.hook_attn_out, "
             "blocks.N.hook_mlp_out, blocks.N.hook_resid_post or blocks.N.hook_resid_pre"
         )
-    return None if hook is None else str(hook)
+    if hook is None:
+        return None
+    layer, said = re.match(r"blocks\.(\d+)\.", hook), settings.get("hook_layer")
+    if layer and said is not None and said != int(layer[1]):
+        raise RelpError(f"{folder / CONFIG}: hook '{hook}' and hook_layer {said} disagree")
+    return str(hook)
 
 
 def _refuse(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
@@ -149,7 +188,7 @@ def _scaling(folder: Path, config: Mapping[str, Any]) -> float:
         return 1.0
     path = folder / SCALER
     if setting == "expected_average_only_in" and path.is_file():
-        factor = json.loads(path.read_text()).get("scaling_factor")
+        factor = read_object(path, _Scaler).get("scaling_factor")
         return 1.0 if factor is None else float(factor)
     reason = _REASONS.get(setting, f"known: none, {', '.join(_REASONS)}")
     raise RelpError(f"{folder / CONFIG}: normalize_activations '{setting}' is not supported: {reason}")
@@ -171,7 +210,7 @@ def _common(
 
 
 def save_saelens(folder: Path, d: Dictionary, hook: str, model_name: str, about: Mapping[str, Any]) -> None:
-    """Write a relu or topk dictionary (b_in = b_dec) as SAELens does, in half precision; `about` goes into the metadata."""
+    """Write a relu or topk dictionary (b_in = b_dec) as SAELens does, in float32; `about` goes into the metadata."""
     architecture = {"relu": "standard", "topk": "topk"}[d.form]
     config: dict[str, Any] = {
         "architecture": architecture, "d_in": d.d_in, "d_sae": d.n_features, "dtype": "float32", "device": "cpu",
@@ -182,6 +221,6 @@ def save_saelens(folder: Path, d: Dictionary, hook: str, model_name: str, about:
         config |= {"k": d.k, "rescale_acts_by_decoder_norm": False}
     tensors = {"W_enc": d.w_enc, "b_enc": d.b_enc, "W_dec": d.w_dec, "b_dec": d.b_dec}
     write_atomically(
-        folder / WEIGHTS, save({name: t.detach().cpu().half().contiguous() for name, t in tensors.items()})
+        folder / WEIGHTS, save({name: t.detach().cpu().float().contiguous() for name, t in tensors.items()})
     )
     write_atomically(folder / CONFIG, json.dumps(config, indent=1) + "\n")

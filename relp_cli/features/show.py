@@ -15,6 +15,7 @@ from relp_cli.features.sites import Site, parse_site
 from relp_cli.lrp.sites import linear_parameters
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import activations
+from relp_cli.precision import wide
 from relp_cli.tasks.pairs import PairBatch
 
 COLUMNS = ("kind", "site", "position", "feature", "score", "se", "n")
@@ -117,6 +118,6 @@ def _words(model: Model, ids: Tensor) -> str:
 def promoted(model: Model, direction: Tensor, k: int) -> tuple[list[str], list[str]]:
     """The k tokens whose logits a direction of the residual stream raises and lowers most, through the unembedding."""
     weight, _ = linear_parameters(model, "unembed", model.shape.d_model, model.shape.vocab)
-    logits = weight @ direction
+    logits = wide(weight) @ direction
     up, down = logits.topk(k).indices, (-logits).topk(k).indices
     return [_words(model, i[None]) for i in up], [_words(model, i[None]) for i in down]

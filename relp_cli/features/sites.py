@@ -36,10 +36,10 @@ SITE_KINDS: dict[str, SiteKind] = {
     )
 }
 _FORMS = (
-    re.compile(r"(?P<kind>attn|mlp|resid)(?:_out)?_(?:layer_?)?(?P<layer>\d+)"),
-    re.compile(r"blocks\.(?P<layer>\d+)\.hook_(?P<kind>attn|mlp|resid)_(?:out|post)"),
+    re.compile(r"(?P<kind>attn|mlp|resid)(?:_out)?_(?:layer_?)?(?P<layer>[0-9]{1,6})"),
+    re.compile(r"blocks\.(?P<layer>[0-9]{1,6})\.hook_(?P<kind>attn|mlp|resid)_(?:out|post)"),
 )
-_RESID_PRE = re.compile(r"blocks\.(?P<layer>\d+)\.hook_resid_pre")
+_RESID_PRE = re.compile(r"blocks\.(?P<layer>[0-9]{1,6})\.hook_resid_pre")
 
 
 @total_ordering
@@ -97,11 +97,19 @@ def all_sites(model: Model) -> tuple[Site, ...]:
     return (Site("embed", -1), *layers)
 
 
-def site_of(name: str, model: Model) -> Site:
-    """The model's site of that name. Raises RelpError for a name that is none, and for a layer the model has not."""
+def must_be_site(name: str) -> Site:
+    """The site of that name, of some model. Raises RelpError for a name that is none."""
     site = parse_site(name)
     if site is None:
-        raise RelpError(f"unknown site '{name}'{nearest(name, [s.name for s in all_sites(model)])}")
+        raise RelpError(
+            f"unknown site '{name}'{nearest(name, ['embed', *(f'{k}_out_layer0' for k in ('attn', 'mlp', 'resid'))])}"
+        )
+    return site
+
+
+def site_of(name: str, model: Model) -> Site:
+    """The model's site of that name. Raises RelpError for a name that is none, and for a layer the model has not."""
+    site = must_be_site(name)
     if site.layer >= model.shape.n_layers:
         raise RelpError(
             f"site {site.name}: model {model.name} has {model.shape.n_layers} layers (0 to {model.shape.n_layers - 1})"

@@ -51,7 +51,9 @@ class Features:
         self.axis, self.labels = position_axis(pairs)
         found = where if isinstance(where, Dictionaries) else load_dictionaries(where, model)
         self.model, self.request, self.dictionaries, self.only = model, request, found, options.get("only")
-        self.about: dict[str, Any] = {"dictionary": found.source, "dictionary_hash": found.digest}
+        self.about: dict[str, Any] = {
+            "dictionary": found.source, "dictionary_hash": found.digest, "dictionary_dtype": found.stored,
+        }  # fmt: skip
         if found.model:
             self.about["dictionary_of"] = found.model
 

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from relp_cli.errors import RelpError
+from relp_cli.errors import RelpError, RunFailed
 from relp_cli.features.dictionary import Dictionary
 from relp_cli.features.sites import Site
 from relp_cli.models.model import Hook, Model
@@ -34,13 +34,25 @@ class TrainSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     architecture: Literal["topk", "standard"] = "topk"
-    features: int = Field(default=512, ge=2)
+    features: int = Field(default=512, ge=2, le=1 << 20)
     k: int = Field(default=8, ge=1)
-    l1: float = Field(default=0.05, ge=0)
+    l1: FiniteFloat = Field(default=0.05, ge=0)
     steps: int = Field(default=2000, ge=1)
-    batch: int = Field(default=512, ge=1)
-    lr: float = Field(default=2e-3, gt=0)
-    seed: int = 0
+    batch: int = Field(default=512, ge=1, le=1 << 20)
+    lr: FiniteFloat = Field(default=2e-3, gt=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+
+    @classmethod
+    def of(cls, **settings: Any) -> TrainSpec:
+        """Raises RelpError in one line, naming the option, for a value that cannot be."""
+        try:
+            spec = cls(**settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise RelpError(f"--{first['loc'][0]}: {first['msg']}, got {first['input']!r}") from error
+        if spec.architecture == "topk" and spec.k > spec.features:
+            raise RelpError(f"--k: k = {spec.k} is more than {spec.features} features")
+        return spec
 
 
 @dataclass(frozen=True)
@@ -64,23 +76,38 @@ class Text:
     heldout: tuple[Int[Tensor, "rows pos"], ...]
     skip: int
 
+    @property
+    def n_train(self) -> int:
+        """Positions to train on."""
+        return sum(rows[:, self.skip :].numel() for rows in self.train)
+
     @classmethod
     def of(cls, model: Model, lines: Sequence[str]) -> Text:
-        """Raises RelpError for a model without a tokenizer and for fewer than 20 lines of text."""
+        """Raises RelpError for a model without a tokenizer, for fewer than 20 lines of two tokens or more, and for a line that
+        is longer than the model reads.
+        """
         if model.tokenizer is None:
             raise RelpError(f"model {model.name} has no tokenizer to read text with")
-        rows = [
-            ids
-            for line in lines
-            if line.strip()
-            for ids in [model.tokenizer(line, add_special_tokens=False)["input_ids"]]
-        ]
-        rows = [model.with_bos(ids) for ids in rows if len(ids) > 1]
-        if len(rows) < 2 * HELDOUT:
-            raise RelpError(f"training needs at least {2 * HELDOUT} lines of text, got {len(rows)}")
+        rows = []
+        most = getattr(model.hf.config, "max_position_embeddings", None)
+        for line in lines:
+            ids = model.tokenizer(line, add_special_tokens=False)["input_ids"]
+            row = model.with_bos(ids)
+            if most is not None and len(row) > most:
+                raise RelpError(f"a line of the text has {len(row)} tokens, and model {model.name} reads at most {most}: "
+                                f"{line[:40]!r}…")  # fmt: skip
+            if len(ids) > 1:
+                rows.append(row)
+        enough(len(rows), " of two tokens or more")
         parts = [[row for i, row in enumerate(rows) if (i % HELDOUT == 0) is held] for held in (False, True)]
         train, heldout = (_by_length(part, model.device) for part in parts)
         return cls(train, heldout, int(model.bos is not None))
+
+
+def enough(lines: int, of: str = "") -> None:
+    """Raises RelpError for too few lines of text, of which every tenth is held out."""
+    if lines < 2 * HELDOUT:
+        raise RelpError(f"training needs at least {2 * HELDOUT} lines of text{of}, got {lines}")
 
 
 def _by_length(rows: list[list[int]], device: torch.device, most: int = 256) -> tuple[Tensor, ...]:
@@ -107,10 +134,10 @@ def train_dictionary(
 ) -> Dictionary:
     """One dictionary. The same seed and activations give the same weights.
 
-    Raises: RelpError for k above the number of features, and activations that do not vary.
+    Raises: RelpError for activations that do not vary, RunFailed for ones that are not finite.
     """
-    if spec.architecture == "topk" and spec.k > spec.features:
-        raise RelpError(f"k = {spec.k} is more than {spec.features} features")
+    if not x.isfinite().all():
+        raise RunFailed("these activations are not finite; nothing can be learnt from them")
     mean = x.mean(0)
     scale = (x - mean).square().mean().sqrt()
     if not scale > 0:
@@ -120,7 +147,7 @@ def train_dictionary(
     w_dec = torch.nn.functional.normalize(torch.randn(spec.features, x.shape[1], generator=generator), dim=1).to(
         x.device
     )
-    weights = {
+    weights: dict[str, Any] = {
         "w_enc": w_dec.T.clone(),
         "b_enc": torch.zeros(spec.features, device=x.device),
         "w_dec": w_dec,
@@ -151,7 +178,9 @@ def train_dictionary(
                 weights["w_dec"].copy_(torch.nn.functional.normalize(weights["w_dec"], dim=1))
             if report:
                 report(step + 1)
-    plain = {name: t.detach() * (scale if name in ("b_enc", "b_dec") else 1) for name, t in weights.items()}
+    plain: dict[str, Any] = {
+        name: t.detach() * (scale if name in ("b_enc", "b_dec") else 1) for name, t in weights.items()
+    }
     return Dictionary(form, f"SAELens {spec.architecture}", **plain, b_in=plain["b_dec"], k=k)
 
 
@@ -176,11 +205,11 @@ def quality(model: Model, site: Site, d: Dictionary, text: Text) -> Quality:
     mine = d.to(model.device, model.dtype)
 
     def hooked(fn: Callable[[Tensor], Tensor]) -> dict[str, Hook]:
-        return {site.point: lambda v: torch.cat([v[:, : text.skip], fn(v[:, text.skip :])], 1)}
+        return {site.point: lambda v: torch.cat([v[:, : text.skip], fn(v[:, text.skip :]).to(v.dtype)], 1)}
 
     whole = _entropy(model, text, {})
     coded = _entropy(model, text, hooked(lambda v: mine.decode(mine.encode(v))))
-    gone = _entropy(model, text, hooked(lambda v: mean.to(v.dtype).expand_as(v).clone()))
+    gone = _entropy(model, text, hooked(lambda v: mean.expand_as(v)))
     recovered = (gone - coded) / (gone - whole) if gone != whole else float("nan")
     return Quality(
         (f > 0).float().sum(-1).mean().item(), explained.item(), (f > 0).any(0).float().mean().item(), recovered

@@ -1,20 +1,27 @@
 """`train_dictionaries`: one dictionary per site of a model, saved as a folder that `--dictionary` takes.
 
-The shipped ones are made by: relp train-dictionary --model tiny-pythia -o relp_cli/features/dictionaries/tiny-pythia
+A site's folder appears whole, by one rename, and says by a hash what it was trained with; so a run that was cut short goes on
+with the next site, and a finished one is not done again. The shipped ones are made, in a folder that is not there yet, by:
+relp train-dictionary --model tiny-pythia -o relp_cli/features/dictionaries/tiny-pythia
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from relp_cli.errors import RelpError, RunFailed
-from relp_cli.features.saelens import load_saelens, save_saelens
+from relp_cli.features.dictionary import Dictionary
+from relp_cli.features.folder import Settings, read_object
+from relp_cli.features.saelens import CONFIG, load_saelens, save_saelens
 from relp_cli.features.sites import Site
-from relp_cli.features.train import Text, TrainSpec, activations_at, quality, train_dictionary
+from relp_cli.features.train import Text, TrainSpec, activations_at, enough, quality, train_dictionary
 from relp_cli.files import check_writable, write_atomically
 from relp_cli.methods.request import Progress
 from relp_cli.models.model import Model
@@ -23,17 +30,39 @@ from relp_cli.models.training.corpus import sentences
 CARD = "card.json"
 
 
+class _Row(Settings):
+    site: str
+
+
+class _Card(Settings):
+    revision: str
+    spec: dict[str, Any]
+    settings: str = ""
+    sites: list[_Row]
+
+
+class _Made(Settings):
+    settings: str = ""
+
+
+class _Folder(Settings):
+    metadata: _Made = _Made()
+
+
 def task_lines(count: int, seed: int = 0) -> list[str]:
     """Sentences of the shipped tasks' discovery splits, with some filler: the text that the embedded models learnt from."""
     return sentences(seed)[:count]
 
 
 def read_lines(path: Path, count: int) -> list[str]:
-    """The first lines of a UTF-8 text file. Raises RelpError for one that cannot be read."""
+    """The first lines of a UTF-8 text file that are not blank. Raises RelpError for one that cannot be read, or has too few."""
     try:
-        return [line for line in path.read_text().splitlines() if line.strip()][:count]
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RelpError(f"text {path} cannot be read: {error}") from error
+        raise RelpError(f"text {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    lines = [line for line in text.split("\n") if line.strip()][:count]
+    enough(len(lines), f" in {path}")
+    return lines
 
 
 def train_dictionaries(
@@ -46,36 +75,100 @@ def train_dictionaries(
 ) -> pd.DataFrame:
     """Train and save one dictionary per site; returns what was measured, one row per site (also in card.json).
 
-    Quality is measured on the saved file, in half precision. Raises: RelpError where the folder cannot be written to.
+    Sites that the folder has already, trained on the same model and text with the same settings, are left as they are.
+    Raises: RelpError where the folder cannot be written to, or holds anything else than such sites.
     """
-    card = folder / CARD
-    if card.is_file() and json.loads(card.read_text()).get("revision") != model.revision:
-        raise RelpError(f"{folder} holds dictionaries of another model; choose another --output")
-    check_writable(folder)
-    text, rows, total = Text.of(model, lines), [], len(set(sites)) * spec.steps
-    for number, site in enumerate(dict.fromkeys(sites)):
-        x = activations_at(model, text.train, [site], text.skip)[site]
+    sites = tuple(dict.fromkeys(sites))
+    made = _settings(model, lines, spec)
+    rows = _rows(folder, model, spec, made)
+    waiting = [site for site in sites if not _done(folder / site.name, made)]
+    if waiting:
+        check_writable(folder)
+    text = Text.of(model, lines)
+    for number, site in enumerate(waiting):
 
         def report(step: int, before: int = number * spec.steps) -> None:
             if progress and (step % 50 == 0 or step == spec.steps):
-                progress(before + step, total, "train-dictionary")
+                progress(before + step, len(waiting) * spec.steps, "train-dictionary")
 
+        x = activations_at(model, text.train, [site], text.skip)[site]
         found = train_dictionary(x, spec, report)
         if not all(t.isfinite().all() for t in (found.w_enc, found.b_enc, found.w_dec, found.b_dec)):
             raise RunFailed(
                 f"training diverged at {site.name}: weights are not finite; try a smaller --lr than {spec.lr:g}"
             )
-        # What enters the first block is the embedding only where no positions are added to it.
-        hook = "blocks.0.hook_resid_pre" if site.kind == "embed" and "pos_embed.hook_out" in model.points else site.hook
-        save_saelens(folder / site.name, found, hook, model.name, {"revision": model.revision, "seed": spec.seed})
-        measured = quality(model, site, load_saelens(folder / site.name)[0], text)
-        rows.append({"site": site.name, "features": spec.features, **measured.as_dict(), "tokens": len(x)})
+        _save(folder, site, found, model, {"seed": spec.seed, "settings": made})
+    for site in sites:
+        if site.name not in rows:
+            measured = quality(model, site, load_saelens(folder / site.name)[0], text).as_dict()
+            rows[site.name] = {"site": site.name, "features": spec.features, **measured, "tokens": text.n_train}
+            _write_card(folder, model, spec, made, len(lines), rows)
+    return pd.DataFrame([rows[site.name] for site in sites])
+
+
+def _settings(model: Model, lines: Sequence[str], spec: TrainSpec) -> str:
+    """A hash of what a site's dictionary follows from."""
+    everything = [model.revision, model.bos, str(model.dtype), spec.model_dump(), list(lines)]
+    return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:16]
+
+
+def read_card(folder: Path) -> dict[str, Any] | None:
+    """What a folder of dictionaries says of itself; None where it says nothing. Raises RelpError for a card of another form."""
+    return read_object(folder / CARD, _Card) if (folder / CARD).is_file() else None
+
+
+def _rows(folder: Path, model: Model, spec: TrainSpec, made: str) -> dict[str, dict[str, Any]]:
+    """Site → what the folder's card says of it. Raises RelpError for a card of another model, or of other settings."""
+    card = read_card(folder)
+    if card is None:
+        return {}
+    if card["revision"] != model.revision:
+        raise RelpError(f"{folder} holds dictionaries of another model; choose another --output")
+    mine = spec.model_dump()
+    for name, theirs in card["spec"].items():
+        if mine.get(name) != theirs:
+            raise RelpError(
+                f"{folder} holds dictionaries with {name} {theirs}, not {mine.get(name)}; choose another --output"
+            )
+    if card.get("settings") != made:
+        raise RelpError(
+            f"{folder} holds dictionaries trained on another text or in another dtype; choose another --output"
+        )
+    return {row["site"]: row for row in card["sites"] if _done(folder / row["site"], made)}
+
+
+def _done(folder: Path, made: str) -> bool:
+    """Whether a site's folder is there. Raises RelpError where it is not of these settings."""
+    if not folder.exists():
+        return False
+    config = read_object(folder / CONFIG, _Folder) if (folder / CONFIG).is_file() else {}
+    if (config.get("metadata") or {}).get("settings") != made:
+        raise RelpError(f"{folder} is there already, and was not trained with these settings; choose another --output")
+    return True
+
+
+def _save(folder: Path, site: Site, found: Dictionary, model: Model, about: dict[str, Any]) -> None:
+    """The whole folder by one rename: one that was cut short is hidden, and no dictionary to anyone."""
+    hidden = folder / f".{site.name}.partial"
+    shutil.rmtree(hidden, ignore_errors=True)
+    # What enters the first block is the embedding only where no positions are added to it.
+    hook = "blocks.0.hook_resid_pre" if site.kind == "embed" and "pos_embed.hook_out" in model.points else site.hook
+    save_saelens(hidden, found, hook, model.name, {"revision": model.revision, **about})
+    try:
+        hidden.rename(folder / site.name)
+    except OSError as error:
+        raise RunFailed(f"writing {folder / site.name} failed: {error.strerror or error}") from error
+
+
+def _write_card(
+    folder: Path, model: Model, spec: TrainSpec, made: str, n_lines: int, rows: dict[str, dict[str, Any]]
+) -> None:
     content = {
         "model": model.name,
         "revision": model.revision,
         "spec": spec.model_dump(),
-        "lines": len(lines),
-        "sites": rows,
+        "lines": n_lines,
+        "settings": made,
+        "sites": list(rows.values()),
     }
-    write_atomically(card, json.dumps(content, indent=1) + "\n")
-    return pd.DataFrame(rows)
+    write_atomically(folder / CARD, json.dumps(content, indent=1) + "\n")

@@ -31,9 +31,9 @@ def with_values(name: str, value: float) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("state", "name", "message"),
     [
-        (with_values("encoder.weight", float("nan")), "AutoEncoder", "w_enc holds values that are not finite"),
-        (with_values("decoder.weight", float("inf")), "AutoEncoder", "w_dec holds values that are not finite"),
-        (with_values("encoder.bias", float("nan")), "AutoEncoder", "b_enc holds values that are not finite"),
+        (with_values("encoder.weight", float("nan")), "AutoEncoder", "encoder.weight holds values that are not finite"),
+        (with_values("decoder.weight", float("inf")), "AutoEncoder", "decoder.weight holds values that are not finite"),
+        (with_values("encoder.bias", float("nan")), "AutoEncoder", "encoder.bias holds values that are not finite"),
         (auto_encoder_state(32, 0, 0), "AutoEncoder", "has no features"),
         ({**LEARNING["AutoEncoderTopK"][0], "k": torch.tensor(0)}, "AutoEncoderTopK", "k = 0, expected 1 to 40"),
         ({**LEARNING["AutoEncoderTopK"][0], "k": torch.tensor(7.5)}, "AutoEncoderTopK", "expected one whole number k"),
