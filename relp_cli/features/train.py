@@ -50,9 +50,13 @@ class TrainSpec(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             raise RelpError(f"--{first['loc'][0]}: {first['msg']}, got {first['input']!r}") from error
-        if spec.architecture == "topk" and spec.k > spec.features:
-            raise RelpError(f"--k: k = {spec.k} is more than {spec.features} features")
+        spec.check()
         return spec
+
+    def check(self) -> None:
+        """Raises RelpError for k above the number of features."""
+        if self.architecture == "topk" and self.k > self.features:
+            raise RelpError(f"k = {self.k} is more than {self.features} features")
 
 
 @dataclass(frozen=True)
@@ -134,8 +138,9 @@ def train_dictionary(
 ) -> Dictionary:
     """One dictionary. The same seed and activations give the same weights.
 
-    Raises: RelpError for activations that do not vary, RunFailed for ones that are not finite.
+    Raises: RelpError for k above the number of features and for activations that do not vary, RunFailed for ones that are not finite.
     """
+    spec.check()
     if not x.isfinite().all():
         raise RunFailed("these activations are not finite; nothing can be learnt from them")
     mean = x.mean(0)

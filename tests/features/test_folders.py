@@ -11,6 +11,8 @@ import torch
 from oracles.wrapped import case, close
 
 from relp_cli.errors import RelpError
+from relp_cli.evaluation.evaluate import evaluate
+from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.load import load_dictionaries
 from relp_cli.features.sites import Site
 
@@ -125,3 +127,10 @@ def test_what_is_being_written_and_what_lies_beside_do_not_count(tmp_path: Path)
     assert load_dictionaries(tmp_path, MODEL).digest == before
     (tmp_path / "a/cfg.json").unlink()
     assert "cfg.json cannot be read: No such file" in refused(tmp_path)
+
+
+def test_a_corpus_is_not_passed_over_by_feature_circuits() -> None:
+    site = Site("mlp", 1)
+    circuit = FeatureCircuit({site: torch.ones(1, 40).bool()}, {site: torch.ones(1).bool()}, ("*",))
+    with pytest.raises(RelpError, match="circuits of edges and features are evaluated without one"):
+        evaluate(MODEL, [case("pythia").batch], circuit, corpus=Path("corpus.txt"))
