@@ -138,7 +138,8 @@ def train_dictionary(
 ) -> Dictionary:
     """One dictionary. The same seed and activations give the same weights.
 
-    Raises: RelpError for k above the number of features and for activations that do not vary, RunFailed for ones that are not finite.
+    Raises: RelpError for k above the number of features and for activations that do not vary, RunFailed for ones that are
+    not finite.
     """
     spec.check()
     if not x.isfinite().all():
