@@ -176,7 +176,7 @@ def test_requests(relp, tmp_path: Path) -> None:
     (tmp_path / "high.jsonl").write_text('{"Name": "resid_1/512", "Annotation": "x"}')
     (tmp_path / "odd.jsonl").write_text('{"Name": "embed/1", "Annotation": 5}')
     for arguments, message in (
-        (("compare", "exact", "other"), "features of different dictionaries"),
+        (("compare", "exact", "other"), "they are of different dictionaries"),
         ((*score, "--nodes", "features"), "did you mean 'feature'?"),
         ((*score, "--nodes", "feature_error"), "--nodes feature"),
         ((*score, "--nodes", "mlp_out", "--set", "dictionary=tiny-pythia"), "--dictionary is for features"),

@@ -132,5 +132,5 @@ def test_what_is_being_written_and_what_lies_beside_do_not_count(tmp_path: Path)
 def test_a_corpus_is_not_passed_over_by_feature_circuits() -> None:
     site = Site("mlp", 1)
     circuit = FeatureCircuit({site: torch.ones(1, 40).bool()}, {site: torch.ones(1).bool()}, ("*",))
-    with pytest.raises(RelpError, match="circuits of edges and features are evaluated without one"):
+    with pytest.raises(RelpError, match="only circuits of nodes are ablated with a corpus"):
         evaluate(MODEL, [case("pythia").batch], circuit, corpus=Path("corpus.txt"))
