@@ -218,6 +218,9 @@ def test_requests(relp, tmp_path: Path) -> None:
     assert losses == pytest.approx([round(loss) for loss in losses])
     assert relp("score", *score[1:], "--nodes", "mlp_out", "-o", "nodes").code == 0
     assert relp("circuit", "nodes", "--top-k", "3", "-o", "run/circuit.json").code == 0
+    theirs = relp("report", "run")
+    assert (theirs.code, "is of other scores than this run's" in theirs.err) == (2, True)
+    (tmp_path / "run/circuit.json").unlink()
     assert relp("report", "run").code == 0
     lowest = (*trained, "--sites", "embed", "-o", "lowest")
     assert relp(*lowest).code == 0
