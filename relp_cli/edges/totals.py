@@ -40,7 +40,9 @@ class Totals:
         self.n.index_add_(0, index, torch.full((len(index),), len(values)))
         if self.examples is not None and self.present is not None:
             rows = slice(self.row, self.row + len(values))
-            self.examples[rows] = torch.zeros_like(self.examples[rows]).index_copy(1, index, values.to(self.examples.dtype))
+            self.examples[rows] = torch.zeros_like(self.examples[rows]).index_copy(
+                1, index, values.to(self.examples.dtype)
+            )
             self.present[rows] = torch.zeros_like(self.present[rows]).index_fill(1, index, True)
         self.row += len(values)
 

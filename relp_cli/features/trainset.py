@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,13 @@ class _Folder(Settings):
 
 def task_lines(count: int, seed: int = 0) -> list[str]:
     """Sentences of the shipped tasks' discovery splits, with some filler: the text that the embedded models learnt from."""
-    return sentences(seed)[:count]
+    return list(_sentences(seed)[:count])
+
+
+@cache
+def _sentences(seed: int) -> tuple[str, ...]:
+    """All of them: the whole corpus is drawn and shuffled, however few are asked for."""
+    return tuple(sentences(seed))
 
 
 def read_lines(path: Path, count: int) -> list[str]:
