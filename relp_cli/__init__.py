@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from relp_cli.tasks.task import load_task as load_task
 
 __version__ = "0.1.0"
+MOST_SEED = 2**32 - 1  # seeds from 0 to this: what every generator of random numbers takes
 
 _WHERE = {
     "Circuit": "circuits.circuit",

@@ -113,12 +113,23 @@ def read_json(path: str | Path, what: str = "file") -> Any:
     Raises: RelpError for one that cannot be opened, or with a key twice, numbers of too many digits or too deep nesting
     (which other readers accept in different ways), RunFailed for one that is not JSON (cut short).
     """
-    where = f"{what} {path}"
+    return parse_json(read_text(path, what), f"{what} {path}")
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """The content of a UTF-8 file; `what` names it in errors. Raises RelpError for one that cannot be read."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise RelpError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    return parse_json(text, where)
+        raise RelpError(f"{what} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def lines_of(path: str | Path, what: str) -> list[str]:
+    """The lines of a UTF-8 file that hold anything. Raises RelpError for one without any, and as `read_text`."""
+    lines = [line for line in read_text(path, what).split("\n") if line.strip()]
+    if not lines:
+        raise RelpError(f"{what} {path} has no text")
+    return lines
 
 
 def parse_json(text: str, where: str) -> Any:

@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from relp_cli.cli.common import JsonFlag, out, print_json
+from relp_cli.cli.common import JsonFlag, count_option, out, print_json
 
 
 def command(
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds per row.")] = 7,
-    layers: Annotated[int, typer.Option(min=1, help="Layers of the GPT-2-small-shape model.")] = 12,
+    rounds: Annotated[int, count_option(1, help="Timed rounds per row.")] = 7,
+    layers: Annotated[int, count_option(1, help="Layers of the GPT-2-small-shape model.")] = 12,
     only: Annotated[str, typer.Option(help="Rows whose name contains this.")] = "",
     json: JsonFlag = False,
 ) -> None:

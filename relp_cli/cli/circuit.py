@@ -8,7 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from relp_cli.cli.common import DeviceOption, JsonFlag, comma, log, note, out, output_option, print_json, progress
+from relp_cli.cli.common import (
+    DeviceOption,
+    JsonFlag,
+    comma,
+    count_option,
+    log,
+    note,
+    out,
+    output_option,
+    print_json,
+    progress,
+)
 from relp_cli.errors import RelpError
 from relp_cli.files import check_writable
 
@@ -17,7 +28,7 @@ def command(
     run: Annotated[Path, typer.Argument(help="A run directory that `relp score` wrote.")],
     threshold: Annotated[float | None, typer.Option("--threshold", "-t", help="Keep |score| > τ.")] = None,
     fraction: Annotated[float | None, typer.Option(help="τ as a fraction of mean |L(x_o)| (0.005: Transluce).")] = None,
-    top_k: Annotated[int | None, typer.Option(min=0, help="Keep the k largest |score|.")] = None,
+    top_k: Annotated[int | None, count_option(0, help="Keep the k largest |score|.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the fewest nodes that hold this share of Σ|score|.")] = None,
     nodes: Annotated[
         str | None, typer.Option(help="Only these kinds (default: all that were scored, together).")
@@ -37,7 +48,7 @@ def command(
         float | None, typer.Option(help="--verify keeps |exact effect| > this (default: the selection's τ).")
     ] = None,
     resamples: Annotated[
-        int, typer.Option("--stability", min=0, help="Select again from that many bootstrap resamples of the pairs.")
+        int, count_option(0, "--stability", help="Select again from that many bootstrap resamples of the pairs.")
     ] = 0,
     errors: Annotated[
         str | None, typer.Option(help="Error terms of feature circuits: all, residual (not of attention, MLP), none.")
@@ -80,11 +91,11 @@ def command(
 
     run_dir, spec, scores = open_run(run)
     session = Session(device)
-    kinds = comma(nodes) if nodes else tuple(scores)
+    kinds = comma(nodes, "--nodes") if nodes is not None else tuple(scores)
     chosen = {kind: scores[kind] for kind in kinds}
     how: dict[str, Any] = {"threshold": threshold, "fraction": fraction, "top_k": top_k, "top_p": top_p}
     more: dict[str, Any] = {} if errors is None else {"errors": errors}
-    more |= {k: v for k, v in (("greedy", greedy), ("prune", prune)) if v}
+    more |= {k: v for k, v in (("greedy", greedy or None), ("prune", prune)) if v is not None}
     circuit = select(chosen, **how, sign=sign, aggregate=aggregate, union=union, **more)
     path = output or run_dir.circuit
     if path.is_dir():

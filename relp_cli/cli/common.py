@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from relp_cli.errors import RelpError, visible
+from relp_cli import MOST_SEED
+from relp_cli.errors import RelpError, unknown, visible
 
 
 class Terminal(Console):
@@ -35,7 +37,21 @@ log = Terminal(stderr=True, soft_wrap=True)
 COMPONENTS = "resid_pre,attn_out,mlp_out"
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of tables.")]
 DryRunFlag = Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and stop.")]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … (default: the GPU if there is one)")]
+MOST = 10**9
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def _device(name: str) -> str:
+    """A device's name; whether this machine has it is torch's to say. Raises RelpError for what is none."""
+    if not re.fullmatch(rf"({'|'.join(DEVICES)})(:\d{{1,3}})?", name):
+        raise unknown("device", name, DEVICES, where="--device: ")
+    return name
+
+
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(parser=_device, metavar="TEXT", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)"),
+]
 BosOption = Annotated[
     bool | None,
     typer.Option(
@@ -66,11 +82,21 @@ def at_revision(model: str, revision: str | None) -> str:
     return model if revision is None else f"{model}@{revision}"
 
 
-def comma(text: str) -> tuple[str, ...]:
-    """`a,b` → ("a", "b"). Raises RelpError for an empty list."""
+def count_option(least: int, *names: str, help: str) -> Any:
+    """An option that counts something: from `least` up, and small enough to be a size of anything."""
+    return typer.Option(*names, min=least, max=MOST, help=help)
+
+
+def seed_option(help: str) -> Any:
+    """`--seed`."""
+    return typer.Option(min=0, max=MOST_SEED, help=help)
+
+
+def comma(text: str, option: str) -> tuple[str, ...]:
+    """`a,b` → ("a", "b"). Raises RelpError, naming the option, for an empty list."""
     parts = tuple(p.strip() for p in text.split(",") if p.strip())
     if not parts:
-        raise RelpError("expected a comma-separated list of names, got nothing")
+        raise RelpError(f"{option}: expected a comma-separated list of names, got '{text}'")
     return parts
 
 

@@ -13,11 +13,13 @@ from relp_cli.cli.common import (
     DtypeOption,
     JsonFlag,
     comma,
+    count_option,
     log,
     note,
     output_option,
     print_json,
     progress,
+    seed_option,
 )
 
 
@@ -28,12 +30,12 @@ def command(
     ] = "tiny-gpt2",
     methods: Annotated[str, typer.Option(help="Methods to compare with the reference.")] = "atp,relp",
     nodes: Annotated[str, typer.Option(help="Node kinds.")] = COMPONENTS,
-    pairs: Annotated[int, typer.Option(help="How many prompt pairs.")] = 100,
-    seed: Annotated[int, typer.Option(help="Draws the pairs and the bootstrap samples.")] = 0,
+    pairs: Annotated[int, count_option(1, help="How many prompt pairs.")] = 100,
+    seed: Annotated[int, seed_option(help="Draws the pairs and the bootstrap samples.")] = 0,
     metric: Annotated[str | None, typer.Option(help="Default: the task's.")] = None,
     direction: Annotated[str, typer.Option(help="noising or denoising.")] = "noising",
     reference: Annotated[str, typer.Option(help="What estimates are compared with.")] = "act_patch",
-    top_k: Annotated[int, typer.Option(min=1, help="k of the top-k overlap.")] = 10,
+    top_k: Annotated[int, count_option(1, help="k of the top-k overlap.")] = 10,
     dictionary: Annotated[
         str | None, typer.Option(help="Compare features of these sparse autoencoders: a folder, or tiny-pythia.")
     ] = None,
@@ -55,12 +57,12 @@ def command(
 
     nodes = "feature" if dictionary is not None and nodes == COMPONENTS else nodes
     options = CompareOptions(
-        models=comma(model), methods=comma(methods), nodes=comma(nodes), pairs=pairs, seed=seed, metric=metric,
-        direction=direction, reference=reference, top_k=top_k, only_correct=only_correct, dtype=dtype,
-        dictionary=dictionary,
+        models=comma(model, "--model"), methods=comma(methods, "--methods"), nodes=comma(nodes, "--nodes"),
+        pairs=pairs, seed=seed, metric=metric, direction=direction, reference=reference, top_k=top_k,
+        only_correct=only_correct, dtype=dtype, dictionary=dictionary,
     )  # fmt: skip
     if output is None:
-        names = [*(Path(t).stem for t in targets), *(Path(m).name for m in comma(model))]
+        names = [*(Path(t).stem for t in targets), *(Path(m).name for m in comma(model, "--model"))]
         output = Path("runs") / "-".join(["compare", *names])[:120]
     with progress() as bar:
         if all(RunDir(Path(t)).exists() for t in targets):

@@ -12,10 +12,12 @@ from relp_cli.cli.common import (
     JsonFlag,
     RevisionOption,
     at_revision,
+    count_option,
     note,
     out,
     print_json,
     progress,
+    seed_option,
 )
 
 
@@ -28,13 +30,13 @@ def command(
     method: Annotated[
         str, typer.Option(help="What to diagnose: atp, atp_star, relp, relp+two_point, ig_inputs.")
     ] = "atp",
-    pairs: Annotated[int, typer.Option(help="How many prompt pairs.")] = 40,
-    seed: Annotated[int, typer.Option(help="Draws the pairs and the control nodes.")] = 0,
+    pairs: Annotated[int, count_option(1, help="How many prompt pairs.")] = 40,
+    seed: Annotated[int, seed_option(help="Draws the pairs and the control nodes.")] = 0,
     split: Annotated[str, typer.Option(help="discovery, heldout or all.")] = "discovery",
     metric: Annotated[str | None, typer.Option(help="Default: the task's.")] = None,
     direction: Annotated[str, typer.Option(help="noising or denoising.")] = "noising",
-    top: Annotated[int, typer.Option(min=1, help="Suspects, and controls, to patch exactly per node kind.")] = 10,
-    show: Annotated[int, typer.Option(min=0, help="Rows to print per table.")] = 12,
+    top: Annotated[int, count_option(1, help="Suspects, and controls, to patch exactly per node kind.")] = 10,
+    show: Annotated[int, count_option(0, help="Rows to print per table.")] = 12,
     thorough: Annotated[bool, typer.Option(help="Try ig_activations too (passes per layer and node kind).")] = False,
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
@@ -50,9 +52,10 @@ def command(
         task=task, model=at_revision(model, revision),
         pairs=pairs, seed=seed, split=split, metric=metric, direction=direction, dtype=dtype
     )  # fmt: skip
-    from relp_cli.evaluation.diagnose import Options, diagnose
+    from relp_cli.evaluation.diagnose import Options, check_candidate, diagnose
     from relp_cli.runs.scoring import Session, prepare
 
+    check_candidate(method)
     prepared = prepare(spec, Session(device))
     with progress() as bar:
         found = diagnose(

@@ -11,6 +11,7 @@ from relp_cli.cli.common import (
     DeviceOption,
     DryRunFlag,
     JsonFlag,
+    count_option,
     log,
     note,
     out,
@@ -18,6 +19,7 @@ from relp_cli.cli.common import (
     print_fields,
     print_json,
     progress,
+    seed_option,
 )
 from relp_cli.errors import RelpError
 
@@ -37,14 +39,14 @@ def command(
         bool, typer.Option("--minimality", help="Also drop the circuit's nodes or edges one by one (minimality.csv).")
     ] = False,
     exclude_layers: Annotated[
-        int | None, typer.Option(help="First layers left unablated (default: a third; 0: none).")
+        int | None, count_option(0, help="First layers left unablated (default: a third; 0: none).")
     ] = None,
     metric: Annotated[
         str | None, typer.Option(help="logit_diff, prob_diff, kl or accuracy (default: the run's).")
     ] = None,
-    pairs: Annotated[int, typer.Option(min=1, help="Held-out pairs (as many as exist, at most).")] = 100,
-    seed: Annotated[int, typer.Option(help="Draws held-out pairs, random circuits and bootstrap samples.")] = 0,
-    random: Annotated[int, typer.Option(min=0, help="Random circuits of the same size per point.")] = 3,
+    pairs: Annotated[int, count_option(1, help="Held-out pairs (as many as exist, at most).")] = 100,
+    seed: Annotated[int, seed_option(help="Draws held-out pairs, random circuits and bootstrap samples.")] = 0,
+    random: Annotated[int, count_option(0, help="Random circuits of the same size per point.")] = 3,
     errors: Annotated[
         str | None, typer.Option(help="Error terms of feature circuits: all, residual (not of attention, MLP), none.")
     ] = None,

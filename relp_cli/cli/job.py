@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from json import dumps as to_json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from relp_cli.cli.common import (
     DeviceOption,
     JsonFlag,
+    comma,
     log,
     note,
     out,
@@ -34,7 +36,7 @@ def reproduce(
     """
     if what not in ("table5", "figure3"):
         raise unknown("experiment", what, ("table5", "figure3"))
-    overrides = [f"models=[{models}]"] if models else []
+    overrides = [] if models is None else [f"models={to_json(comma(models, '--models'))}"]
     run_job(what, overrides, output, "local", device, False, json, lenient=True)
 
 

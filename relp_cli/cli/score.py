@@ -18,6 +18,7 @@ from relp_cli.cli.common import (
     assignments,
     at_revision,
     comma,
+    count_option,
     log,
     note,
     out,
@@ -25,6 +26,7 @@ from relp_cli.cli.common import (
     print_fields,
     print_json,
     progress,
+    seed_option,
 )  # fmt: skip
 
 
@@ -36,8 +38,8 @@ def command(
     revision: RevisionOption = None,
     method: Annotated[str, typer.Option(help="relp ls methods; `relp+ah` adds a rule.")] = "relp",
     nodes: Annotated[str, typer.Option(help="Node kinds, comma-separated (relp ls nodes).")] = COMPONENTS,
-    pairs: Annotated[int, typer.Option(help="How many prompt pairs.")] = 100,
-    seed: Annotated[int, typer.Option(help="Draws the pairs.")] = 0,
+    pairs: Annotated[int, count_option(1, help="How many prompt pairs.")] = 100,
+    seed: Annotated[int, seed_option(help="Draws the pairs.")] = 0,
     split: Annotated[str, typer.Option(help="discovery, heldout or all.")] = "discovery",
     metric: Annotated[str | None, typer.Option(help="logit_diff, prob_diff, kl (default: the task's).")] = None,
     direction: Annotated[str, typer.Option(help="noising (run the original) or denoising.")] = "noising",
@@ -58,7 +60,7 @@ def command(
     per_example: Annotated[
         bool | None, typer.Option(help="Store scores per example (default: where they fit).")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Pairs per pass.")] = 32,
+    batch_size: Annotated[int, count_option(1, help="Pairs per pass.")] = 32,
     dtype: DtypeOption = "float32",
     device: DeviceOption = None,
     output: Annotated[Path | None, output_option(help="Run directory (default: runs/…).")] = None,
@@ -74,15 +76,15 @@ def command(
 
     params: dict[str, Any] = assignments(settings)
     if rules is not None:
-        params["rules"] = rules if rules == "auto" else list(comma(rules))
+        params["rules"] = rules if rules == "auto" else list(comma(rules, "--rules"))
     if dictionary is not None:
         params["dictionary"] = dictionary
         nodes = "feature" if nodes == COMPONENTS else nodes
     elif nodes == COMPONENTS:
-        nodes = ",".join(default_nodes(method, comma(nodes)))
+        nodes = ",".join(default_nodes(method, comma(nodes, "--nodes")))
     spec = score_spec(
         task=task, model=at_revision(model, revision),
-        method=method, nodes=comma(nodes), pairs=pairs, seed=seed, split=split, metric=metric,
+        method=method, nodes=comma(nodes, "--nodes"), pairs=pairs, seed=seed, split=split, metric=metric,
         direction=direction, baseline=baseline, bos=bos, only_correct=only_correct, dtype=dtype, batch_size=batch_size,
         keep_examples=per_example, params=params,
     )  # fmt: skip

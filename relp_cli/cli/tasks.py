@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from relp_cli.cli.common import BosOption, JsonFlag, RevisionOption, at_revision, note, out, print_json
+from relp_cli.cli.common import (
+    BosOption,
+    JsonFlag,
+    RevisionOption,
+    at_revision,
+    count_option,
+    note,
+    out,
+    print_json,
+    seed_option,
+)
 from relp_cli.errors import visible
 
 
@@ -48,10 +58,10 @@ def show(
     model: Annotated[str, typer.Option("--model", "-m", help="Whose tokenizer and behaviour to show.")] = "tiny-gpt2",
     revision: RevisionOption = None,
     pairs: Annotated[
-        int, typer.Option(help="Pairs to measure the model's behaviour on (as many as exist, at most).")
+        int, count_option(1, help="Pairs to measure the model's behaviour on (as many as exist, at most).")
     ] = 100,
-    examples: Annotated[int, typer.Option(min=0, help="Pairs to print per token length.")] = 1,
-    seed: Annotated[int, typer.Option(help="Draws the pairs.")] = 0,
+    examples: Annotated[int, count_option(0, help="Pairs to print per token length.")] = 1,
+    seed: Annotated[int, seed_option(help="Draws the pairs.")] = 0,
     split: Annotated[str, typer.Option(help="discovery, heldout or all.")] = "discovery",
     bos: BosOption = None,
     json: JsonFlag = False,

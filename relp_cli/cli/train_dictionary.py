@@ -13,11 +13,13 @@ from relp_cli.cli.common import (
     RevisionOption,
     at_revision,
     comma,
+    count_option,
     log,
     out,
     output_option,
     print_json,
     progress,
+    seed_option,
 )
 
 
@@ -28,17 +30,17 @@ def command(
     revision: RevisionOption = None,
     sites: Annotated[str, typer.Option(help="all, or names: embed,resid_out_layer0,mlp_out_layer1")] = "all",
     architecture: Annotated[str, typer.Option(help="topk, or standard (ReLU with an L1 penalty).")] = "topk",
-    features: Annotated[int, typer.Option(help="Features per dictionary.")] = 512,
-    k: Annotated[int, typer.Option(help="Active features (topk).")] = 8,
+    features: Annotated[int, count_option(1, help="Features per dictionary.")] = 512,
+    k: Annotated[int, count_option(1, help="Active features (topk).")] = 8,
     l1: Annotated[float, typer.Option(help="Sparsity penalty (standard).")] = 0.05,
-    steps: Annotated[int, typer.Option(help="Training steps per site.")] = 2000,
-    batch: Annotated[int, typer.Option(help="Positions per step.")] = 512,
+    steps: Annotated[int, count_option(1, help="Training steps per site.")] = 2000,
+    batch: Annotated[int, count_option(1, help="Positions per step.")] = 512,
     lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 2e-3,
-    seed: Annotated[int, typer.Option(help="Initial weights and batches.")] = 0,
+    seed: Annotated[int, seed_option(help="Initial weights and batches.")] = 0,
     text: Annotated[
         Path | None, typer.Option(help="A text file, one text per line (default: sentences of the tasks).")
     ] = None,
-    lines: Annotated[int, typer.Option(help="How many lines; every tenth is held out.")] = 8000,
+    lines: Annotated[int, count_option(1, help="How many lines; every tenth is held out.")] = 8000,
     device: DeviceOption = None,
     output: Annotated[Path, output_option(help="Folder: one SAELens folder per site.")] = Path("dictionaries"),
     json: JsonFlag = False,
@@ -50,18 +52,21 @@ def command(
     from relp_cli.features.sites import all_sites, must_be_site, site_of
     from relp_cli.features.train import TrainSpec, enough
     from relp_cli.features.trainset import read_card, read_lines, task_lines, train_dictionaries
+    from relp_cli.files import check_writable
     from relp_cli.models.load import load_model
 
     spec = TrainSpec.of(
         architecture=architecture, features=features, k=k, l1=l1, steps=steps, batch=batch, lr=lr, seed=seed
     )
-    names = [] if sites == "all" else comma(sites)
+    names = [] if sites == "all" else comma(sites, "--sites")
     for name in names:  # what is wrong without a model is said before one is loaded
         must_be_site(name)
     enough(lines, ": --lines")
     read_card(output)
-    material = read_lines(text, lines) if text else task_lines(lines)
+    check_writable(output)
+    given = None if text is None else read_lines(text, lines)
     loaded = load_model(at_revision(model, revision), device=device)
+    material = task_lines(lines) if given is None else given
     wanted = [site_of(name, loaded) for name in names] or all_sites(loaded)
     with progress() as bar:
         table = train_dictionaries(loaded, material, wanted, spec, output, bar)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from relp_cli.errors import RelpError, unknown
+from relp_cli.files import lines_of
 from relp_cli.methods.score import MeanActivations, mean_activations
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import Activations, activations
@@ -94,11 +95,7 @@ def read_corpus(model: Model, path: Path) -> list[PairBatch]:
     """
     if model.tokenizer is None:
         raise RelpError(f"model {model.name} has no tokenizer to read corpus {path} with")
-    try:
-        lines = [line for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise RelpError(f"corpus {path} cannot be read: {error}") from error
-    rows = [model.tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines]
+    rows = [model.tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines_of(path, "corpus")]
     rows = [model.with_bos(ids) for ids in rows if ids]
     if not rows:
         raise RelpError(f"corpus {path} has no text")

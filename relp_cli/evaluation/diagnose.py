@@ -94,6 +94,12 @@ class Diagnosis:
         return rows.sort_values("moved", ascending=False, ignore_index=True)
 
 
+def check_candidate(method: str) -> None:
+    """Raises RelpError for a method that cannot be diagnosed."""
+    if method not in CANDIDATES:
+        raise unknown("method to diagnose", method, CANDIDATES)
+
+
 def diagnose(
     model: Model,
     pairs: Sequence[PairBatch],
@@ -108,8 +114,7 @@ def diagnose(
 
     Raises: RelpError for a metric without gradient at the run, and for an unknown method.
     """
-    if cheap not in CANDIDATES:
-        raise unknown("method to diagnose", cheap, CANDIDATES)
+    check_candidate(cheap)
     limits = options or Options()
     if limits.top < 1:
         raise RelpError(f"top: expected at least 1 suspect to patch, got {limits.top}")

@@ -13,16 +13,14 @@ from pathlib import Path
 
 from relp_cli.errors import RelpError
 from relp_cli.features.sites import Site, parse_site
+from relp_cli.files import read_text
 
 Annotations = Mapping[tuple[Site, int], str]
 
 
 def read_annotations(path: str | Path) -> Annotations:
     """(site, feature) → annotation. Raises RelpError, naming the line, for a file that holds anything else."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RelpError(f"annotations {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    text = read_text(path, "annotations")
     found: dict[tuple[Site, int], str] = {}
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -39,6 +37,8 @@ def read_annotations(path: str | Path) -> Annotations:
             )
         if found.setdefault(key, note) != note:
             raise RelpError(f"{path}:{number}: {key[0].name}/{key[1]} has another annotation above")
+    if not found:
+        raise RelpError(f"annotations {path} has none")
     return found
 
 

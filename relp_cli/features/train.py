@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from relp_cli import MOST_SEED
 from relp_cli.errors import RelpError, RunFailed
 from relp_cli.features.dictionary import Dictionary
 from relp_cli.features.sites import Site
@@ -40,7 +41,7 @@ class TrainSpec(BaseModel):
     steps: int = Field(default=2000, ge=1)
     batch: int = Field(default=512, ge=1, le=1 << 20)
     lr: FiniteFloat = Field(default=2e-3, gt=0)
-    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
 
     @classmethod
     def of(cls, **settings: Any) -> TrainSpec:

@@ -23,7 +23,7 @@ from relp_cli.features.folder import Settings, read_object
 from relp_cli.features.saelens import CONFIG, load_saelens, save_saelens
 from relp_cli.features.sites import Site
 from relp_cli.features.train import Text, TrainSpec, activations_at, enough, quality, train_dictionary
-from relp_cli.files import check_writable, write_atomically
+from relp_cli.files import check_writable, lines_of, write_atomically
 from relp_cli.methods.request import Progress
 from relp_cli.models.model import Model
 from relp_cli.models.training.corpus import sentences
@@ -63,11 +63,7 @@ def _sentences(seed: int) -> tuple[str, ...]:
 
 def read_lines(path: Path, count: int) -> list[str]:
     """The first lines of a UTF-8 text file that are not blank. Raises RelpError for one that cannot be read, or has too few."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RelpError(f"text {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    lines = [line for line in text.split("\n") if line.strip()][:count]
+    lines = lines_of(path, "text")[:count]
     enough(len(lines), f" in {path}")
     return lines
 

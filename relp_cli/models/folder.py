@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from relp_cli.errors import RelpError
+from relp_cli.errors import RelpError, nearest
 from relp_cli.models.catalog import EMBEDDED, embedded_names
 
 # Beside the weights (`*.safetensors`, `*.bin`), these decide what a model computes, and on which tokens.
@@ -18,6 +19,7 @@ DECIDING = (
     "config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt",
     "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
+HUB_NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
 FLOATS = {"F64", "F32", "F16", "BF16"}
 BUFFERS = ("position_ids", "attn.bias", "masked_bias", "inv_freq")  # no weights, whatever their dtype
 
@@ -51,6 +53,10 @@ def local_path(name: str) -> Path | None:
         raise RelpError(f"model {'file' if path.suffix == '.gguf' else 'folder'} '{name}' does not exist")
     if path.is_file():
         raise RelpError(f"model '{name}' is a file; expected a Hugging Face model folder, or a .gguf file")
+    if not HUB_NAME.fullmatch(name):
+        raise RelpError(
+            f"model '{name}' is no embedded model, local folder or hub name{nearest(name, embedded_names())}"
+        )
     return None
 
 

@@ -19,6 +19,7 @@ import torch
 from relp_cli.edges.ablation import EdgeAblation
 from relp_cli.edges.graph import Graph
 from relp_cli.edges.run import edge_logits
+from relp_cli.errors import unknown
 from relp_cli.evaluation.ablation import Ablation
 from relp_cli.evaluation.evaluate import Runs
 from relp_cli.methods.score import COMPONENTS
@@ -175,12 +176,18 @@ BENCHES = [
 
 
 def run_benches(rounds: int, layers: int = 12, only: str = "") -> list[dict[str, Any]]:
-    """Time every row (or those whose name contains `only`); ratios of medians."""
+    """Time every row (or those whose name contains `only`); ratios of medians.
+
+    Raises: RelpError where no row has that name.
+    """
+    chosen = [bench for bench in BENCHES if only in bench.name]
+    if not chosen:
+        raise unknown("row", only, [bench.name for bench in BENCHES], where="--only: ")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         f = fixture(layers)
-        return [_time(f, bench, rounds) for bench in BENCHES if only in bench.name]
+        return [_time(f, bench, rounds) for bench in chosen]
     finally:
         torch.set_num_threads(before)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +13,31 @@ import numpy as np
 import pandas as pd
 
 from relp_cli.circuits.circuit import Circuit, tensor_hash
+from relp_cli.edges.ablation import EDGE_ABLATIONS
 from relp_cli.edges.circuit import EdgeCircuit, counted_edges, load_circuit
 from relp_cli.edges.exchange import import_circuit, is_eap_ig
 from relp_cli.edges.scores import EdgeScores
 from relp_cli.errors import RelpError, unknown
+from relp_cli.evaluation.ablation import ABLATIONS
 from relp_cli.evaluation.areas import MIB_FRACTIONS
 from relp_cli.evaluation.evaluate import evaluate
+from relp_cli.evaluation.features import ABLATIONS as FEATURE_ABLATIONS
 from relp_cli.evaluation.nodes import minimality
 from relp_cli.features.circuit import ERRORS, FeatureCircuit
 from relp_cli.features.circuit import TYPE as FEATURES
-from relp_cli.features.kinds import SCORED
+from relp_cli.features.kinds import FEATURE_KINDS, SCORED
 from relp_cli.features.scores import FeatureScores
-from relp_cli.files import check_writable, read_json
+from relp_cli.files import check_writable, lines_of, read_json
 from relp_cli.methods.request import Progress
 from relp_cli.methods.scores import Scores
 from relp_cli.models.model import Model
 from relp_cli.report.tables import write_table
+from relp_cli.runs.checked import score_spec
 from relp_cli.runs.rundir import RunDir
 from relp_cli.runs.scoring import Session, open_run, prepare_again
 from relp_cli.runs.spec import ScoreSpec
 from relp_cli.selection import select
+from relp_cli.tasks.metrics import METRICS
 
 DEFAULT_SWEEP = "log:1e-4:1:15"
 
@@ -106,7 +111,8 @@ def held_out(spec: ScoreSpec, pairs: int, seed: int, metric: str | None = None) 
     if spec.split == "all":
         raise RelpError("this run scored split 'all', which leaves no held-out pairs; score with --split discovery")
     split = "heldout" if spec.split == "discovery" else "discovery"
-    return spec.model_copy(update={"split": split, "pairs": pairs, "seed": seed, "metric": metric or spec.metric})
+    metric = spec.metric if metric is None else metric
+    return score_spec(**spec.model_dump() | {"split": split, "pairs": pairs, "seed": seed, "metric": metric})
 
 
 def evaluate_run(
@@ -130,6 +136,7 @@ def evaluate_run(
     run, spec, scores = open_run(path)
     if sweep is not None and circuit is not None:
         raise RelpError("give --sweep or --circuit, not both")
+    check_evaluation(scores, circuit, errors, metric, options.get("ablation", "mean"), options.get("corpus"))
     if output is not None and (output.is_dir() or output.suffix != ".csv"):
         raise RelpError(f"--output {output}: expected the name of a .csv file for a run's evaluation")
     check_writable(output or run.path)
@@ -140,8 +147,6 @@ def evaluate_run(
     layers = prepared.model.shape.n_layers
     default = 0 if "edges" in scores else layers // 3
     exclude = default if options.get("exclude_layers") is None else options["exclude_layers"]
-    if errors is not None and SCORED not in scores.kinds:
-        raise RelpError("--errors is for feature circuits; this run scored " + ", ".join(scores))
     more = {"errors": errors} if errors else {}
     if file:
         read = (
@@ -176,6 +181,37 @@ def evaluate_run(
     return out, table, tuple(notes)
 
 
+def check_evaluation(
+    scores: Mapping[str, Any],
+    circuit: Path | None,
+    errors: str | None,
+    metric: str | None,
+    ablation: str,
+    corpus: Path | None,
+) -> None:
+    """Raises RelpError for what can be known to be wrong before a model is loaded."""
+    if errors is not None and SCORED not in scores:
+        raise RelpError("--errors is for feature circuits; this run scored " + ", ".join(scores))
+    if errors is not None and errors not in ERRORS:
+        raise unknown("choice of error terms", errors, ERRORS)
+    if metric is not None:
+        METRICS[metric]
+    check_ablation(next(iter(scores)), ablation)
+    if corpus is not None:
+        lines_of(corpus, "corpus")
+    if circuit is not None:
+        read_circuit(circuit, errors)
+
+
+def check_ablation(kind: str, name: str) -> None:
+    """Raises RelpError for an ablation that circuits of this kind (of nodes, edges or features) do not have."""
+    known: Collection[str] = (
+        FEATURE_ABLATIONS if kind in FEATURE_KINDS else EDGE_ABLATIONS if kind == "edges" else ABLATIONS
+    )
+    if name not in known:
+        raise unknown(f"ablation of {kind}", name, known)
+
+
 def circuit_hash(circuit: Circuit | EdgeCircuit | FeatureCircuit) -> str:
     """A short hash of what a circuit keeps: its kinds, positions and nodes."""
     names = json.dumps([list(circuit.masks), list(circuit.labels)])
@@ -208,8 +244,6 @@ def read_circuit(
     content = read_json(path, "circuit file")
     if not isinstance(content, dict) or content.get("type") != FEATURES:
         return load_circuit(path)  # which says what is wrong with others
-    if errors is not None and errors not in ERRORS:
-        raise unknown("choice of error terms", errors, ERRORS)
     circuit = FeatureCircuit.load(path)
     return circuit if errors is None else circuit.without_errors(errors)
 

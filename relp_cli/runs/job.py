@@ -14,10 +14,11 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from relp_cli import MOST_SEED
 from relp_cli.config.load import load_config
 from relp_cli.config.paths import find_config
 from relp_cli.errors import RelpError
@@ -60,7 +61,7 @@ class JobSpec(_Strict):
     methods: tuple[str, ...]
     kinds: tuple[str, ...]
     directions: tuple[Literal["noising", "denoising"], ...] = ("noising",)
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Annotated[int, Field(ge=0, le=MOST_SEED)], ...] = (0,)
     pairs: int = Field(default=100, ge=1)
     metric: str | None = None
     only_correct: bool = False

@@ -13,21 +13,19 @@ from typing import Any
 import pandas as pd
 
 from relp_cli import __version__
-from relp_cli.edges.ablation import EDGE_ABLATIONS
 from relp_cli.errors import RelpError, unknown
-from relp_cli.evaluation.ablation import ABLATIONS
 from relp_cli.evaluation.compare import run_comparison
 from relp_cli.evaluation.evaluate import evaluate
-from relp_cli.evaluation.features import ABLATIONS as FEATURE_ABLATIONS
 from relp_cli.evaluation.verify import rescore
-from relp_cli.features.kinds import FEATURE_KINDS, SCORED
+from relp_cli.features.kinds import FEATURE_KINDS
 from relp_cli.files import check_writable, write_atomically
 from relp_cli.methods.scores import Scores
 from relp_cli.methods.table import METHODS
+from relp_cli.models.folder import local_path, split_revision
 from relp_cli.models.load import DTYPES
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.runs.checked import distinct, model_labels
-from relp_cli.runs.evaluating import circuits_of, held_out, sweep_points
+from relp_cli.runs.evaluating import check_ablation, circuits_of, held_out, sweep_points
 from relp_cli.runs.job import COSTS, Cell, Group, JobSpec, cell_hash, cells, nodes_of, read_cell, score_spec_of
 from relp_cli.runs.rundir import provenance
 from relp_cli.runs.scoring import Prepared, Session, check_request, default_folder, digest_of, prepare, score_run
@@ -36,16 +34,19 @@ from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.task import load_task
 
 Report = Callable[[int, int, str], None]
-_ABLATIONS = {"nodes": ABLATIONS, "edges": EDGE_ABLATIONS, SCORED: FEATURE_ABLATIONS}
 
 
 def check_job(job: JobSpec) -> None:
     """What can be known to be wrong before any cell runs: tasks, methods, their parameters and rules, dictionaries,
-    ablations, metrics, the sweep, and models that are there twice. A model that does not load fails in its own cells.
+    ablations, metrics, the sweep, and models that are there twice. One model of several that does not load fails
+    in its own cells.
 
     Raises: RelpError for what no cell could be computed with.
     """
     model_labels(job.models)
+    wrong = [problem for model in job.models if (problem := _no_model(model)) is not None]
+    if len(wrong) == len(job.models):
+        raise wrong[0]
     distinct("task name", [load_task(task).name for task in job.tasks])
     methods = [*job.methods, *([job.agreement.reference] if job.agreement else [])]
     group = cells(job)[0].group
@@ -60,13 +61,19 @@ def check_job(job: JobSpec) -> None:
         if job.evaluate.metric is not None:
             METRICS[job.evaluate.metric]
         for kind in job.kinds:
-            known = _ABLATIONS[SCORED if kind in FEATURE_KINDS else kind if kind == "edges" else "nodes"]
-            if job.evaluate.ablation not in known:
-                raise unknown(f"ablation of {kind}", job.evaluate.ablation, known)
+            check_ablation(kind, job.evaluate.ablation)
             if job.evaluate.ablation == "corpus":
                 raise RelpError(
                     "ablation 'corpus' needs a text file, which a job cannot give; use `relp evaluate RUN --corpus`"
                 )
+
+
+def _no_model(name: str) -> RelpError | None:
+    try:
+        local_path(split_revision(name, None)[0])
+    except RelpError as error:
+        return error
+    return None
 
 
 def _by_candidates(job: JobSpec, method: str, kind: str) -> bool:

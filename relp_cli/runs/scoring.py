@@ -74,7 +74,7 @@ def prepare(spec: ScoreSpec, session: Session, at_most: bool = False) -> Prepare
     at_most: take what there is where the split holds fewer than `spec.pairs` (and say so in `notes`).
     """
     task = session.task(spec.task)  # bad tasks are found before a model is loaded
-    metric = spec.metric or task.metric
+    metric = task.metric if spec.metric is None else spec.metric
     METRICS[metric]
     model = session.model(spec.model, spec.dtype)
     try:
@@ -104,8 +104,10 @@ def prepare(spec: ScoreSpec, session: Session, at_most: bool = False) -> Prepare
 
 def check_request(spec: ScoreSpec, folder: Path | None = None) -> None:
     """What can be known to be wrong before anything is loaded: method, its parameters and rules, the output folder."""
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise RelpError(f"--output {folder} is a file; expected a folder")
+    if folder is not None:
+        if folder.exists() and not folder.is_dir():
+            raise RelpError(f"--output {folder} is a file; expected a folder")
+        check_writable(folder)
     space = space_of(spec.nodes)
     if "dictionary" in spec.params and "dictionary" not in space.options:
         raise RelpError("--dictionary is for features (--nodes feature)")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from relp_cli import MOST_SEED
 from relp_cli.errors import RelpError, unknown
 from relp_cli.methods.table import METHODS, SPACES
 from relp_cli.nodes.kinds import NODE_KINDS
@@ -23,7 +24,7 @@ class ScoreSpec(BaseModel):
     method: str = "relp"
     nodes: tuple[str, ...] = ("resid_pre", "attn_out", "mlp_out")
     pairs: int = Field(default=100, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, le=MOST_SEED)
     split: Literal["discovery", "heldout", "all"] = "discovery"
     metric: str | None = None
     direction: Literal["noising", "denoising"] = "noising"
