@@ -127,7 +127,8 @@ def print_fields(fields: Mapping[str, Any]) -> None:
 
 def print_json(value: Any) -> None:
     """Print a value as JSON on stdout; tensors and NumPy numbers become plain ones, and what is no finite number null."""
-    sys.stdout.write(json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    ascii_only = not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    sys.stdout.write(json.dumps(_plain(value), indent=1, ensure_ascii=ascii_only, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:

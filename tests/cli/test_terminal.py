@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pandas as pd
 import pytest
 from rich.table import Table
 
-from relp_cli.cli.common import Terminal, note
+from relp_cli.cli.common import Terminal, note, print_json
 from relp_cli.errors import visible
 from relp_cli.report.tables import show
 
@@ -122,6 +123,16 @@ def test_ascii_output_and_a_notebooks_backend():
     done = _shell("relp ls methods", PYTHONIOENCODING="ascii", MPLBACKEND="module://matplotlib_inline.backend_inline")
     assert (done.returncode, done.stderr) == (0, "")
     assert "act_patch" in done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_json_is_strict_in_every_encoding(monkeypatch, encoding):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace")
+    monkeypatch.setattr(sys, "stdout", stream)
+    print_json({"é": float("nan"), "U": [float("inf"), 1.5, HOSTILE, "\U0001f600"]})
+    stream.seek(0)
+    found = json.loads(stream.read(), parse_constant=pytest.fail)
+    assert found == {"é": None, "U": [None, 1.5, HOSTILE, "\U0001f600"]}
 
 
 @pytest.mark.parametrize("delay", [0.02, 0.3, 1.0])
