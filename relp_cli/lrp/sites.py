@@ -56,7 +56,10 @@ def _norms(model: Model, rule: ActiveRule) -> list[RuleSite]:
             f"rule '{rule}' does not reach {len(missing)} norms of {model.name} ({model.family.name}): TransformerLens shows no "
             f"scale at {missing[0]}; leave the rule out (--rules)"
         )
-    return [_norm(model, p.removesuffix(".hook_scale"), rule) for p in model.points if p.endswith(".hook_scale")]
+    names = [p.removesuffix(".hook_scale") for p in model.points if p.endswith(".hook_scale")]
+    return [
+        _norm(model, name, rule) for name in names if not name.startswith("vision")
+    ]  # text never runs a picture's part
 
 
 def _norm(model: Model, name: str, rule: ActiveRule) -> RuleSite:

@@ -127,6 +127,7 @@ def unhooked_norms(model: Model) -> list[str]:
         and "Bridge" not in type(module).__name__
         and not any(True for _ in module.children())
         and re.search(r"\.\d+\.", path)
+        and "vision" not in path
         and id(module) not in hooked
     ]
 

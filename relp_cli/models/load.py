@@ -82,6 +82,7 @@ def wrap(
     bridge = _bridge(hf, name)
     hf.requires_grad_(False)
     shape = _shape(hf, bridge)
+    _narrow_rotary(bridge, next(hf.parameters()).dtype)
     model = Model(
         name=name,
         hf=bridge.original_model,
@@ -227,6 +228,17 @@ def _bridge(hf: Any, name: str) -> Any:
             return build_bridge_from_module(hf, type(hf).__name__, hf_config=hf.config, model_name=name)
         except Exception as error:  # each adapter fails in its own way on a configuration that it does not know
             raise RelpError(f"TransformerLens cannot wrap model '{name}': {_first_line(error)}") from error
+
+
+def _narrow_rotary(bridge: Any, dtype: torch.dtype) -> None:
+    """Rotated queries and keys in the model's dtype, as Hugging Face has them: for OLMo the bridge leaves them in float32,
+    which its next product with bfloat16 values refuses.
+    """
+    if dtype in (torch.float32, torch.float64):
+        return
+    for name, point in bridge.hook_dict.items():
+        if name.endswith((".hook_rot_q", ".hook_rot_k")):
+            point.register_forward_hook(lambda _m, _a, value: value.to(dtype))
 
 
 def _bos(tokenizer: Any, wanted: bool, name: str, asked: bool) -> int | None:

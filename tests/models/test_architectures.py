@@ -13,6 +13,8 @@ from oracles.make import MOE, exact_float64
 from oracles.plain import N_HEADS, N_LAYERS, ROWS, Plain, build, part, plain
 from oracles.wrapped import close, double_by_default, pairs
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from relp_cli.errors import RelpError
 from relp_cli.models.load import wrap
@@ -212,3 +214,27 @@ def test_tokens_and_positions_that_a_model_does_not_have() -> None:
         model.logits(torch.tensor([[1, 50]]))
     with pytest.raises(RelpError, match="a prompt of 65 tokens; model gpt2 has 64 positions"):
         model.logits(torch.ones(1, 65, dtype=torch.long))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["olmo", "olmo2"])
+def test_narrow_dtypes_where_the_wrapper_rotates_in_float32(name: str, dtype: torch.dtype) -> None:
+    config = CONFIG_MAPPING[ROWS[name].model_type](**ROWS[name].config)
+    narrow = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    wide = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    wide.load_state_dict({k: v.float() for k, v in narrow.state_dict().items()})  # before a bridge renames them
+    got, want = (score(wrap(m, None, name), [BATCH], "atp", ["attn_out"])["attn_out"].mean for m in (narrow, wide))
+    assert (got - want).abs().max() < 0.1 * want.abs().max()
+
+
+def test_the_text_part_of_a_multimodal_model() -> None:
+    pictures = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "image_size": 28, "patch_size": 14}  # fmt: skip
+    text = {**ROWS["gemma3"].config, "model_type": "gemma3_text"}
+    config = CONFIG_MAPPING["gemma3"](text_config=text, vision_config=pictures, mm_tokens_per_image=4)
+    hf = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    logits = hf(input_ids=BATCH.original).logits[:, -1].detach()
+    model = wrap(hf, None, "multimodal")
+    close(model.logits(BATCH.original), logits, 1e-5)
+    assert (model.shape.vocab, model.shape.d_mlp) == (50, 48)
+    assert score(model, [BATCH], "relp", ["mlp_neuron"]).meta["rules"] == {"ln": 13, "identity": 2, "half": 2}
