@@ -116,6 +116,17 @@ def read_json(path: str | Path, what: str = "file") -> Any:
     return parse_json(read_text(path, what), f"{what} {path}")
 
 
+def read_object(path: str | Path, what: str = "file") -> dict[str, Any]:
+    """The object of a JSON file that others wrote. Raises RelpError for one that cannot be read, or holds something else."""
+    try:
+        content = read_json(path, what)
+    except RunFailed as error:  # of somebody else's file this is bad input, not a damaged result
+        raise RelpError(str(error)) from error
+    if not isinstance(content, dict):
+        raise RelpError(f"{what} {path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
 def read_text(path: str | Path, what: str) -> str:
     """The content of a UTF-8 file; `what` names it in errors. Raises RelpError for one that cannot be read."""
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from relp_cli import files
 from relp_cli.errors import RelpError
 from relp_cli.precision import wide
 
@@ -26,12 +26,7 @@ class Settings(BaseModel):
 
 def read_object(path: Path, form: type[BaseModel]) -> dict[str, Any]:
     """A JSON file's object as it is. Raises RelpError, naming the key, for one that is not of this form."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RelpError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if not isinstance(content, dict):
-        raise RelpError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    content = files.read_object(path)
     try:
         form.model_validate(content)
     except ValidationError as error:

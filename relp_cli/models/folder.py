@@ -9,9 +9,9 @@ import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from relp_cli.errors import RelpError, nearest
+from relp_cli.files import read_object
 from relp_cli.models.catalog import EMBEDDED, embedded_names
 
 # Beside the weights (`*.safetensors`, `*.bin`), these decide what a model computes, and on which tokens.
@@ -71,7 +71,7 @@ def _check(name: str, folder: Path) -> None:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights and not any(folder.glob("pytorch_model*.bin")):
         raise RelpError(f"model folder '{name}' has no weights (*.safetensors or pytorch_model*.bin)")
-    config = read_config(folder / "config.json")
+    config = read_object(folder / "config.json")
     if "quantization_config" in config:
         kind = config["quantization_config"]
         method = kind.get("quant_method", "unknown") if isinstance(kind, dict) else "unknown"
@@ -82,17 +82,6 @@ def _check(name: str, folder: Path) -> None:
                 raise RelpError(
                     f"model folder '{name}': {file.name}: weight '{key}' is {dtype}, expected floating point"
                 )
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A config.json. Raises RelpError for what is no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RelpError(f"{path}: not a JSON object ({str(error).splitlines()[0][:120]})") from error
-    if not isinstance(content, dict):
-        raise RelpError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _dtypes(file: Path) -> dict[str, str]:

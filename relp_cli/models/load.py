@@ -15,10 +15,11 @@ from urllib.parse import urlsplit
 import torch
 
 from relp_cli.errors import RelpError, nearest
+from relp_cli.files import read_object
 from relp_cli.models.catalog import embedded_names
 from relp_cli.models.checks import check_forward, check_model, flat_points, mlp_form, probe
 from relp_cli.models.families import family_of
-from relp_cli.models.folder import content_hash, local_path, read_config, split_revision
+from relp_cli.models.folder import content_hash, local_path, split_revision
 from relp_cli.models.model import Model, Shape
 from relp_cli.models.moe import CHOSEN
 from relp_cli.models.scaled import contributions
@@ -179,7 +180,7 @@ def _generic_tokenizer(folder: Path) -> bool:
     """Whether the folder names the generic tokenizer class. AutoTokenizer overrides it by model type (Qwen2: byte-level
     BPE whatever tokenizer.json says), which would silently change every token."""
     config = folder / "tokenizer_config.json"
-    named = read_config(config).get("tokenizer_class") if config.is_file() else None
+    named = read_object(config).get("tokenizer_class") if config.is_file() else None
     return named in ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
