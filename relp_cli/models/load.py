@@ -118,9 +118,6 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def _from_pretrained(name: str, local: Path | None, dtype: torch.dtype, revision: str | None) -> tuple[Any, Any]:
-    from pickle import UnpicklingError
-
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import logging as hf_logging
 
@@ -138,10 +135,7 @@ def _from_pretrained(name: str, local: Path | None, dtype: torch.dtype, revision
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 **where, dtype=dtype, attn_implementation="eager", output_loading_info=True
             )
-    except (
-        OSError, ValueError, TypeError, AttributeError, RuntimeError, KeyError, EOFError, ImportError, AssertionError,
-        RecursionError, SafetensorError, UnpicklingError,
-    ) as error:  # fmt: skip
+    except Exception as error:  # each configuration, file format and package fails in a way of its own
         raise _load_error(name, local, error) from error
     hf, info = loaded
     _must_be_complete(name, info)

@@ -64,6 +64,5 @@ def test_a_rule_that_reads_what_an_architecture_never_calls_is_refused():
             run(c, f"relp+{rule}", ["resid_pre"])
 
 
-def test_scaled_contributions_are_refused():
-    with pytest.raises(RelpError, match="not supported"):
-        bias_free("granite", GQA | {"residual_multiplier": 0.5})
+def test_scaled_contributions_are_scaled_at_their_nodes():
+    assert bias_free("granite", GQA | {"residual_multiplier": 0.5}).shape.residual_multiplier == 0.5

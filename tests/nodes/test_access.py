@@ -75,7 +75,9 @@ def test_capture_has_a_graph_only_where_gradients_are_on():
         assert all(v.requires_grad for v in seen["mlp_out"])
         assert not any(v.requires_grad for v in activations(c.model, c.batch.original, [kind])["mlp_out"])
         leaf = torch.randn(4, 6, 32, dtype=torch.float64)
-        with capture(c.model, [NODE_KINDS["resid_pre"]], leaf) as seen:
+        with capture(
+            c.model, [NODE_KINDS["resid_pre"]], {"blocks.0.hook_in": lambda _: leaf.requires_grad_(True)}
+        ) as seen:
             c.model.logits(c.batch.original)
     assert torch.equal(seen["resid_pre"][0], leaf)
     assert leaf.requires_grad
