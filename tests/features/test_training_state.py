@@ -123,7 +123,7 @@ def test_what_cannot_be_is_said_before_a_model_is_loaded(relp, tmp_path: Path, m
         (("--lines", -5), "--lines"),
         (("--sites", "residual"), "unknown site 'residual'"),
         (("--text", "nowhere.txt"), "text nowhere.txt cannot be read: No such file or directory"),
-        (("--text", "empty.txt"), "at least 20 lines of text in empty.txt, got 0"),
+        (("--text", "empty.txt"), "text empty.txt has no text"),
         (("-o", "old"), "old/card.json: expected a JSON object, got list"),
         (("--text", "latin.txt"), "text latin.txt cannot be read"),
     ):
