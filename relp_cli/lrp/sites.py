@@ -11,7 +11,6 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError
 from relp_cli.lrp.rules import ActiveRule
-from relp_cli.models.checks import unhooked_norms
 from relp_cli.models.model import Model
 from relp_cli.models.moe import CHOSEN, OUT, X, moe_of
 
@@ -51,7 +50,7 @@ def build_sites(model: Model, active: list[ActiveRule]) -> list[RuleSite]:
 
 
 def _norms(model: Model, rule: ActiveRule) -> list[RuleSite]:
-    if missing := unhooked_norms(model):
+    if missing := model.unscaled_norms:
         raise RelpError(
             f"rule '{rule}' does not reach {len(missing)} norms of {model.name} ({model.family.name}): TransformerLens shows no "
             f"scale at {missing[0]}; leave the rule out (--rules)"

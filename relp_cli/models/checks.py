@@ -30,11 +30,15 @@ MOE = (X, CHOSEN, OUT)
 PROBE = 16  # tokens
 
 
+def longest(config: Any) -> int | None:
+    """How many positions a model was made for, by its text configuration; None where that does not say."""
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return None if positions is None else int(positions)
+
+
 def probe(hf: Any) -> tuple[Int[Tensor, "1 pos"], Float[Tensor, "1 pos vocab"]]:
     """Some token ids, spread over the vocabulary, and the plain model's logits on them: before anything wraps it."""
-    config = hf.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or PROBE
-    vocab, n = hf.get_input_embeddings().weight.shape[0], min(PROBE, int(longest))
+    vocab, n = hf.get_input_embeddings().weight.shape[0], min(PROBE, longest(hf.config.get_text_config()) or PROBE)
     tokens = (torch.arange(n, device=hf.get_input_embeddings().weight.device) * (vocab // n + 1) % vocab)[None]
     try:
         with torch.no_grad():
@@ -117,10 +121,10 @@ def mlp_form(model: Model) -> dict[str, Any]:
 NORM = re.compile(r"(?:Layer|RMS|RMSLayer|RMS_)?Norm", re.IGNORECASE)
 
 
-def unhooked_norms(model: Model) -> list[str]:
+def unscaled_norms(model: Model) -> tuple[str, ...]:
     """Norms inside the blocks, by their path in the plain model, at which no hook shows a scale."""
     hooked = {id(m) for name in model.points if name.endswith(".hook_scale") for m in _wrapped(model, name)}
-    return [
+    return tuple(
         path.replace("._original_component", "").replace(".original_component", "")
         for path, module in model.hf.named_modules()
         if NORM.search(type(module).__name__)
@@ -129,7 +133,7 @@ def unhooked_norms(model: Model) -> list[str]:
         and re.search(r"\.\d+\.", path)
         and "vision" not in path
         and id(module) not in hooked
-    ]
+    )
 
 
 def _wrapped(model: Model, point: str) -> list[Any]:

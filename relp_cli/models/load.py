@@ -17,7 +17,7 @@ import torch
 from relp_cli.errors import RelpError, nearest
 from relp_cli.files import read_object
 from relp_cli.models.catalog import embedded_names
-from relp_cli.models.checks import check_forward, check_model, flat_points, mlp_form, probe
+from relp_cli.models.checks import check_forward, check_model, flat_points, longest, mlp_form, probe, unscaled_norms
 from relp_cli.models.families import family_of
 from relp_cli.models.folder import content_hash, local_path, split_revision
 from relp_cli.models.model import Model, Shape
@@ -103,7 +103,7 @@ def wrap(
         bos_asked=bos is not None,
     )
     check_forward(model, tokens, plain)
-    model = replace(model, flat=flat_points(model))
+    model = replace(model, flat=flat_points(model), unscaled_norms=unscaled_norms(model))
     model = replace(model, shape=replace(shape, **mlp_form(model)))
     check_model(model)
     return model
@@ -253,7 +253,6 @@ def _shape(hf: Any, bridge: Any) -> Shape:
         getattr(config, key, None) for key in ("hidden_activation", "hidden_act", "activation_function", "activation")
     )
     learned = "pos_embed.hook_out" in points
-    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     return Shape(
         n_layers=int(cfg.n_layers),
         d_model=int(cfg.d_model),
@@ -270,7 +269,7 @@ def _shape(hf: Any, bridge: Any) -> Shape:
         final_softcap=getattr(config, "final_logit_softcapping", None),
         activation=str(next((name for name in named if name), "unknown")),
         clip_qkv=getattr(config, "clip_qkv", None) or getattr(getattr(config, "attn_config", None), "clip_qkv", None),
-        positions=None if longest is None else int(longest),
+        positions=longest(config),
         learned_positions=learned,
         residual_multiplier=float(getattr(config, "residual_multiplier", None) or 1.0),
     )

@@ -55,6 +55,7 @@ class Model:
     tokenizer: Hugging Face fast tokenizer, or None (token-id pairs only).
     bos:       the token id that prompts start with, or None.
     flat:      hook points where the model has one row per token, [batch·pos, width]; hooks see [batch, pos, width] there.
+    unscaled_norms: paths of norms inside the blocks at which no hook shows a scale, so that no rule can act on them.
     batch:     how many prompts the running forward pass has.
     bos_asked: whether that was asked for at loading; otherwise it is TransformerLens's default for the architecture.
     """
@@ -72,6 +73,7 @@ class Model:
     device: torch.device
     bos_asked: bool = False
     flat: frozenset[str] = frozenset()
+    unscaled_norms: tuple[str, ...] = ()
     batch: list[int] = field(default_factory=lambda: [0])
 
     def point(self, name: str) -> nn.Module:

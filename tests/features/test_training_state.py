@@ -108,11 +108,11 @@ def test_what_cannot_be_is_said_before_a_model_is_loaded(relp, tmp_path: Path, m
     (tmp_path / "old/card.json").write_text("[]")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n" * 30)
     for arguments, message in (
-        (("--steps", 0), "'--steps': Input should be greater than or equal to 1"),
+        (("--steps", 0), "'--steps': Input should be greater than or equal to 1 (got '0')"),
         (("--steps", -3), "--steps"),
-        (("--lr", "inf"), "--lr"),
-        (("--lr", "nan"), "--lr"),
-        (("--l1", "inf"), "--l1"),
+        (("--lr", "inf"), "--lr: Input should be a finite number, got inf"),
+        (("--lr", "nan"), "--lr: Input should be"),
+        (("--l1", "inf"), "--l1: Input should be a finite number"),
         (("--features", 0), "--features"),
         (("--features", 10**12), "--features"),
         (("--k", 0), "--k"),
@@ -120,7 +120,8 @@ def test_what_cannot_be_is_said_before_a_model_is_loaded(relp, tmp_path: Path, m
         (("--batch", 10**12), "--batch"),
         (("--seed", -1), "--seed"),
         (("--seed", 2**64), "--seed"),
-        (("--lines", -5), "--lines"),
+        (("--lines", -5), "'--lines': Input should be greater than or equal to 1 (got '-5')"),
+        (("--lines", 5), "at least 20 lines of text: --lines, got 5"),
         (("--sites", "residual"), "unknown site 'residual'"),
         (("--text", "nowhere.txt"), "text nowhere.txt cannot be read: No such file or directory"),
         (("--text", "empty.txt"), "text empty.txt has no text"),
