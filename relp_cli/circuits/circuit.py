@@ -142,11 +142,30 @@ class _File(Strict):
 File = TypeVar("File", bound=BaseModel)
 
 
+# What a circuit says of where it came from, and is compared by.
+TEXTS = (
+    "model",
+    "revision",
+    "task",
+    "task_hash",
+    "method",
+    "metric",
+    "direction",
+    "baseline",
+    "dictionary_hash",
+    "scores",
+)
+
+
 def read_file(path: str | Path, form: type[File], kind: str) -> File:
     """A circuit file's content. Raises RelpError for one that is not of this kind and form, RunFailed for one cut short."""
     content = read_json(path, "circuit file")
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or content.get("type") != kind:
         raise RelpError(f"circuit file {path}: expected a {kind} (schema {SCHEMA})")
+    meta = content.get("meta")
+    for key in TEXTS if isinstance(meta, dict) else ():
+        if not isinstance(meta.get(key), str | None):
+            raise RelpError(f"circuit file {path}: meta.{key}: expected text, got {meta[key]!r:.40}")
     try:
         return form.model_validate(content)
     except ValidationError as error:
