@@ -56,9 +56,8 @@ def _norms(model: Model, rule: ActiveRule) -> list[RuleSite]:
             f"scale at {missing[0]}; leave the rule out (--rules)"
         )
     names = [p.removesuffix(".hook_scale") for p in model.points if p.endswith(".hook_scale")]
-    return [
-        _norm(model, name, rule) for name in names if not name.startswith("vision")
-    ]  # text never runs a picture's part
+    # Of a multimodal model, text never runs the part that sees pictures.
+    return [_norm(model, name, rule) for name in names if not name.startswith("vision")]
 
 
 def _norm(model: Model, name: str, rule: ActiveRule) -> RuleSite:

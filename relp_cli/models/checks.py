@@ -25,8 +25,6 @@ FORWARD = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 8e-2, torch
 UNGATED = ("mlp.in.hook_out", "mlp.out.hook_in")
 GATED = (*UNGATED, "mlp.gate.hook_out")
 MOE = (X, CHOSEN, OUT)
-
-
 PROBE = 16  # tokens
 
 
