@@ -163,9 +163,10 @@ def read_file(path: str | Path, form: type[File], kind: str) -> File:
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or content.get("type") != kind:
         raise RelpError(f"circuit file {path}: expected a {kind} (schema {SCHEMA})")
     meta = content.get("meta")
-    for key in TEXTS if isinstance(meta, dict) else ():
-        if not isinstance(meta.get(key), str | None):
-            raise RelpError(f"circuit file {path}: meta.{key}: expected text, got {meta[key]!r:.40}")
+    if isinstance(meta, dict):
+        for key in TEXTS:
+            if not isinstance(meta.get(key), str | None):
+                raise RelpError(f"circuit file {path}: meta.{key}: expected text, got {meta[key]!r:.40}")
     try:
         return form.model_validate(content)
     except ValidationError as error:
