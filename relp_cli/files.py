@@ -24,7 +24,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     Raises: RelpError where `path` cannot be a file of ours, RunFailed where writing fails (a full disk).
     """
     data = content.encode() if isinstance(content, str) else content
-    check_writable(path)
+    check_file_writable(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(path.parent)
@@ -65,6 +65,13 @@ def check_writable(path: Path) -> None:
         reason = f"{there} is not writable"
     if reason:
         raise RelpError(f"cannot write {path}: {reason}")
+
+
+def check_file_writable(path: Path) -> None:
+    """As `check_writable`, for what is to be a file. Raises: RelpError also where a folder has its name."""
+    check_writable(path)
+    if path.is_dir():
+        raise RelpError(f"cannot write {path}: it is a folder; expected the name of a file")
 
 
 def remove_stale(folder: Path) -> None:
@@ -111,17 +118,14 @@ def read_json(path: str | Path, what: str = "file") -> Any:
     """The content of a JSON file; `what` names it in errors.
 
     Raises: RelpError for one that cannot be opened, or with a key twice, numbers of too many digits or too deep nesting
-    (which other readers accept in different ways), RunFailed for one that is not JSON (cut short).
+    (which other readers accept in different ways), or that is not JSON.
     """
     return parse_json(read_text(path, what), f"{what} {path}")
 
 
 def read_object(path: str | Path, what: str = "file") -> dict[str, Any]:
     """The object of a JSON file that others wrote. Raises RelpError for one that cannot be read, or holds something else."""
-    try:
-        content = read_json(path, what)
-    except RunFailed as error:  # of somebody else's file this is bad input, not a damaged result
-        raise RelpError(str(error)) from error
+    content = read_json(path, what)
     if not isinstance(content, dict):
         raise RelpError(f"{what} {path}: expected a JSON object, got {type(content).__name__}")
     return content
@@ -164,4 +168,4 @@ def parse_json(text: str, where: str) -> Any:
     except RecursionError:
         raise RelpError(f"{where}: nested too deeply") from None
     except ValueError as error:
-        raise RunFailed(f"{where} is not valid JSON ({error})") from error
+        raise RelpError(f"{where} is not valid JSON ({error})") from error

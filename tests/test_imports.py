@@ -1,6 +1,8 @@
 """The import contract: who may import whom. Data flows one way."""
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -71,3 +73,24 @@ def test_there_is_no_circle():
 def test_the_reader_of_imports_sees_them():
     assert "relp_cli.errors" in imports("relp_cli.registry")
     assert "relp_cli.models.moe" in imports("relp_cli.lrp.sites")
+
+
+QUICK = {
+    "help": "--help", "help of a verb": "score --help", "tasks": "ls tasks", "methods": "ls methods", "nodes": "ls nodes",
+    "models": "ls models", "runs": "ls runs", "a task": "validate ioi",
+}  # fmt: skip
+
+
+def test_what_needs_no_model_imports_no_torch(tmp_path):
+    """One process, one command after the other: none of them brings torch or transformers in."""
+    code = (
+        "import sys\nfrom relp_cli.cli.main import run\n"
+        f"for name, line in {QUICK!r}.items():\n"
+        "    sys.argv = ['relp', *line.split()]\n"
+        "    try:\n        run()\n"
+        "    except SystemExit as stop:\n        assert not stop.code, (name, stop.code)\n"
+        "    heavy = {'torch', 'transformers', 'transformer_lens'} & set(sys.modules)\n"
+        "    assert not heavy, (name, heavy)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]

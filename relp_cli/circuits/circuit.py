@@ -101,7 +101,7 @@ class Circuit:
 
     @classmethod
     def load(cls, path: str | Path) -> Circuit:
-        """Read what `save` wrote. Raises RelpError for a file that is not a circuit, RunFailed for one cut short."""
+        """Read what `save` wrote. Raises RelpError for a file that is not a circuit."""
         file = read_file(path, _File, "relp node circuit")
         masks = {}
         for kind, columns in file.nodes.items():
@@ -158,7 +158,7 @@ TEXTS = (
 
 
 def read_file(path: str | Path, form: type[File], kind: str) -> File:
-    """A circuit file's content. Raises RelpError for one that is not of this kind and form, RunFailed for one cut short."""
+    """A circuit file's content. Raises RelpError for one that is not of this kind and form."""
     content = read_json(path, "circuit file")
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or content.get("type") != kind:
         raise RelpError(f"circuit file {path}: expected a {kind} (schema {SCHEMA})")

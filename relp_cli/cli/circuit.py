@@ -21,7 +21,7 @@ from relp_cli.cli.common import (
     progress,
 )
 from relp_cli.errors import RelpError
-from relp_cli.files import check_writable
+from relp_cli.files import check_file_writable
 
 
 def command(
@@ -100,7 +100,7 @@ def command(
     path = output or run_dir.circuit
     if path.is_dir():
         raise RelpError(f"--output {path} is a folder; expected a file name")
-    check_writable(path)
+    check_file_writable(path)
     selection = circuit.meta["selection"]
     if "ties" in selection:
         note(
@@ -148,14 +148,14 @@ def layers_table(circuit):  # type: ignore[no-untyped-def]
         return _sites_table(circuit, tau)
     noun = "edges" if hasattr(circuit, "graph") else "nodes"
     table = Table(title=f"{circuit.n_nodes} of {circuit.n_possible} {noun} (τ = {tau:g})", title_justify="left")
-    table.add_column("kind")
-    n_layers = max(mask.shape[0] for mask in circuit.masks.values())
-    for layer in range(n_layers):
-        table.add_column(f"L{layer}", justify="right")
-    table.add_column("all", justify="right")
-    for kind, mask in circuit.masks.items():
-        counts = mask.flatten(1).sum(1).tolist()
-        table.add_row(kind, *map(str, counts), str(sum(counts)))
+    table.add_column("layer", justify="right")
+    counts = [mask.flatten(1).sum(1).tolist() for mask in circuit.masks.values()]
+    for kind in circuit.masks:
+        table.add_column(kind, justify="right")
+    for layer, row in enumerate(zip(*counts, strict=True)):
+        table.add_row(str(layer), *map(str, row))
+    table.add_section()
+    table.add_row("all", *(str(sum(of_kind)) for of_kind in counts))
     return table
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.text import Text
 
 from relp_cli import MOST_SEED
+from relp_cli.config.load import parse
 from relp_cli.errors import RelpError, unknown, visible
 
 
@@ -105,12 +105,11 @@ def assignments(items: list[str]) -> dict[str, Any]:
     out_: dict[str, Any] = {}
     for item in items:
         key, equals, value = item.partition("=")
-        if not equals or not key:
+        if not equals or not key.strip():
             raise RelpError(f"--set expects name=value, got '{item}'")
-        try:
-            out_[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise RelpError(f"--set {key}: '{value}' is not a YAML value") from error
+        if key.strip() in out_:
+            raise RelpError(f"--set {key.strip()}: given twice")
+        out_[key.strip()] = parse(value, Path(f"--set {item}")).values
     return out_
 
 

@@ -9,6 +9,7 @@ import typer
 
 from relp_cli.cli.common import DeviceOption, JsonFlag, log, note, output_option, print_json
 from relp_cli.errors import RelpError
+from relp_cli.files import check_file_writable
 
 
 def export(
@@ -21,10 +22,12 @@ def export(
 
     Example: relp export runs/ioi-edges ioi.json
     """
-    from relp_cli.edges.exchange import export_circuit
+    from relp_cli.edges.exchange import check_circuit_name, export_circuit
     from relp_cli.runs.evaluating import own_circuit
     from relp_cli.runs.scoring import open_run
 
+    check_circuit_name(file)
+    check_file_writable(file)
     run_dir, _, scores = open_run(run)
     if "edges" not in scores:
         raise RelpError(
@@ -57,6 +60,7 @@ def import_(
     from relp_cli.edges.exchange import import_circuit
     from relp_cli.models.load import load_model
 
+    check_file_writable(output)
     circuit, _ = import_circuit(file, None if model is None else load_model(model, device=device))
     circuit.save(output)
     if json:

@@ -141,7 +141,7 @@ class EdgeCircuit:
 
     @classmethod
     def load(cls, path: str | Path) -> EdgeCircuit:
-        """Read what `save` wrote. Raises RelpError for what is no edge circuit, RunFailed for a file cut short."""
+        """Read what `save` wrote. Raises RelpError for what is no edge circuit."""
         file = read_file(path, _File, TYPE)
         graph, labels, edges = Graph(**file.graph.model_dump()), tuple(file.labels), file.edges
         lengths = {len(column) for column in (edges.writer, edges.reader, edges.pos) if column is not None}

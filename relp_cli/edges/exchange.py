@@ -23,7 +23,7 @@ from relp_cli.circuits.circuit import ANY_POSITION
 from relp_cli.edges.circuit import EdgeCircuit
 from relp_cli.edges.graph import Graph
 from relp_cli.edges.scores import EdgeScores
-from relp_cli.errors import RelpError, RunFailed
+from relp_cli.errors import RelpError
 from relp_cli.files import read_json, write_atomically
 from relp_cli.methods.scores import support_sign
 from relp_cli.models.model import Model
@@ -40,6 +40,7 @@ def export_circuit(
 
     Raises: RelpError for scores or circuits per position (the format has none), two graphs, or another suffix.
     """
+    check_circuit_name(path)
     given = circuit or scores
     if given is None:
         raise RelpError("nothing to export: neither a circuit nor scores")
@@ -76,18 +77,23 @@ def _content(path: Path, graph: Graph, cfg: dict[str, Any], kept: Tensor, values
         stream = io.BytesIO()
         torch.save(content, stream)
         return stream.getvalue()
-    raise RelpError(f"circuit file {path}: expected a name that ends in .json or .pt")
+    raise AssertionError(path)  # `check_circuit_name` lets no other pass
+
+
+def check_circuit_name(path: str | Path) -> None:
+    """Raises RelpError for a name without one of the two suffixes."""
+    if Path(path).suffix not in (".json", ".pt"):
+        raise RelpError(f"circuit file {path}: expected a name that ends in .json or .pt")
 
 
 def import_circuit(path: str | Path, model: Model | None = None) -> tuple[EdgeCircuit, EdgeScores]:
     """The circuit (edges that are in) and the scores of a `.json` or `.pt` file; `.pt` is read with weights_only.
 
     model: whose graph the file must have. Raises: RelpError for what is no such file, another graph, or circuits of
-    neurons; RunFailed for a file cut short.
+    neurons.
     """
     file = Path(path)
-    if file.suffix not in (".json", ".pt"):
-        raise RelpError(f"circuit file {path}: expected a name that ends in .json or .pt")
+    check_circuit_name(file)
     try:
         cfg, kept, values = _from_json(file) if file.suffix == ".json" else _from_pt(file)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -193,7 +199,7 @@ def _from_pt(path: Path) -> tuple[dict[str, Any], Tensor, Tensor]:
     except pickle.UnpicklingError as error:
         raise RelpError(f"circuit file {path}: it holds more than tensors and plain values; not read") from error
     except (RuntimeError, EOFError) as error:
-        raise RunFailed(f"circuit file {path} cannot be read ({str(error).splitlines()[0][:120]})") from error
+        raise RelpError(f"circuit file {path} cannot be read ({str(error).splitlines()[0][:120]})") from error
     missing = [key for key in PT_KEYS if key not in content]
     if missing:
         raise RelpError(f"circuit file {path}: expected keys {', '.join(PT_KEYS)}; missing {', '.join(missing)}")

@@ -149,7 +149,7 @@ class FeatureCircuit:
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureCircuit:
-        """Read what `save` wrote. Raises RelpError for a file that is no feature circuit, RunFailed for one cut short."""
+        """Read what `save` wrote. Raises RelpError for a file that is no feature circuit."""
         file = read_file(path, _File, TYPE)
         try:
             return file.circuit()

@@ -252,7 +252,7 @@ def own_circuit(
     run: RunDir, scores: Scores, errors: str | None = None, model: Model | None = None
 ) -> Circuit | EdgeCircuit | FeatureCircuit:
     """A run's circuit.json. Raises RelpError where it was selected from other scores than the run's, or is of another
-    model or graph; RunFailed where it is damaged.
+    model or graph, or cannot be read.
     """
     circuit = read_circuit(run.circuit, errors, model)
     theirs = circuit.meta.get("scores")

@@ -23,6 +23,7 @@ from relp_cli.features.show import described, top_features
 from relp_cli.features.sites import Site, parse_site
 from relp_cli.methods.request import Progress
 from relp_cli.methods.scores import Scores
+from relp_cli.models.model import Model
 from relp_cli.report.tables import show
 from relp_cli.runs.scoring import Prepared, Session, prepare_again
 from relp_cli.runs.spec import ScoreSpec
@@ -36,7 +37,7 @@ def show_features(
     assert isinstance(found, FeatureScores)
     prepared = prepare_again(spec, scores, session)
     dictionaries = session.dictionaries(spec.params["dictionary"], prepared.model)
-    notes = _notes(annotations, dictionaries)
+    notes = _notes(annotations, dictionaries, prepared.model)
     table = described(top_features(found, k), prepared.model, dictionaries, prepared.pairs, notes)
     meta = scores.meta
     if meta["rules"]:
@@ -65,7 +66,7 @@ def with_edges(
     """
     params = dict(spec.params)
     dictionary = session.dictionaries(params.pop("dictionary"), prepared.model)
-    _notes(annotations, dictionary)  # found to be wrong before the work
+    _notes(annotations, dictionary, prepared.model)  # found to be wrong before the work
     edges = feature_edges(
         prepared.model, prepared.pairs, circuit, spec.method, dictionary=dictionary, batch_size=spec.batch_size,
         progress=progress, **params,
@@ -96,7 +97,7 @@ def show_edges(
     show(shown.drop(columns="n"), console, title, digits=3)
     ends = dict.fromkeys([*shown.source, *shown.target])
     dictionaries = session.dictionaries(spec.params["dictionary"], prepared.model)
-    notes = _notes(annotations, dictionaries)
+    notes = _notes(annotations, dictionaries, prepared.model)
     nodes = [parse_node(name) for name in ends if name != METRIC]
     show(_meanings(nodes, prepared, dictionaries, notes), console, "Their nodes")
 
@@ -124,15 +125,19 @@ def feature_meanings(
     units = dict.fromkeys((n.site, n.feature) for n in nodes[:most])  # one row per feature, wherever it is
     plain = [FeatureNode(site, ANY_POSITION[0], unit) for site, unit in units]
     dictionaries = session.dictionaries(spec.params["dictionary"], prepared.model)
-    return _meanings(plain, prepared, dictionaries, _notes(annotations, dictionaries))
+    return _meanings(plain, prepared, dictionaries, _notes(annotations, dictionaries, prepared.model))
 
 
-def _notes(path: Path | None, dictionaries: Dictionaries) -> Annotations | None:
-    """Annotations, of sites without a dictionary too. Raises RelpError for features that a dictionary does not have."""
+def _notes(path: Path | None, dictionaries: Dictionaries, model: Model) -> Annotations | None:
+    """Annotations, of sites without a dictionary too. Raises RelpError for layers that the model does not have, and features
+    that a dictionary does not have.
+    """
     if path is None:
         return None
     notes = read_annotations(path)
     for site, unit in notes:
+        if site.layer >= model.shape.n_layers:
+            raise RelpError(f"{path}: {site.name}: {model.name} has layers 0 to {model.shape.n_layers - 1}")
         if site in dictionaries and unit >= dictionaries[site].n_features:
             raise RelpError(f"{path}: {site.name} has features up to {dictionaries[site].n_features - 1}, not {unit}")
     return notes

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from relp_cli.errors import RelpError, RunFailed
-from relp_cli.files import read_json, write_atomically
+from relp_cli.files import parse_json, read_text, write_atomically
 
 PACKAGES = ("relp-cli", "torch", "transformers", "transformer-lens", "numpy")
 
@@ -50,7 +50,11 @@ class RunDir:
             raise RelpError(f"run '{self.path}' does not exist; `relp ls runs` lists runs, `relp score` makes one")
         if not self.record.is_file():
             raise RelpError(f"'{self.path}' is not a run directory (it has no run.json)")
-        content = read_json(self.record, "run record")
+        text = read_text(self.record, "run record")
+        try:
+            content = parse_json(text, f"run record {self.record}")
+        except RelpError as error:
+            raise RunFailed(f"{error}; score again to replace it") from error
         parts = {"spec": dict, "hash": str, "files": dict, "scores": dict}
         if not isinstance(content, dict) or not all(isinstance(content.get(k), t) for k, t in parts.items()):
             raise RunFailed(f"run record {self.record} was not written by relp; score again to replace it")

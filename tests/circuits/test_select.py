@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from relp_cli.circuits.circuit import ANY_POSITION, Circuit, tensor_hash
-from relp_cli.errors import RelpError, RunFailed
+from relp_cli.errors import RelpError
 from relp_cli.methods.scores import NodeScores
 from relp_cli.selection import select
 
@@ -197,7 +197,7 @@ def test_files_give_the_circuit_back(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "error", "message"), [
-    (lambda text: text[: len(text) // 2], RunFailed, "not valid JSON"),
+    (lambda text: text[: len(text) // 2], RelpError, "not valid JSON"),
     (lambda _: "[]", RelpError, "expected a relp node circuit"),
     (lambda text: text.replace('"schema": 1', '"schema": 99'), RelpError, "expected a relp node circuit"),
     (lambda text: text.replace('"head"', '"haed"', 1), RelpError, "unknown node kind 'haed'"),
@@ -216,8 +216,9 @@ def test_files_that_are_no_circuit(tmp_path, change, error, message):
     path = tmp_path / "c.json"
     heads().save(path)
     path.write_text(change(path.read_text()))
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         Circuit.load(path)
+    assert caught.value.exit_code == 2
 
 
 def test_missing_file(tmp_path):

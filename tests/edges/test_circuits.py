@@ -19,7 +19,7 @@ from relp_cli.edges.graph import Graph
 from relp_cli.edges.neurons import Neuron, neuron_edges
 from relp_cli.edges.run import edge_logits
 from relp_cli.edges.stream import written
-from relp_cli.errors import RelpError, RunFailed
+from relp_cli.errors import RelpError
 from relp_cli.evaluation.areas import MIB_FRACTIONS, areas
 from relp_cli.evaluation.edges import edge_curve
 from relp_cli.runs.evaluating import circuits_of
@@ -318,7 +318,7 @@ def test_files_and_errors(tmp_path) -> None:
             json.loads(json.dumps(circuit.meta)),
         )
     (tmp_path / "cut.json").write_text("{")
-    with pytest.raises(RunFailed):
+    with pytest.raises(RelpError, match="cut.json is not valid JSON"):
         load_circuit(tmp_path / "cut.json")
     with pytest.raises(RelpError, match="is no edge"):
         EdgeCircuit.from_mask(Graph(2, 2), torch.ones(7, 15, dtype=torch.bool))

@@ -124,7 +124,7 @@ def test_a_folder_deleted_in_the_middle_fails_in_one_line(tmp_path, monkeypatch)
         ('{"a": 1, "b": {"c": 1, "c": 2}}', "thing .*: duplicate key 'c'", 2),
         ("[" * 100_000, "thing .*: nested too deeply", 2),
         (f"[{'7' * 5000}]", r"thing .*: a number of 5000 digits \(777777777777…\)", 2),
-        ('{"a": ', "thing .* is not valid JSON", 1),
+        ('{"a": ', "thing .* is not valid JSON", 2),
         ("\udce9", "thing .* cannot be read: .*utf-8", 2),
         (None, "thing .* cannot be read: No such file", 2),
     ],
