@@ -34,18 +34,27 @@ def longest(config: Any) -> int | None:
     return None if positions is None else int(positions)
 
 
-def probe(hf: Any) -> tuple[Int[Tensor, "1 pos"], Float[Tensor, "1 pos vocab"]]:
-    """Some token ids, spread over the vocabulary, and the plain model's logits on them: before anything wraps it."""
+def probe(hf: Any, name: str) -> tuple[Int[Tensor, "1 pos"], Float[Tensor, "1 pos vocab"]]:
+    """Some token ids, spread over the vocabulary, and the plain model's logits on them: before anything wraps it.
+
+    Raises: RelpError where the plain model cannot run, or its logits are not finite.
+    """
     vocab, n = hf.get_input_embeddings().weight.shape[0], min(PROBE, longest(hf.config.get_text_config()) or PROBE)
     tokens = (torch.arange(n, device=hf.get_input_embeddings().weight.device) * (vocab // n + 1) % vocab)[None]
     try:
         with torch.no_grad():
-            return tokens, hf(input_ids=tokens, use_cache=False).logits
+            logits = hf(input_ids=tokens, use_cache=False).logits
     except Exception as error:  # the model's own code, on its own configuration
         raise RelpError(
-            f"this model ({hf.config.model_type}) cannot run even without relp: {type(error).__name__}: "
-            f"{(str(error).splitlines() or [''])[0][:160]}"
+            f"model '{name}' ({hf.config.model_type}) cannot run even without relp, its configuration or weights are broken: "
+            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
         ) from error
+    if not torch.isfinite(logits).all():
+        raise RelpError(
+            f"model '{name}' ({hf.config.model_type}): its logits are not finite even without relp; its weights or "
+            f"configuration are broken, or too large for {str(logits.dtype).removeprefix('torch.')}"
+        )
+    return tokens, logits
 
 
 def check_forward(model: Model, tokens: Int[Tensor, "1 pos"], plain: Float[Tensor, "1 pos vocab"]) -> None:

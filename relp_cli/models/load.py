@@ -79,7 +79,7 @@ def wrap(
     hf.config._attn_implementation = "eager"
     hf.config._experts_implementation = "eager"  # grouped_mm, the default, has no float64
     hf.to(device).eval().requires_grad_(False)
-    tokens, plain = probe(hf)
+    tokens, plain = probe(hf, name)
     bridge = _bridge(hf, name)
     hf.requires_grad_(False)
     shape = _shape(hf, bridge)
@@ -146,7 +146,9 @@ def _from_pretrained(name: str, local: Path | None, dtype: torch.dtype, revision
         loader: Any = PreTrainedTokenizerFast if folder and _generic_tokenizer(folder) else AutoTokenizer
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return hf, loader.from_pretrained(**where)
+            tokenizer = loader.from_pretrained(**where)
+            tokenizer("")  # settings of the wrong type are only found in use
+            return hf, tokenizer
     except Exception as error:  # a broken tokenizer.json ends in any exception, bare ones of its Rust library included
         raise RelpError(
             f"model '{name}': its tokenizer cannot be loaded, tokenizer.json or tokenizer_config.json is broken "
@@ -198,7 +200,10 @@ def _load_error(name: str, local: Path | None, error: Exception) -> RelpError:
                 f"model folder '{name}' brings its own code (auto_map in config.json), which is never run; expected an "
                 "architecture that Transformers itself has"
             )
-        return RelpError(f"model folder '{name}' cannot be loaded: {_first_line(error)}")
+        said = " ".join(str(error).split())[:240]  # what is wrong with a key stands in the lines after its name
+        return RelpError(
+            f"model folder '{name}' cannot be loaded, config.json or its weights are broken ({type(error).__name__}: {said})"
+        )
     near = nearest(name, embedded_names())
     hint = near if "did you mean" in near else f"; embedded models: {', '.join(embedded_names())}"
     return RelpError(

@@ -39,9 +39,7 @@ class Encoder:
 
     def encode(self, text: str) -> tuple[tuple[int, ...], Offsets]:
         """Token ids of the text and their character spans, unknown tokens included."""
-        if self.tokenizer is None:
-            raise self._no_tokenizer()
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self._call(text, return_offsets_mapping=True)
         return tuple(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
 
     def pieces(self, ids: Sequence[int]) -> str:
@@ -104,9 +102,18 @@ class Encoder:
         return () if len(ids) != 1 or starts_a_word else ids
 
     def _ids(self, texts: list[str]) -> list[tuple[int, ...]]:
+        return [tuple(ids) for ids in self._call(texts)["input_ids"]]
+
+    def _call(self, text: str | list[str], **more: bool) -> Any:
         if self.tokenizer is None:
             raise self._no_tokenizer()
-        return [tuple(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        try:
+            return self.tokenizer(text, add_special_tokens=False, **more)
+        except Exception as error:  # bare ones of the Rust library: a vocabulary without its own unknown token
+            shown = text if isinstance(text, str) else text[0]
+            raise RelpError(
+                f"the tokenizer of {self.name} cannot encode '{shown}', is tokenizer.json broken? ({error})"
+            ) from error
 
     def _no_tokenizer(self) -> RelpError:
         return RelpError(f"{self.name} has no tokenizer: only pairs of token ids can be used with it")

@@ -22,7 +22,10 @@ CASES = {
     "malformed set": (["score", "ioi", "--set", "steps"], "--set expects name=value"),
     "a set value that repeats a key": (["score", "ioi", "--set", "steps={a: 1, a: 2}"], "a: duplicate key"),
     "a set value that is too deep": (["score", "ioi", "--set", f"steps={'[' * 99}{']' * 99}"], "nested too deeply"),
-    "set twice": (["score", "ioi", "--method", "ig_inputs", "--set", "steps=3", "--set", "steps=4"], "steps: given twice"),
+    "set twice": (
+        ["score", "ioi", "--method", "ig_inputs", "--set", "steps=3", "--set", "steps=4"],
+        "steps: given twice",
+    ),
     "direction": (["score", "ioi", "--direction", "noise"], "did you mean 'noising'?"),
     "too many pairs": (["score", "sva_simple", "--pairs", "9999999"], "9999999 were asked"),
     "no pairs": (["score", "ioi", "--pairs", "0"], "greater than or equal to 1"),

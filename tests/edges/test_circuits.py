@@ -318,7 +318,7 @@ def test_files_and_errors(tmp_path) -> None:
             json.loads(json.dumps(circuit.meta)),
         )
     (tmp_path / "cut.json").write_text("{")
-    with pytest.raises(RelpError, match="cut.json is not valid JSON"):
+    with pytest.raises(RelpError, match=r"cut\.json is not valid JSON"):
         load_circuit(tmp_path / "cut.json")
     with pytest.raises(RelpError, match="is no edge"):
         EdgeCircuit.from_mask(Graph(2, 2), torch.ones(7, 15, dtype=torch.bool))

@@ -174,6 +174,7 @@ def test_requests(relp, tmp_path: Path) -> None:
         ("feature", "relp"),
     ]
     (tmp_path / "high.jsonl").write_text('{"Name": "resid_1/512", "Annotation": "x"}')
+    (tmp_path / "above.jsonl").write_text('{"Name": "resid_7/5", "Annotation": "x"}')
     (tmp_path / "odd.jsonl").write_text('{"Name": "embed/1", "Annotation": 5}')
     for arguments, message in (
         (("compare", "exact", "other"), "they are of different dictionaries"),
@@ -187,6 +188,7 @@ def test_requests(relp, tmp_path: Path) -> None:
         (("circuit", "run", "--top-k", "3", "-e", "nan"), "--edge-threshold: expected a number"),
         (("circuit", "run", "--top-k", "3", "-e", "0", "--annotations", "odd.jsonl"), "odd.jsonl:1: expected"),
         (("report", "run", "--annotations", "high.jsonl"), "resid_out_layer1 has features up to 511, not 512"),
+        (("report", "run", "--annotations", "above.jsonl"), "resid_out_layer7: tiny-pythia has layers 0 to 3"),
         (("report", "run", "--annotations", "nowhere"), "annotations nowhere cannot be read"),
         (("evaluate", "run", "--override", "pairs=3"), "--override is for jobs"),
         (("evaluate", "job.yaml", "--override", "methods=[atp_star]", "--dry-run"), "does not score features"),

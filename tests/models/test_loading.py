@@ -1,5 +1,6 @@
 """Loading: what a model must satisfy, what a folder must hold, and what happens without a network."""
 
+import json
 import shutil
 import socket
 import time
@@ -17,6 +18,7 @@ from relp_cli.models.checks import check_model
 from relp_cli.models.families import FAMILIES, family_of
 from relp_cli.models.load import load_model, wrap
 from relp_cli.scoring import score
+from relp_cli.tasks.encoder import Encoder
 
 SIZES = {"gpt2": (False, False, False), "pythia": (False, True, False), "pythia-serial": (False, False, False)}
 SIZES |= {"qwen2": (True, False, False), "llama": (True, False, False), "gemma2": (True, False, True)}
@@ -199,3 +201,32 @@ def test_embedded_models_load_and_run(name):
     assert sum(p.stat().st_size for p in (EMBEDDED / name).iterdir()) < 1.6e6
     words = model.tokenizer("The", add_special_tokens=False)["input_ids"]
     assert torch.isfinite(model.logits(torch.tensor([words]))).all()
+
+
+@pytest.mark.parametrize(("file", "path", "value", "expected"), [
+    ("config.json", ("activation_function",), -1, r"config\.json .*'activation_function': TypeError: Field .* expected str"),
+    ("config.json", ("activation_function",), "x", r"config\.json or its weights are broken \(KeyError: 'x'\)"),
+    ("config.json", ("layer_norm_epsilon",), -1.0, "model 'm' .*its logits are not finite even without relp"),
+    ("config.json", ("n_head",), -1, "model 'm' .*cannot run even without relp, its configuration"),
+    ("tokenizer_config.json", ("model_max_length",), "x", r"tokenizer\.json or tokenizer_config\.json is broken"),
+    ("tokenizer_config.json", ("model_max_length",), [], r"tokenizer\.json or tokenizer_config\.json is broken"),
+])  # fmt: skip
+def test_a_value_of_the_wrong_kind_in_a_model_folder(tmp_path, file, path, value, expected):
+    _edited(tmp_path / "m", file, path, value)
+    assert "\n" not in refused(tmp_path / "m", expected)
+
+
+def test_a_vocabulary_without_its_unknown_token(tmp_path):
+    _edited(tmp_path / "m", "tokenizer.json", ("model", "vocab"), {})
+    with pytest.raises(RelpError, match=r"the tokenizer of m cannot encode 'a', is tokenizer\.json broken"):
+        Encoder(load_model(tmp_path / "m").tokenizer, "m", None).encode("a")
+
+
+def _edited(folder, file, path, value):
+    shutil.copytree(EMBEDDED / "tiny-gpt2", folder)
+    content = json.loads((folder / file).read_text())
+    at = content
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    (folder / file).write_text(json.dumps(content))

@@ -6,11 +6,13 @@ import base64
 import json
 import re
 
+import pandas as pd
 import pytest
 import torch
 
 from relp_cli.circuits.circuit import Circuit
 from relp_cli.errors import RelpError
+from relp_cli.methods.scores import NodeScores
 from relp_cli.report.digest import circuit_counts, top_nodes
 from relp_cli.report.html import write_html
 from tests.report.made import LABELS, evaluation, node_scores, scores
@@ -110,3 +112,21 @@ def test_bad_input_is_one_line(tmp_path, run):
     (tmp_path / "file").write_text("")
     with pytest.raises(RelpError, match="cannot write"):
         write_html(tmp_path / "file", RECORD, run)
+
+
+def test_what_a_user_named_stands_in_the_page_as_text(tmp_path):
+    """Tags, quotes and the end of a script in every name, note, token and cell that people or files may give."""
+    bad = "\"'><script>alert(1)</script>&amp;$x^{"
+    kind = NodeScores("head", torch.randn(2, 2, 2), torch.ones(2, 2, 2), torch.ones(2), (bad, "end"), "role",
+                      meta={"signed": True, "metric": "logit_diff"})  # fmt: skip
+    made = scores("relp", kind)
+    made.meta.update(dict.fromkeys(("task", "model", "bos", "dictionary", "family"), bad), params={bad: bad})
+    record = json.loads(json.dumps(RECORD)) | {"notes": [bad], "spec": {"task": bad}}
+    record["provenance"] |= {"command": bad, "versions": {bad: bad}}
+    circuit = Circuit.from_mask("head", kind.mean > 0, kind.labels, selection={"threshold": 0.0, bad: bad})
+    table = evaluation(points={1: 0.0, 10: 0.5}, note=bad, ablation=bad)
+    meanings = pd.DataFrame({"node": [bad], "meaning": [bad]})
+    page = write_html(tmp_path, record, {"relp": made}, circuit, table, [bad, bad], meanings=meanings)[0].read_text()
+    assert "<script" not in page
+    assert "&amp;amp;$x^{" in page
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 10
