@@ -14,9 +14,10 @@ from relp_cli.errors import RelpError, nearest
 from relp_cli.files import read_object
 from relp_cli.models.catalog import EMBEDDED, embedded_names
 
-# Beside the weights (`*.safetensors`, `*.bin`), these decide what a model computes, and on which tokens.
+# These patterns and names decide what a model computes, and on which tokens. An index says which file a weight is read from.
+PATTERNS = ("*.safetensors", "*.bin", "*.index.json", "*.model")
 DECIDING = (
-    "config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt",
+    "config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt",
     "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 HUB_NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
@@ -98,9 +99,8 @@ def _dtypes(file: Path) -> dict[str, str]:
 def content_hash(path: Path) -> str:
     """sha256 over the names and bytes of weights, configuration and tokenizer: what makes two local models the same."""
     digest = hashlib.sha256()
-    files = (
-        [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.bin"), *map(path.joinpath, DECIDING)]
-    )
+    matching = [file for pattern in PATTERNS for file in path.glob(pattern)]
+    files = [path] if path.is_file() else [*matching, *map(path.joinpath, DECIDING)]
     for file in sorted(f for f in files if f.is_file()):
         digest.update(file.name.encode())
         with file.open("rb") as stream:

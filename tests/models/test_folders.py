@@ -132,3 +132,16 @@ def test_another_default_dtype_changes_nothing() -> None:
         assert torch.equal(score(load_model("tiny-gpt2"), pairs, "eap", ["edges"])["edges"].mean, edges)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors.index.json", "sentencepiece.bpe.model", "tokenizer.model", "merges.txt"]
+)
+def test_what_decides_a_number_is_in_the_hash(tmp_path, name):
+    """The index of sharded weights says which file a weight is read from; tokenizers have files of many names."""
+    (tmp_path / "config.json").write_text("{}")
+    seen = {content_hash(tmp_path)}
+    for text in ("one", "two"):
+        (tmp_path / name).write_text(text)
+        seen.add(content_hash(tmp_path))
+    assert len(seen) == 3
