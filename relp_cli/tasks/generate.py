@@ -95,10 +95,14 @@ def generate(task: TaskText, vocabulary: Vocabulary, n: int | None, seed: int, s
 
 @dataclass(frozen=True)
 class _Choice:
-    """Template and inline values of a pair: what is cycled through, so that each occurs equally often."""
+    """Template and inline values of a pair: what is cycled through, so that each occurs equally often.
+
+    changes: which of the template's mentions the pairing rule may change.
+    """
 
     template: Template
     words: tuple[tuple[str, Row], ...]
+    changes: tuple[int, ...]
 
 
 class _Pool:
@@ -108,12 +112,23 @@ class _Pool:
         self.task, self.split, self.accepts, rows = task, split, vocabulary.accepts, vocabulary.rows
         self.usable = {name: {row.key for row in kept} for name, kept in rows.items()}
         self.rows = {slot: tuple(rows[name]) for slot, name in task.slot_lists.items()}
+        self.orders = {name: [row.key for row in words.rows] for name, words in task.lists.items()}
+        self.role_patch, self.slot_patch = task.role_patch, task.slot_patch
+        self.sharing = [
+            slots
+            for name in dict.fromkeys(task.slot_lists.values())
+            if len(slots := [slot for slot, its in task.slot_lists.items() if its == name]) > 1
+        ]
         inline = [slot for slot in self.rows if task.spec.slots[slot.removesuffix("~")].values is not None]
         if len(task.templates) * math.prod(len(self.rows[slot]) for slot in inline) > _MAX_STRATA:
             inline = []
         self.drawn = [slot for slot in self.rows if slot not in inline]
         self.choices = [
-            _Choice(template, tuple(zip(inline, words, strict=True)))
+            _Choice(
+                template,
+                tuple(zip(inline, words, strict=True)),
+                tuple(i for i, mention in enumerate(template.mentions) if task.changes(mention)),
+            )
             for template in task.templates
             for words in itertools.product(*(self.rows[slot] for slot in inline))
             if self._distinct(dict(zip(inline, words, strict=True)))
@@ -122,8 +137,11 @@ class _Pool:
 
     def _distinct(self, words: Mapping[str, Row]) -> bool:
         """Slots that draw on the same list show different words."""
-        used = [(self.task.slot_lists[slot], row.key) for slot, row in words.items()]
-        return len(set(used)) == len(used)
+        for slots in self.sharing:
+            used = [words[slot].key for slot in slots if slot in words]
+            if len(set(used)) < len(used):
+                return False
+        return True
 
     def everything(self) -> Iterator[RawPair]:
         """Every pair of the split, once."""
@@ -210,14 +228,14 @@ class _Pool:
         words = {**dict(choice.words), **drawn}
         if not self._distinct(words):
             return None
-        task = self.task
-        patched = {**words, **{slot: words[source] for slot, source in task.slot_patch.items()}}
-        original, patch = choice.template.render(words), choice.template.render(patched, task.role_patch)
-        if self.split != "all":
-            if side(_shown(original, words, {})) != self.split:
+        task, mentions = self.task, choice.template.mentions
+        patched = {**words, **{slot: words[source] for slot, source in self.slot_patch.items()}}
+        if self.split != "all":  # before anything is rendered: half of what is drawn ends here
+            if side(_shown(mentions, words, {})) != self.split:
                 return None
-            if task.patch and side(_shown(patch, patched, task.role_patch)) != self.split:
+            if task.patch and side(_shown(mentions, patched, self.role_patch)) != self.split:
                 return None
+        original, patch = choice.template.render(words), choice.template.render(patched, self.role_patch)
         if not (self.accepts(original) and self.accepts(patch)):
             return None
         answer = self._outcomes(task.answer, words)
@@ -226,14 +244,10 @@ class _Pool:
             foil = self._outcomes(task.answer, patched)
         if not answer or set(answer) & set(foil) or (task.patch and (original.text == patch.text or not foil)):
             return None
-        changed = [
-            ((start, end), patch.spans[i][1:])
-            for i, (mention, start, end) in enumerate(original.spans)
-            if task.changes(mention)
-        ]
+        changed = tuple((original.spans[i][1:], patch.spans[i][1:]) for i in choice.changes)
         roles = tuple((mention.role, start, end) for mention, start, end in original.spans)
         text = PromptPair(original.text, patch.text if task.patch else None, answer, foil, roles)
-        return RawPair(text, tuple(changed), task.spec.join)
+        return RawPair(text, changed, task.spec.join)
 
     def _outcomes(self, outcomes: Sequence[Mention | WordSet], words: Mapping[str, Row]) -> tuple[str, ...]:
         texts: list[str] = []
@@ -241,7 +255,7 @@ class _Pool:
             if isinstance(outcome, Mention):
                 texts.append(outcome.word(words) if outcome.slot else outcome.role)
                 continue
-            order = [row.key for row in self.task.lists[outcome.list].rows]
+            order = self.orders[outcome.list]
             word = words[outcome.slot].key
             if word not in order:
                 raise RelpError(f"task '{self.task.spec.name}': '{word}' is not in the ordered list '{outcome.list}'")
@@ -251,6 +265,6 @@ class _Pool:
         return tuple(texts)
 
 
-def _shown(text: Text, words: Mapping[str, Row], roles: Mapping[str, str]) -> str:
-    """The content of a rendered prompt, whatever forms its words have."""
-    return content_of(words[roles.get(mention.role, mention.slot)].key for mention, _, _ in text.spans)
+def _shown(mentions: Iterable[Mention], words: Mapping[str, Row], roles: Mapping[str, str]) -> str:
+    """The content of a prompt of these mentions, whatever forms its words have."""
+    return content_of(words[roles.get(mention.role, mention.slot)].key for mention in mentions)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from relp_cli.tasks.words import Row
 
@@ -25,9 +26,9 @@ class Mention:
     column: str | None = None
     index: str | None = None
 
-    def word(self, words: Mapping[str, Row]) -> str:
-        """The word that this mention shows, given each slot's row."""
-        return words[self.slot].form(words[self.index].key if self.index else self.column)
+    def word(self, words: Mapping[str, Row], slot: str | None = None) -> str:
+        """The word that this mention shows, given each slot's row; or another slot's word in the same form."""
+        return words[slot or self.slot].form(words[self.index].key if self.index else self.column)
 
 
 @dataclass(frozen=True)
@@ -44,19 +45,18 @@ class Template:
 
     parts: tuple[str | Mention, ...]
 
-    @property
+    @cached_property
     def mentions(self) -> tuple[Mention, ...]:
         return tuple(part for part in self.parts if isinstance(part, Mention))
 
     def render(self, words: Mapping[str, Row], roles: Mapping[str, str] | None = None) -> Text:
         """Fill the slots. `roles` shows, at the mention of a role, another slot's word in the same form."""
-        text, spans = "", []
+        text, spans, instead = "", [], roles or {}
         for part in self.parts:
             if isinstance(part, str):
                 text += part
                 continue
-            slot = (roles or {}).get(part.role, part.slot)
-            word = Mention(part.role, slot, part.column, part.index).word(words)
+            word = part.word(words, instead.get(part.role))
             spans.append((part, len(text), len(text) + len(word)))
             text += word
         return Text(text, tuple(spans))
