@@ -11,7 +11,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +51,7 @@ class _Folder(Settings):
 
 def task_lines(count: int, seed: int = 0) -> list[str]:
     """Sentences of the shipped tasks' discovery splits, with some filler: the text that the embedded models learnt from."""
-    return list(_sentences(seed)[:count])
-
-
-@cache
-def _sentences(seed: int) -> tuple[str, ...]:
-    """All of them: the whole corpus is drawn and shuffled, however few are asked for."""
-    return tuple(sentences(seed))
+    return list(sentences(seed)[:count])
 
 
 def read_lines(path: Path, count: int) -> list[str]:

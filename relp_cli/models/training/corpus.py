@@ -39,8 +39,9 @@ FILLER = (
 )
 
 
-def sentences(seed: int) -> list[str]:
-    """All training sentences, shuffled. Filler that would give away a held-out prompt is left out."""
+@cache
+def sentences(seed: int) -> tuple[str, ...]:
+    """All training sentences, shuffled, drawn once in a process. Filler that would give away a held-out prompt is left out."""
     rng = random.Random(seed)
     tasks = [read_task(name) for name in list_tasks()]
     leaks = [_held_out_test(task) for task in tasks]
@@ -49,7 +50,7 @@ def sentences(seed: int) -> list[str]:
     texts += [_fill(rng.choice(templates), rng) for _ in range(FILLER_SHARE)]
     texts = [text for text in texts if not any(leak(text) for leak in leaks)]
     rng.shuffle(texts)
-    return texts
+    return tuple(texts)
 
 
 def _task_sentences(task: TaskText, count: int, rng: random.Random) -> list[str]:

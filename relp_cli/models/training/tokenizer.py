@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from relp_cli.tasks.spec import list_tasks, read_task
 
 
-def tokenizer_for(texts: list[str]) -> PreTrainedTokenizerFast:
+def tokenizer_for(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     """A word-level tokenizer over every word of the shipped lists and of `texts`; digits go in pairs."""
     splitter = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.Split(Regex(r"\d{2}"), behavior="isolated")]
