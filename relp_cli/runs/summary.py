@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 
 from relp_cli.features.kinds import FEATURE_KINDS
-from relp_cli.report.figures import agreement_bars, faithfulness_curves
+from relp_cli.report.canvas import save_figure
+from relp_cli.report.figures import agreement_bars, curves_figure
 from relp_cli.report.published import beside
 from relp_cli.report.tables import table5, write_table
 from relp_cli.runs.checked import file_label
@@ -67,14 +68,10 @@ def _evaluation(job: JobSpec, rows: pd.DataFrame, folder: Path) -> tuple[list[Pa
     )
     for (model, kind), chosen in drawn.groupby(["model", "kind"], sort=False):
         stem = f"curves-{file_label(str(model))}-{kind}"
-        for end in ("png", "pdf"):
-            files.append(folder / f"{stem}.{end}")
-            faithfulness_curves(chosen, files[-1])
+        files += _curves(chosen, folder / stem)
     for model, chosen in drawn.groupby("model", sort=False):
         if any(kind in FEATURE_KINDS for kind in chosen.kind):  # Figure 3: features and neurons below each other
-            for end in ("png", "pdf"):
-                files.append(folder / f"figure3-{file_label(str(model))}.{end}")
-                faithfulness_curves(chosen, files[-1])
+            files += _curves(chosen, folder / f"figure3-{file_label(str(model))}")
     areas = areas_of(rows)
     for end in ("csv", "md", "tex"):
         files.append(folder / f"summary.{end}")
@@ -83,6 +80,14 @@ def _evaluation(job: JobSpec, rows: pd.DataFrame, folder: Path) -> tuple[list[Pa
     if job.published == "figure3":
         tables.append(("neuron circuits, ours beside the paper's Figure 3", beside(rows)))
     return files, tables
+
+
+def _curves(rows: pd.DataFrame, stem: Path) -> list[Path]:
+    """One figure, as stem.png and stem.pdf."""
+    figure, files = curves_figure(rows), [Path(f"{stem}.{end}") for end in ("png", "pdf")]
+    for path in files:
+        save_figure(figure, path)
+    return files
 
 
 def areas_of(rows: pd.DataFrame) -> pd.DataFrame:
