@@ -6,8 +6,12 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import pytest
+
+from relp_cli.models.catalog import embedded_names
 
 
 @dataclass(frozen=True)
@@ -17,11 +21,22 @@ class Done:
     err: str
 
 
+@cache
+def _loader() -> Callable[..., Any]:
+    """`load_model`, but an embedded model is loaded once in a process, as a batch job loads it for all its cells."""
+    from relp_cli.models.load import load_model
+
+    once = cache(load_model)
+    return lambda name, **how: (once if name in embedded_names() else load_model)(name, **how)
+
+
 @pytest.fixture
 def relp(tmp_path, monkeypatch, capfd) -> Callable[..., Done]:
     from relp_cli.cli.main import run
 
     monkeypatch.chdir(tmp_path)
+    # Not in models.load: modules imported from then on would keep it beyond this test.
+    monkeypatch.setattr("relp_cli.runs.scoring.load_model", _loader())
 
     def call(*args: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["relp", *map(str, args)])

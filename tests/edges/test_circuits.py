@@ -224,7 +224,7 @@ def test_greedy_selection_takes_the_best_edge_into_the_circuit() -> None:
 
 
 def test_acdc_is_its_scores_at_its_threshold() -> None:
-    c = case("gpt2")
+    c = case("gpt2", layers=2)  # it is a loop over edges, of which there are half as many
     graph, tau = graph_of(c), 0.05
     scores = run(c, "acdc", ["edges"], tau=tau)
     again = run(c, "acdc", ["edges"], tau=tau, batch_size=2)
@@ -248,6 +248,7 @@ def test_acdc_is_its_scores_at_its_threshold() -> None:
                 else:
                     cut[u, v] = False
     assert torch.equal(circuit.mask[0], graph.mask & ~cut)
+    assert 0 < circuit.n_edges < graph.n_edges
 
 
 @pytest.mark.parametrize("shape", ["pythia", "gemma2"])

@@ -62,7 +62,7 @@ def test_edge_patch_equals_path_patching_edge_by_edge(shape: str, direction: str
     c = case(shape)
     want = oracle.edge_patch(*c.prompts, c.metric, direction)
     compare(score(c, "edge_patch", direction=direction), want)
-    compare(score(c, "edge_patch", direction=direction, chunk_tokens=50), want)
+    compare(score(c, "edge_patch", direction=direction, chunk_tokens=150), want)
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "gemma2"])
@@ -150,9 +150,9 @@ def test_input_edges_are_complete(shape: str) -> None:
     c = case(shape)
     w, config, original, patch = c.prompts
     change = (c.metric(oracle.run(w, config, patch).logits) - c.metric(oracle.run(w, config, original).logits)).mean()
-    errors = [(score(c, "eap_ig", steps=m).mean[0].sum() - change).abs().item() for m in (10, 100, 200)]
-    assert errors[1] < 1e-2 * change.abs().item()
-    assert errors[2] < errors[1] / 3 or errors[2] < 1e-6  # O(1/m²)
+    errors = [(score(c, "eap_ig", steps=m).mean[0].sum() - change).abs().item() for m in (100, 200)]
+    assert errors[0] < 1e-2 * change.abs().item()
+    assert errors[1] < errors[0] / 3 or errors[1] < 1e-6  # O(1/m²)
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "pythia", "llama", "gemma2"])
@@ -310,7 +310,7 @@ def test_what_cannot_be_scored_is_refused() -> None:
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
 def test_nothing_is_left_behind(shape: str) -> None:
-    c = case(shape)
+    c = case(shape, layers=2)
     before = hook_count(c.model)
     for method in (*GRADIENT, "edge_patch", "acdc", "information_flow"):
         score(c, method)
@@ -319,9 +319,9 @@ def test_nothing_is_left_behind(shape: str) -> None:
     assert hook_count(c.model) == before
     groups = [
         getattr(c.model.component(f"blocks.{n}.attn").original_component, "num_key_value_groups", None)
-        for n in range(3)
+        for n in range(2)
     ]
-    assert groups == [None if shape == "gpt2" else 2] * 3
+    assert groups == [None if shape == "gpt2" else 2] * 2
 
 
 def test_public_entry_points() -> None:

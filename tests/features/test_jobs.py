@@ -63,7 +63,7 @@ def test_figure3_on_tiny_pythia(tmp_path: Path) -> None:
     relp, ig = (rows[(rows.method == m) & (rows.kind == "feature")].iloc[0] for m in ("relp", "ig_activations"))
     assert (relp.forwards_per_pair, relp.backwards_per_pair) == (2, 1)
     assert (ig.forwards_per_pair, ig.backwards_per_pair) == (132, 130)  # 10 steps at each of 13 sites
-    assert run(job, tmp_path)[2] == 0  # all found finished
+    assert run_cells(job, tmp_path, Session("cpu")).computed == 0  # all found finished
 
 
 def test_figure3_on_the_shape_of_the_real_thing(pythia_shape: tuple[Path, Path], tmp_path: Path) -> None:

@@ -122,7 +122,8 @@ def _scores(family: str, method: str, nodes: list[str], roles: bool = False, **o
     if nodes == ["feature"]:
         options["dictionary"] = dictionaries(family)
     with exact_float64(), double_by_default():
-        return relp.score(case(family).model, batches, method, nodes, batch_size=3, keep_examples=True, **options)
+        size = 4 if method == "acdc" else 3  # one batch: a pass for every edge and batch
+        return relp.score(case(family).model, batches, method, nodes, batch_size=size, keep_examples=True, **options)
 
 
 def _score(*args: Any, **options: Any) -> dict[str, Tensor]:

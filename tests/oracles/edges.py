@@ -138,20 +138,24 @@ def edge_patch(
     weights: Weights, config: Any, original: Tensor, patch: Tensor, metric: Metric, direction: str = "noising",
     position: int | None = None,
 ) -> dict[tuple[str, str], Tensor]:  # fmt: skip
-    """(u, v) → L(run with u(other) − u(base) added to v's input) − L(run), per example; at all positions or one."""
+    """(u, v) → L(run with u(other) − u(base) added to v's input) − L(run), per example; at all positions or one.
+
+    Every edge is b rows of one batch: rows of a forward pass know nothing of each other.
+    """
     base, other = pick(direction, original, patch)
     plain, source = run(weights, config, base), run(weights, config, other)
     at = slice(None) if position is None else slice(position, position + 1)
-    out = {}
-    for u, v in edges_of(lambda edit: run(weights, config, base, edit)):
-        change = torch.zeros_like(plain.written[u])
+    edges = edges_of(lambda edit: run(weights, config, base, edit))
+    changes = torch.zeros(len(edges), *plain.written["input"].shape, dtype=torch.float64)
+    for change, (u, _) in zip(changes, edges, strict=True):
         change[:, at] = (source.written[u] - plain.written[u])[:, at]
 
-        def edit(reader: str, x: Tensor, _: Mapping[str, Tensor], v: str = v, change: Tensor = change) -> Tensor:
-            return x + change if reader == v else x
+    def edit(reader: str, x: Tensor, _: Mapping[str, Tensor]) -> Tensor:
+        into = torch.tensor([v == reader for _, v in edges])[:, None, None, None]
+        return x + (changes * into).flatten(0, 1)
 
-        out[u, v] = metric(run(weights, config, base, edit).logits) - metric(plain.logits)
-    return out
+    logits = run(weights, config, base.repeat(len(edges), 1), edit).logits.unflatten(0, (len(edges), -1))
+    return {edge: metric(own) - metric(plain.logits) for edge, own in zip(edges, logits, strict=True)}
 
 
 def reader_gradients(

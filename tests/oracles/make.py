@@ -29,6 +29,9 @@ MOE: dict[str, dict[str, Any]] = {  # mixtures of experts; what each adds to gro
 }  # fmt: skip
 
 
+FLOAT, DOUBLE, FLOAT32 = torch.Tensor.float, torch.Tensor.double, torch.float32
+
+
 class exact_float64(TorchFunctionMode):
     """Replace every request for float32 by float64.
 
@@ -37,23 +40,33 @@ class exact_float64(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def swap(a: Any) -> Any:
-            return torch.float64 if a is torch.float32 else a
+        if func is FLOAT:
+            func = DOUBLE
+        for a in args:  # loops: every operation and every look at a shape comes through here
+            if a is FLOAT32:
+                args = tuple(torch.float64 if x is FLOAT32 else x for x in args)
+                break
+        if not kwargs:
+            return func(*args)
+        return func(*args, **{k: torch.float64 if x is FLOAT32 else x for k, x in kwargs.items()})
 
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        return func(*(swap(a) for a in args), **{k: swap(v) for k, v in (kwargs or {}).items()})
 
-
-def _config(shape: str) -> PreTrainedConfig:
+def _config(shape: str, layers: int) -> PreTrainedConfig:
     size: dict[str, Any] = {
-        "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
+        "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 48,
         "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None,
     }  # fmt: skip
     gqa = size | {"num_key_value_heads": 2}
     if shape == "gpt2":
         return GPT2Config(
-            vocab_size=50, n_embd=32, n_layer=3, n_head=4, n_inner=48, n_positions=64, bos_token_id=0, eos_token_id=0
+            vocab_size=50,
+            n_embd=32,
+            n_layer=layers,
+            n_head=4,
+            n_inner=48,
+            n_positions=64,
+            bos_token_id=0,
+            eos_token_id=0,
         )
     if shape in ("pythia", "pythia-serial"):
         return GPTNeoXConfig(
@@ -75,13 +88,13 @@ def _config(shape: str) -> PreTrainedConfig:
     raise ValueError(f"unknown shape {shape!r}; one of {', '.join((*SHAPES, *MOE))}")
 
 
-def random_model(shape: str, seed: int, bias: bool = True) -> PreTrainedModel:
-    """3 layers, d 32, 4 heads (2 key/value heads where grouped), d_mlp 48, vocabulary 50; eval mode, eager attention.
+def random_model(shape: str, seed: int, bias: bool = True, layers: int = 3) -> PreTrainedModel:
+    """d 32, 4 heads (2 key/value heads where grouped), d_mlp 48, vocabulary 50; eval mode, eager attention.
 
     HF initialises biases to 0 and norm weights to 1 (Gemma-2: 0); here all are random. bias=False: all biases zero.
     Take `state_dict()` before a TransformerBridge wraps the model: wrapping renames the keys in place.
     """
-    config = _config(shape)
+    config = _config(shape, layers)
     with exact_float64():  # exact rotary tables
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
     if shape in MOE:

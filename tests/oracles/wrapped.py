@@ -43,10 +43,10 @@ class Case:
 
 
 @cache
-def case(shape: str, bias: bool = True, dtype: torch.dtype = torch.float64) -> Case:
+def case(shape: str, bias: bool = True, dtype: torch.dtype = torch.float64, layers: int = 3) -> Case:
     """In a narrower dtype the oracle keeps the float64 weights."""
     with exact_float64():
-        hf = random_model(shape, 0, bias)
+        hf = random_model(shape, 0, bias, layers)
         weights = {k: v.clone() for k, v in hf.state_dict().items()}
         model = wrap(hf, None, shape) if dtype == torch.float64 else None
     if model is None:  # anew, so that the rotary tables have the precision that Hugging Face gives them
