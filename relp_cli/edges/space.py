@@ -20,7 +20,7 @@ from relp_cli.errors import RelpError, unknown
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import position_axis
 from relp_cli.methods.setup import Passes, Setup
-from relp_cli.methods.space import CHUNK_TOKENS, Batch, Place, Point, added
+from relp_cli.methods.space import CHUNK_TOKENS, Batch, Place, Point, added, of_point, together
 from relp_cli.methods.table import Result
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import EMBEDDED
@@ -92,14 +92,16 @@ class EdgeBatch(Batch):
             return self.run.map(torch.zeros_like)
         return self._written("source")
 
-    def read_run(self, moved: Mapping[str, Tensor] | None = None) -> Written:
-        if not moved:
-            return self._written("run")
-        recorder = Recorder(self.model)
+    def read_run(self) -> Written:
+        return self._written("run")
+
+    def read_at(self, points: Sequence[Point]) -> list[Written]:
+        (moved, _), k, recorder = together(points), len(points), Recorder(self.model)
         with torch.no_grad(), self.model.hooks([*added(moved), *recorder.hooks()]):
-            self.model.logits(self.setup.run)
-        self.setup.passes.forward += 1
-        return recorder.written()
+            self.model.logits(self.setup.run.repeat(k, 1))
+        self.setup.passes.forward += k
+        written = recorder.written()
+        return [written.map(lambda rows, i=i: of_point(rows, i, k)) for i in range(k)]  # type: ignore[misc]
 
     def _written(self, prompt: str) -> Written:
         recorder = Recorder(self.model)

@@ -52,9 +52,8 @@ def _in_cells(on: Batch, params: ConductanceParams) -> Iterator[tuple[float, Map
     """Gradients inside each increment. A cell is as long as its point's weight, which puts the point inside it."""
     alphas, weights = quadrature(params.rule, params.steps)
     ends = np.concatenate([[0.0], np.cumsum(weights)])
-    moves = [p.moved for p in embeddings(on, ends, np.ones(len(ends)))]
-    start = on.read_run(moves[0])
-    for (_, at), moved in zip(on.passes(embeddings(on, alphas, weights)), moves[1:], strict=True):
-        end = on.read_run(moved)
+    values = on.readings(embeddings(on, ends, np.ones(len(ends))))
+    start = next(values)
+    for (_, at), end in zip(on.passes(embeddings(on, alphas, weights)), values, strict=True):
         yield 1.0, on.product(start, end, at)
         start = end

@@ -12,7 +12,7 @@ from torch import Tensor
 from relp_cli.errors import RelpError
 from relp_cli.lrp.context import lrp
 from relp_cli.methods.setup import Setup
-from relp_cli.methods.space import Point, together
+from relp_cli.methods.space import Point, of_point, together
 from relp_cli.nodes.access import Activations, as_leaf, capture, per_node
 from relp_cli.precision import wide
 
@@ -64,23 +64,22 @@ def gradients(setup: Setup, points: Sequence[Point]) -> list[Gradients]:
     setup.passes.backward += k
     if first.of is not None:
         (place,) = moved
-        parts = must_reach(next(grads), place, 0, first.rules).unflatten(0, (k, -1))
+        grad = must_reach(next(grads), place, 0, first.rules)
         return [
-            Gradients({}, {}, m, applied, g) for m, g in zip(metric.detach().unflatten(0, (k, -1)), parts, strict=True)
+            Gradients({}, {}, of_point(metric.detach(), i, k), applied, of_point(grad, i, k)) for i in range(k)
         ]
     by_kind = {
         kind: [must_reach(next(grads), kind, layer, first.rules) for layer in range(len(layers))]
         for kind, layers in values.items()
     }
-    rows = [slice(i * len(setup.batch), (i + 1) * len(setup.batch)) for i in range(k)]
     return [
         Gradients(
-            {kind: [v.detach()[r] for v in layers] for kind, layers in values.items()},
-            {kind: [g[r] for g in layers] for kind, layers in by_kind.items()},
-            metric.detach()[r],
+            {kind: [of_point(v.detach(), i, k) for v in layers] for kind, layers in values.items()},
+            {kind: [of_point(g, i, k) for g in layers] for kind, layers in by_kind.items()},
+            of_point(metric.detach(), i, k),
             applied,
         )
-        for r in rows
+        for i in range(k)
     ]
 
 

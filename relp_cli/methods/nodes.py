@@ -16,7 +16,7 @@ from relp_cli.methods.core import Gradients, differences, gradients, products
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import Running, mean_activations, position_axis
 from relp_cli.methods.setup import Passes
-from relp_cli.methods.space import Batch, Place, Point, added
+from relp_cli.methods.space import Batch, Place, Point, added, of_point, together
 from relp_cli.methods.table import Result
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import Activations, capture, split, units
@@ -84,13 +84,15 @@ class NodeBatch(Batch):
     def read_source(self) -> Activations:
         return self.setup.source_activations()
 
-    def read_run(self, moved: Mapping[str, Tensor] | None = None) -> Activations:
-        if not moved:
-            return self.setup.run_activations()
+    def read_run(self) -> Activations:
+        return self.setup.run_activations()
+
+    def read_at(self, points: Sequence[Point]) -> list[Activations]:
+        (moved, _), k = together(points), len(points)
         with torch.no_grad(), self.model.hooks(added(moved)), capture(self.model, self.setup.kinds) as seen:
-            self.model.logits(self.setup.run)
-        self.setup.passes.forward += 1
-        return seen
+            self.model.logits(self.setup.run.repeat(k, 1))
+        self.setup.passes.forward += k
+        return [{kind: [of_point(v, i, k) for v in layers] for kind, layers in seen.items()} for i in range(k)]
 
     @property
     def embedding_change(self) -> Tensor:

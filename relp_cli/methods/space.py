@@ -130,13 +130,22 @@ class Batch(ABC):
             yield from zip(group, found, strict=True)
             del found  # before the next pass, not during it
 
+    def readings(self, points: Iterable[Point]) -> Iterator[Any]:
+        """The run's values at every point, without gradients; passes are shared as `passes` does."""
+        for group in _groups(points, max(1, self.chunk_tokens // self.setup.run.numel())):
+            yield from self.read_at(group)
+
     @abstractmethod
     def read_source(self) -> Any:
         """The values of the source that scores are made of."""
 
     @abstractmethod
-    def read_run(self, moved: Mapping[str, Tensor] | None = None) -> Any:
-        """The same of the run, with `moved` added where it is given. 1 forward pass."""
+    def read_run(self) -> Any:
+        """The same of the run. 1 forward pass."""
+
+    @abstractmethod
+    def read_at(self, points: Sequence[Point]) -> Sequence[Any]:
+        """The same of the run at each of the points, which move the same hook points: 1 forward pass of all."""
 
     @property
     @abstractmethod
@@ -210,6 +219,11 @@ def _groups(points: Iterable[Point], size: int) -> Iterator[list[Point]]:
         group.append(point)
     if group:
         yield group
+
+
+def of_point(rows: Tensor, i: int, k: int) -> Tensor:
+    """Of rows [point, batch], those of point `i` of `k`."""
+    return rows.unflatten(0, (k, -1))[i]
 
 
 def together(points: Sequence[Point]) -> tuple[dict[str, Tensor], Recorded | None]:

@@ -128,7 +128,7 @@ def test_the_path_ends_at_the_baseline(baseline):
 def test_conductance_over_every_cut_tends_to_the_whole_change(shape):
     c = case(shape)
     want = change(c).mean()
-    for options in ({"steps": 1000}, {"steps": 1000, "rule": "midpoint"}, {"steps": 1000, "rule": "gauss_legendre"}):
+    for options in ({"steps": 200}, {"steps": 200, "rule": "midpoint"}, {"steps": 200, "rule": "gauss_legendre"}):
         got = run(c, "conductance", ["resid_pre"], **options)["resid_pre"].mean.sum(-1)
         close(got, want.expand(3), 1e-3)
 
