@@ -10,6 +10,9 @@ from functools import cache
 from typing import Any
 
 import pytest
+from jaxtyping import install_import_hook
+
+install_import_hook("relp_cli", "typed.shapes")  # before anything of it is imported: see typed.py
 
 from relp_cli.models.catalog import embedded_names
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 from torch import Tensor
 
@@ -34,7 +33,7 @@ class Circuit:
     meta:   how it was selected (τ, …), and the model, task and scores that it came from.
     """
 
-    masks: Mapping[str, Bool[Tensor, "layer pos *unit"]]
+    masks: Mapping[str, Tensor]
     labels: tuple[str, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
 

@@ -34,9 +34,9 @@ class Written:
     mlps:  per layer Float[batch, pos, d_model].
     """
 
-    input: Float[Tensor, "batch pos d_model"]
-    heads: tuple[Float[Tensor, "batch pos width"], ...]
-    mlps: tuple[Float[Tensor, "batch pos d_model"], ...]
+    input: Float[Tensor, "*batch pos d_model"]
+    heads: tuple[Float[Tensor, "*batch pos width"], ...]
+    mlps: tuple[Float[Tensor, "*batch pos d_model"], ...]
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Written:
         return Written(fn(self.input), tuple(map(fn, self.heads)), tuple(map(fn, self.mlps)))
@@ -57,7 +57,7 @@ class Written:
 
 
 def heads_out(
-    model: Model, layer: int, z: Float[Tensor, "batch pos width"], out: Tensor | None = None
+    model: Model, layer: int, z: Float[Tensor, "*batch pos width"], out: Tensor | None = None
 ) -> Float[Tensor, "head batch pos d_model"]:
     """z·W_O per head, through the post-norm's weight."""
     heads = model.shape.n_heads

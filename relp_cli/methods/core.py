@@ -65,9 +65,7 @@ def gradients(setup: Setup, points: Sequence[Point]) -> list[Gradients]:
     if first.of is not None:
         (place,) = moved
         grad = must_reach(next(grads), place, 0, first.rules)
-        return [
-            Gradients({}, {}, of_point(metric.detach(), i, k), applied, of_point(grad, i, k)) for i in range(k)
-        ]
+        return [Gradients({}, {}, of_point(metric.detach(), i, k), applied, of_point(grad, i, k)) for i in range(k)]
     by_kind = {
         kind: [must_reach(next(grads), kind, layer, first.rules) for layer in range(len(layers))]
         for kind, layers in values.items()

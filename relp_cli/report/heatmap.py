@@ -100,8 +100,10 @@ def summed(scores: NodeScores, over: Over = "units") -> NodeScores:
             )
         return replace(scores, examples=None)
     mean = scores.mean.sum(-1 if over == "units" else 1)
-    labels = scores.labels if over == "units" else tuple(map(str, range(mean.shape[1])))
-    return replace(scores, mean=mean, variance=mean * float("nan"), labels=labels, examples=None)
+    labels, n = scores.labels, scores.n
+    if over == "positions":
+        labels, n = tuple(map(str, range(mean.shape[1]))), n.amin().expand(mean.shape[1])
+    return replace(scores, mean=mean, variance=mean * float("nan"), n=n, labels=labels, examples=None, present=None)
 
 
 def panel_title(method: str, scores: NodeScores, exact: NodeScores | None) -> str:

@@ -21,7 +21,7 @@ from relp_cli.precision import wide
 from relp_cli.registry import Registry
 
 Logits = Float[Tensor, "batch vocab"]
-TokenSets = Int[Tensor, "batch k"]
+TokenSets = Int[Tensor, "batch _"]  # their sizes need not be equal
 PerExample = Float[Tensor, " batch"]
 
 

@@ -149,7 +149,7 @@ def test_mismatches_are_refused():
 
 def test_without_examples_there_is_no_interval():
     mean = torch.tensor([[1.0, 2, 4]], dtype=torch.float64)
-    bare = NodeScores("mlp_out", mean, mean, torch.ones(3), ("a", "b", "c"), "position")
+    bare = NodeScores("mlp_out", mean, mean, torch.ones(3, dtype=torch.long), ("a", "b", "c"), "position")
     got = agreement(bare, flat([1.0, 3, 4]))
     assert np.isfinite(got.pcc)
     assert np.isnan([got.pcc_lo, got.pcc_hi, got.pcc_per_pair]).all()
