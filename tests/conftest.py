@@ -7,14 +7,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook("relp_cli", "typed.shapes")  # before anything of it is imported: see typed.py
+# Before anything of the package is imported. The modules that name shapes alone: the hook makes every function slower.
+_PACKAGE = Path(__file__).parents[1] / "relp_cli"
+_NAMED = [path for path in _PACKAGE.rglob("*.py") if "from jaxtyping" in path.read_text()]
+install_import_hook([".".join(p.relative_to(_PACKAGE.parent).with_suffix("").parts) for p in _NAMED], "typed.shapes")
 
-from relp_cli.models.catalog import embedded_names
+from relp_cli.models.catalog import embedded_names  # noqa: E402 - behind the hook
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from relp_cli.registry import Registry
 class Dictionary:
     """One dictionary. d_in: width of the site, d_sae: number of features.
 
-    w_enc: Float[d_in, d_sae]   b_enc: Float[d_sae]   w_dec: Float[d_sae, d_in]   b_dec, b_in: Float[d_in]
+    w_enc: Tensor
     threshold: Float[d_sae] (jumprelu)   k: features kept (topk)   f_scale: Float[d_sae], or None for 1
     gate_bias, mag_scale, mag_bias: Float[d_sae] (gated)
     label: the class it was loaded as, for people. stored: the dtype of its file.
@@ -31,11 +31,11 @@ class Dictionary:
 
     form: str
     label: str
-    w_enc: Float[Tensor, "d_in d_sae"]
-    b_enc: Float[Tensor, " d_sae"]
-    w_dec: Float[Tensor, "d_sae d_in"]
-    b_dec: Float[Tensor, " d_in"]
-    b_in: Float[Tensor, " d_in"]
+    w_enc: Tensor
+    b_enc: Tensor
+    w_dec: Tensor
+    b_dec: Tensor
+    b_in: Tensor
     threshold: Tensor | None = None
     k: int | None = None
     f_scale: Tensor | None = None

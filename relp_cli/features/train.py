@@ -77,8 +77,8 @@ class Quality:
 class Text:
     """Token rows of equal length together, for training and held out: Int[rows, pos] each. skip: BOS positions left out."""
 
-    train: tuple[Int[Tensor, "rows pos"], ...]
-    heldout: tuple[Int[Tensor, "rows pos"], ...]
+    train: tuple[Int[Tensor, "_ _"], ...]
+    heldout: tuple[Int[Tensor, "_ _"], ...]
     skip: int
 
     @property

@@ -117,7 +117,7 @@ def test_bad_input_is_one_line(tmp_path, run):
 def test_what_a_user_named_stands_in_the_page_as_text(tmp_path):
     """Tags, quotes and the end of a script in every name, note, token and cell that people or files may give."""
     bad = "\"'><script>alert(1)</script>&amp;$x^{"
-    kind = NodeScores("head", torch.randn(2, 2, 2), torch.ones(2, 2, 2), torch.ones(2), (bad, "end"), "role",
+    kind = NodeScores("head", torch.randn(2, 2, 2), torch.ones(2, 2, 2), torch.ones(2, dtype=torch.long), (bad, "end"), "role",
                       meta={"signed": True, "metric": "logit_diff"})  # fmt: skip
     made = scores("relp", kind)
     made.meta.update(dict.fromkeys(("task", "model", "bos", "dictionary", "family"), bad), params={bad: bad})
