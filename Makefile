@@ -23,7 +23,7 @@ run: $(VENV)/.ready
 	$(BIN)/relp report runs/demo/sva
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check relp_cli tests

@@ -14,18 +14,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from relp_cli.circuits.circuit import Circuit as Circuit
-    from relp_cli.edges.circuit import EdgeCircuit as EdgeCircuit
     from relp_cli.edges.neurons import neuron_edges as neuron_edges
     from relp_cli.errors import RelpError as RelpError
     from relp_cli.evaluation.compare import compare as compare
     from relp_cli.evaluation.evaluate import evaluate as evaluate
-    from relp_cli.evaluation.nodes import applied as applied
+    from relp_cli.evaluation.minimality import applied as applied
     from relp_cli.features.edges import feature_edges as feature_edges
-    from relp_cli.methods.scores import Scores as Scores
     from relp_cli.models.load import load_model as load_model
     from relp_cli.scoring import score as score
     from relp_cli.selection import select as select
+    from relp_cli.spaces.circuit import Circuit as Circuit
+    from relp_cli.spaces.edges import EdgeCircuit as EdgeCircuit
+    from relp_cli.spaces.scores import Scores as Scores
     from relp_cli.tasks.pairs import PairBatch as PairBatch
     from relp_cli.tasks.pairs import PromptPair as PromptPair
     from relp_cli.tasks.task import load_task as load_task
@@ -34,13 +34,13 @@ __version__ = "0.1.0"
 MOST_SEED = 2**32 - 1  # seeds from 0 to this: what every generator of random numbers takes
 
 _WHERE = {
-    "Circuit": "circuits.circuit",
-    "EdgeCircuit": "edges.circuit",
+    "Circuit": "spaces.circuit",
+    "EdgeCircuit": "spaces.edges",
     "PairBatch": "tasks.pairs",
     "PromptPair": "tasks.pairs",
     "RelpError": "errors",
-    "applied": "evaluation.nodes",
-    "Scores": "methods.scores",
+    "applied": "evaluation.minimality",
+    "Scores": "spaces.scores",
     "compare": "evaluation.compare",
     "evaluate": "evaluation.evaluate",
     "feature_edges": "features.edges",

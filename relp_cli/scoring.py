@@ -8,9 +8,10 @@ from typing import Any
 from relp_cli.methods.auto import score_auto
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import COMPONENTS, resolve_method, score_units
-from relp_cli.methods.scores import Scores
-from relp_cli.methods.table import default_nodes, space_of
+from relp_cli.methods.table import default_nodes
 from relp_cli.models.model import Model
+from relp_cli.spaces.scores import Scores
+from relp_cli.spaces.table import space_for
 from relp_cli.tasks.pairs import PairBatch
 
 
@@ -43,7 +44,7 @@ def score(
     if tuple(nodes) == COMPONENTS:
         nodes = default_nodes(method, COMPONENTS)
     request = Request(metric, direction, baseline, batch_size, keep_examples, progress)
-    space = space_of(nodes)
+    space = space_for(nodes)
     own = {name: value for name, value in params.items() if name not in space.options}
     _, parsed = resolve_method(method, own, space.name, model)
     if getattr(parsed, "rules", None) == ("auto",):

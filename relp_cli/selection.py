@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from relp_cli.circuits.select import select_nodes
-from relp_cli.edges.scores import EdgeScores
-from relp_cli.edges.select import select_edges
-from relp_cli.errors import RelpError
-from relp_cli.features.scores import FeatureScores
-from relp_cli.features.select import select_features
+from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.scores import whole_of
+from relp_cli.spaces.table import space_of
 
 
 def select(
@@ -25,7 +21,7 @@ def select(
     union: bool = False,
     from_layer: int = 0,
     **more: Any,
-) -> Any:
+) -> Circuit:
     """The nodes whose score passes.
 
     threshold: keep |score| > τ (paper's T_N): −1 keeps all, inf none.
@@ -37,20 +33,13 @@ def select(
     union:     a node is in if it passes for *any* example instead of on average (threshold and fraction only).
     from_layer: nodes of lower layers are never kept (an evaluation that excludes them counts none of them).
 
-    more:      for edge scores: greedy, prune (`edges.select.select_edges`); for features: errors (`features.select`).
+    more:      for edge scores: greedy, prune (`spaces.edges`); for features: errors (`spaces.features`).
 
-    One NodeScores gives a Circuit of that kind, a mapping a mixed one (ranked together), EdgeScores an EdgeCircuit,
-    FeatureScores a FeatureCircuit.
+    Scores of several kinds, or a mapping of them, are ranked together.
     Raises: RelpError unless exactly one way of selecting is given and its value makes sense.
     """
     how = {"threshold": threshold, "fraction": fraction, "top_k": top_k, "top_p": top_p}
-    given: dict[str, Any] = {k: v for k, v in how.items() if v is not None}
-    shared: dict[str, Any] = {"sign": sign, "aggregate": aggregate, "union": union, "from_layer": from_layer}
-    only = next(iter(scores.values())) if isinstance(scores, Mapping) and len(scores) == 1 else scores
-    if isinstance(only, EdgeScores):
-        return select_edges(only, **given, **shared, **more)
-    if isinstance(only, FeatureScores):
-        return select_features(only, **given, **shared, **more)
-    if more:
-        raise RelpError(f"only edge and feature circuits can be selected with {', '.join(more)}")
-    return select_nodes(scores, given, **shared)
+    given: dict[str, float] = {k: v for k, v in how.items() if v is not None}
+    options = {"sign": sign, "aggregate": aggregate, "union": union, "from_layer": from_layer}
+    whole = scores.whole if hasattr(scores, "whole") else whole_of(scores)
+    return space_of(whole.units).select(whole, given, options, **{k: v for k, v in more.items() if v is not None})

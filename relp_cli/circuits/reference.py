@@ -6,9 +6,11 @@ import json
 
 import torch
 
-from relp_cli.circuits.circuit import ANY_POSITION, Circuit
 from relp_cli.config.paths import data_root
 from relp_cli.errors import unknown
+from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.nodes import node_circuit
+from relp_cli.spaces.units import ANY_POSITION
 
 
 def reference_names() -> list[str]:
@@ -24,4 +26,4 @@ def reference_circuit(name: str) -> Circuit:
     mask = torch.zeros(content["n_layers"], 1, content["n_units"], dtype=torch.bool)
     for layer, unit in (node for group in content["groups"].values() for node in group):
         mask[layer, 0, unit] = True
-    return Circuit({content["kind"]: mask}, ANY_POSITION, {"model": content["model"], "source": content["source"]})
+    return node_circuit({content["kind"]: mask}, ANY_POSITION, {"model": content["model"], "source": content["source"]})

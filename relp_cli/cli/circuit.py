@@ -92,7 +92,7 @@ def command(
     run_dir, spec, scores = open_run(run)
     session = Session(device)
     kinds = comma(nodes, "--nodes") if nodes is not None else tuple(scores)
-    chosen = {kind: scores[kind] for kind in kinds}
+    chosen = scores.only(kinds)
     how: dict[str, Any] = {"threshold": threshold, "fraction": fraction, "top_k": top_k, "top_p": top_p}
     more: dict[str, Any] = {} if errors is None else {"errors": errors}
     more |= {k: v for k, v in (("greedy", greedy or None), ("prune", prune)) if v is not None}
@@ -106,7 +106,7 @@ def command(
         note(
             f"{selection['ties']} more score as much as the last that was kept: --threshold {selection['tau']} keeps all"
         )
-    if edge_threshold is not None and not hasattr(circuit, "features"):
+    if edge_threshold is not None and circuit.units.space != "features":
         raise RelpError("--edge-threshold is for feature circuits; edges of heads and MLPs: relp score --nodes edges")
     if resamples:
         from relp_cli.evaluation.overlap import stability
@@ -143,10 +143,12 @@ def layers_table(circuit):  # type: ignore[no-untyped-def]
     """Nodes kept per kind and layer."""
     from rich.table import Table
 
+    from relp_cli.spaces.table import SPACES
+
     tau = circuit.meta.get("selection", {}).get("tau")
-    if hasattr(circuit, "features"):
+    if circuit.units.space == "features":
         return _sites_table(circuit, tau)
-    noun = "edges" if hasattr(circuit, "graph") else "nodes"
+    noun = SPACES[circuit.units.space].noun
     table = Table(title=f"{circuit.n_nodes} of {circuit.n_possible} {noun} (τ = {tau:g})", title_justify="left")
     table.add_column("layer", justify="right")
     counts = [mask.flatten(1).sum(1).tolist() for mask in circuit.masks.values()]
@@ -163,10 +165,13 @@ def _sites_table(circuit, tau):  # type: ignore[no-untyped-def]
     """Features and error terms kept per site."""
     from rich.table import Table
 
+    from relp_cli.spaces.features import feature_masks, sites_of
+
     table = Table(title=f"{circuit.n_nodes} of {circuit.n_possible} nodes (τ = {tau:g})", title_justify="left")
     for name in ("site", "features", "positions", "error terms"):
         table.add_column(name, justify="left" if name == "site" else "right")
-    for site, mask in circuit.features.items():
-        errors = str(int(circuit.errors[site].sum())) if circuit.has_error(site) else "removed"
+    sites = sites_of(circuit.units)
+    for site, (mask, kept) in feature_masks(circuit).items():
+        errors = str(int(kept.sum())) if sites.has_error(site) else "removed"
         table.add_row(site.name, str(int(mask.sum())), str(int(mask.any(1).sum())), errors)
     return table

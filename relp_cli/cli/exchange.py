@@ -35,7 +35,7 @@ def export(
         )
     edges = scores["edges"]
     circuit = own_circuit(run_dir, scores) if run_dir.circuit.is_file() else None
-    export_circuit(file, int(edges.meta["d_model"]), circuit, edges)  # type: ignore[arg-type]
+    export_circuit(file, int(edges.meta["d_model"]), circuit, edges)
     kept = 0 if circuit is None else circuit.n_nodes
     if json:
         print_json({"file": str(file), "n_edges": kept})
@@ -64,6 +64,6 @@ def import_(
     circuit, _ = import_circuit(file, None if model is None else load_model(model, device=device))
     circuit.save(output)
     if json:
-        print_json({"circuit": str(output), "n_edges": circuit.n_edges, "n_possible": circuit.n_possible})
+        print_json({"circuit": str(output), "n_edges": circuit.n_nodes, "n_possible": circuit.n_possible})
         return
-    log.print(f"{output}: {circuit.n_edges} of {circuit.n_possible} edges")
+    log.print(f"{output}: {circuit.n_nodes} of {circuit.n_possible} edges")

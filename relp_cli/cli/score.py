@@ -125,7 +125,7 @@ def command(
         return
     from relp_cli.cli.tables import show_scores
 
-    if "feature" in scores.kinds:
+    if "feature" in scores:
         from relp_cli.runs.features import show_features
 
         show_features(spec, session, scores, annotations, out)

@@ -12,7 +12,7 @@ from relp_cli.report.names import kind_title
 from relp_cli.report.tables import cell, show
 
 if TYPE_CHECKING:
-    from relp_cli.methods.scores import Scores
+    from relp_cli.spaces.scores import Scores
 
 
 def show_scores(scores: Scores, k: int = 10) -> None:

@@ -49,11 +49,11 @@ def command(
 
     Example: relp train-dictionary --model tiny-pythia --sites resid_out_layer2 -o my-dictionaries
     """
-    from relp_cli.features.sites import all_sites, must_be_site, site_of
     from relp_cli.features.train import TrainSpec, enough
     from relp_cli.features.trainset import read_card, read_lines, task_lines, train_dictionaries
     from relp_cli.files import check_writable
     from relp_cli.models.load import load_model
+    from relp_cli.spaces.sites import all_sites, must_be_site, site_of
 
     spec = TrainSpec.of(
         architecture=architecture, features=features, k=k, l1=l1, steps=steps, batch=batch, lr=lr, seed=seed

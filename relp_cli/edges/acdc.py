@@ -13,10 +13,10 @@ import torch
 from pydantic import Field
 
 from relp_cli.edges.run import edge_logits
-from relp_cli.edges.scores import KIND
 from relp_cli.edges.space import EdgeBatch
 from relp_cli.errors import RelpError
 from relp_cli.methods.table import Params, Result
+from relp_cli.spaces.edges import KIND
 
 
 class AcdcParams(Params):

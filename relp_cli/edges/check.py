@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from relp_cli.edges.gradients import Readers, pull_back, reader_gradients
-from relp_cli.edges.graph import QKV
 from relp_cli.edges.reads import project, projections, reads
 from relp_cli.edges.stream import Recorder, heads_out, ungrouped
 from relp_cli.errors import RelpError
@@ -24,6 +23,7 @@ from relp_cli.methods.setup import Setup
 from relp_cli.models.checks import TOLERANCE
 from relp_cli.models.model import Hook, Model
 from relp_cli.precision import wide
+from relp_cli.spaces.graph import QKV
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
 

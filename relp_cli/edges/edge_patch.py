@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from relp_cli.edges.graph import QKV, Graph
 from relp_cli.edges.reads import project, projections, reads
 from relp_cli.edges.stream import ungrouped
 from relp_cli.methods.setup import Setup
 from relp_cli.models.model import Hook
+from relp_cli.spaces.graph import QKV, Graph
 
 
 @dataclass

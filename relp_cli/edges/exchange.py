@@ -19,21 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relp_cli.circuits.circuit import ANY_POSITION
-from relp_cli.edges.circuit import EdgeCircuit
-from relp_cli.edges.graph import Graph
-from relp_cli.edges.scores import EdgeScores
 from relp_cli.errors import RelpError
 from relp_cli.files import read_json, write_atomically
-from relp_cli.methods.scores import support_sign
 from relp_cli.models.model import Model
+from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.edges import EdgeScores, edge_circuit, edge_mask
+from relp_cli.spaces.graph import Graph
+from relp_cli.spaces.scores import support_sign
+from relp_cli.spaces.units import ANY_POSITION
 
 SUPPORT_POSITIVE = "support positive"
 PT_KEYS = ("cfg", "edges_scores", "edges_in_graph")
 
 
 def export_circuit(
-    path: str | Path, d_model: int, circuit: EdgeCircuit | None = None, scores: EdgeScores | None = None
+    path: str | Path, d_model: int, circuit: Circuit | None = None, scores: EdgeScores | None = None
 ) -> None:
     """Write a `.json` or `.pt` file. Without a circuit no edge is in (MIB selects by score); without scores kept edges
     have score 1 and others 0.
@@ -41,15 +41,14 @@ def export_circuit(
     Raises: RelpError for scores or circuits per position (the format has none), two graphs, or another suffix.
     """
     check_circuit_name(path)
-    given = circuit or scores
-    if given is None:
+    if circuit is None and scores is None:
         raise RelpError("nothing to export: neither a circuit nor scores")
-    if given.labels != ANY_POSITION or (scores is not None and scores.labels != ANY_POSITION):
+    if any(x is not None and x.labels != ANY_POSITION for x in (circuit, scores)):
         raise RelpError("EAP-IG's files know no positions; score with positions=sum, or select with aggregate=sum")
-    graph = given.graph
+    graph: Graph = circuit.units.structure if circuit is not None else scores.graph  # type: ignore[union-attr]
     if scores is not None and scores.graph != graph:
         raise RelpError("the circuit and the scores to export are of different graphs")
-    kept = torch.zeros_like(graph.mask) if circuit is None else circuit.mask[0]
+    kept = torch.zeros_like(graph.mask) if circuit is None else edge_mask(circuit)[0]
     values = kept.double() if scores is None else scores.mean.double()
     about: dict[str, Any] = {"sign": SUPPORT_POSITIVE}
     if scores is not None:
@@ -86,7 +85,7 @@ def check_circuit_name(path: str | Path) -> None:
         raise RelpError(f"circuit file {path}: expected a name that ends in .json or .pt")
 
 
-def import_circuit(path: str | Path, model: Model | None = None) -> tuple[EdgeCircuit, EdgeScores]:
+def import_circuit(path: str | Path, model: Model | None = None) -> tuple[Circuit, EdgeScores]:
     """The circuit (edges that are in) and the scores of a `.json` or `.pt` file; `.pt` is read with weights_only.
 
     model: whose graph the file must have. Raises: RelpError for what is no such file, another graph, or circuits of
@@ -122,7 +121,7 @@ def import_circuit(path: str | Path, model: Model | None = None) -> tuple[EdgeCi
         raise RelpError(
             f"circuit file {path}: {graph.name(*(~torch.isfinite(values)).nonzero()[0].tolist())} has no finite score"
         )
-    circuit = EdgeCircuit(graph, kept[None], meta=meta)
+    circuit = edge_circuit(graph, kept, ANY_POSITION, **meta)
     mean = support_sign(meta) * values.double()
     unknown_variance = torch.where(graph.mask, torch.nan, torch.zeros_like(mean))
     return circuit, EdgeScores(graph, mean, unknown_variance, torch.ones(1, dtype=torch.long), meta=meta)
@@ -166,7 +165,7 @@ def _from_json(path: Path) -> tuple[dict[str, Any], Tensor, Tensor]:
     content = read_json(path, "circuit file")
     graph, listed = _graph(path, content["cfg"]), content["edges"]
     if len(listed) < graph.n_edges:  # before anything of the graph's size is formed
-        missing = next(name for name in graph.edge_names() if name not in listed)
+        missing = next(name for name in graph.each_edge() if name not in listed)
         raise RelpError(
             f"circuit file {path}: edge {missing} is missing ({len(listed)} of {graph.n_edges} edges are there)"
         )

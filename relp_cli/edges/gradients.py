@@ -18,7 +18,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from relp_cli.edges.graph import QKV, Graph
 from relp_cli.edges.reads import projections, reads
 from relp_cli.edges.stream import Recorder, Written, ungrouped
 from relp_cli.errors import RelpError
@@ -30,6 +29,7 @@ from relp_cli.methods.space import Point, added, together
 from relp_cli.models.model import Hook, Model
 from relp_cli.nodes.access import capture
 from relp_cli.precision import wide
+from relp_cli.spaces.graph import QKV, Graph
 
 CHUNK = 1 << 22  # numbers of writer differences formed at a time (16 MiB in float32)
 

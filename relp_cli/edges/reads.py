@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from relp_cli.edges.graph import QKV
 from relp_cli.lrp.sites import linear_parameters
 from relp_cli.models.model import Model
+from relp_cli.spaces.graph import QKV
 
 
 @dataclass(frozen=True)

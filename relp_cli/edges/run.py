@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from relp_cli.edges.graph import QKV, Graph
 from relp_cli.edges.reads import project, projections, reads
 from relp_cli.edges.stream import Recorder, Written, heads_out, ungrouped
 from relp_cli.models.model import Hook, Model
+from relp_cli.spaces.graph import QKV, Graph
 
 
 @contextmanager

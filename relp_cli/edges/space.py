@@ -11,11 +11,8 @@ from torch import Tensor
 from relp_cli.edges.check import check_once
 from relp_cli.edges.edge_patch import Patcher
 from relp_cli.edges.gradients import Products, Readers, reader_gradients
-from relp_cli.edges.graph import Graph
 from relp_cli.edges.reads import reads
-from relp_cli.edges.scores import EVERYWHERE, KIND
 from relp_cli.edges.stream import Recorder, Written, keeping, mean_written, written
-from relp_cli.edges.totals import Totals
 from relp_cli.errors import RelpError, unknown
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import position_axis
@@ -24,13 +21,16 @@ from relp_cli.methods.space import CHUNK_TOKENS, Batch, Place, Point, added, of_
 from relp_cli.methods.table import Result
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import EMBEDDED
+from relp_cli.spaces.edges import KIND, edge_units
+from relp_cli.spaces.graph import Graph
+from relp_cli.spaces.units import ANY_POSITION
 from relp_cli.tasks.pairs import PairBatch
 
 POSITIONS = ("sum", "keep")
 
 
 class Edges:
-    """Every edge of a model. See `space.Space`. Raises: RelpError for no pairs, and `positions` that are none."""
+    """Every edge of a model. See `space.Scorer`. Raises: RelpError for no pairs, and `positions` that are none."""
 
     def __init__(
         self, model: Model, pairs: Sequence[PairBatch], _: Sequence[str], request: Request, options: Mapping[str, Any]
@@ -41,8 +41,9 @@ class Edges:
         if not pairs:
             raise RelpError("no prompt pairs to score")
         self.model, self.request, self.positions = model, request, positions == "keep"
-        self.axis, self.labels = position_axis(pairs) if self.positions else ("all", EVERYWHERE)
+        self.axis, self.labels = position_axis(pairs) if self.positions else ("all", ANY_POSITION)
         self.graph = Graph.of(model.shape)
+        self.units = edge_units(self.graph)
         self.about = {"positions": positions, "n_edges": self.graph.n_edges, "d_model": model.shape.d_model}
         self.means: tuple[Written, tuple[str, ...]] | None = None
 
@@ -62,8 +63,10 @@ class Edges:
         setup = self.request.setup(self.model, chunk, (), passes, {} if means else None)
         return EdgeBatch(setup, self.graph, self.positions, means, chunk_tokens, tick)
 
-    def totals(self, n_pairs: int, keep: bool | None) -> Totals:
-        return Totals(self.graph, self.labels, n_pairs, keep)
+    def blocks(self, scores: Mapping[str, Tensor]) -> list[Tensor]:
+        """From Float[batch, writer, reader] or, with positions, Float[batch, slot, writer, reader]."""
+        values = scores[KIND]
+        return [values.reshape(len(values), -1, *self.graph.mask.shape)[..., self.graph.mask.to(values.device)]]
 
 
 class EdgeBatch(Batch):
@@ -82,7 +85,7 @@ class EdgeBatch(Batch):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        return self.setup.labels if self.positions else EVERYWHERE
+        return self.setup.labels if self.positions else ANY_POSITION
 
     def read_source(self) -> Written:
         """u(source) for every writer. 1 forward pass; with a zero baseline the run's, with a mean none."""

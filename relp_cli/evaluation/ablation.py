@@ -1,4 +1,4 @@
-"""Ablation values: what a node outside the circuit is replaced by. Computed once, used by every circuit of a sweep."""
+"""Ablation values of nodes: what one outside the circuit is replaced by. Computed once, used by every circuit of a sweep."""
 
 from __future__ import annotations
 
@@ -9,22 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from relp_cli.errors import RelpError, unknown
+from relp_cli.errors import RelpError
 from relp_cli.files import lines_of
 from relp_cli.methods.score import MeanActivations, mean_activations
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import Activations, activations
 from relp_cli.nodes.kinds import NodeKind
 from relp_cli.tasks.pairs import PairBatch
-
-ABLATIONS = {
-    "mean": "mean over the patch prompts, per position (Marks et al.)",
-    "mean_task": "mean over original and patch prompts, per position",
-    "zero": "zero",
-    "counterfactual": "the pair's own patch run",
-    "resample": "the patch run of another, randomly drawn pair of the same length",
-    "corpus": "mean over all tokens of a text file, the same at every position",
-}
 
 
 @dataclass(frozen=True)
@@ -48,14 +39,8 @@ class Ablation:
     ) -> Ablation:
         """Compute what does not depend on a circuit: means over `pairs`, or over the lines of a `corpus` file.
 
-        Raises: RelpError for an unknown ablation, and for prompts without the patch prompts that it needs.
+        Raises: RelpError for what resampling, or a corpus, cannot do.
         """
-        if name not in ABLATIONS:
-            raise unknown("ablation", name, ABLATIONS)
-        if (name == "corpus") != (corpus is not None):
-            raise RelpError("ablation 'corpus' and a corpus file go together: --ablation corpus --corpus FILE")
-        if name not in ("zero", "corpus") and any(b.patch is None for b in pairs):
-            raise RelpError(f"ablation '{name}' needs patch prompts; these have none (use zero)")
         if name == "resample" and any(len(b) < 2 for b in pairs):
             raise RelpError("ablation 'resample' needs at least two pairs of every token length")
         means = None

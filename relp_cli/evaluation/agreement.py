@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 
 from relp_cli.errors import RelpError
-from relp_cli.methods.scores import NodeScores
+from relp_cli.spaces.scores import KindScores
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Agreement:
 
 
 def agreement(
-    estimate: NodeScores, exact: NodeScores, k: int = 10, bootstrap: int = 1000, seed: int = 0, unsigned: bool = False
+    estimate: KindScores, exact: KindScores, k: int = 10, bootstrap: int = 1000, seed: int = 0, unsigned: bool = False
 ) -> Agreement:
     """How well `estimate` reproduces `exact`; both of one kind, over the same pairs in the same order.
 
@@ -84,7 +84,7 @@ def _constant(x: np.ndarray) -> bool:
 
 
 def _over_pairs(
-    estimate: NodeScores, exact: NodeScores, bootstrap: int, seed: int, unsigned: bool
+    estimate: KindScores, exact: KindScores, bootstrap: int, seed: int, unsigned: bool
 ) -> tuple[float, float, float]:
     """(lo, hi, mean per-pair PCC): pairs are resampled, averaged, and correlated again.
 

@@ -8,15 +8,14 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.agreement import agreement
 from relp_cli.methods.request import Progress
 from relp_cli.methods.score import COMPONENTS
-from relp_cli.methods.scores import NodeScores, Scores
 from relp_cli.models.model import Model
 from relp_cli.scoring import score
+from relp_cli.spaces.scores import Scores
 from relp_cli.tasks.pairs import PairBatch
 
 
@@ -66,8 +65,7 @@ def run_comparison(
     for method in methods:
         unsigned = not done[method].meta["signed"]
         for kind in nodes:
-            pair = (compared[m][kind] for m in (method, reference))
-            estimate, exact = (s if isinstance(s, NodeScores) else s.flat() for s in pair)
+            estimate, exact = (compared[m].table(kind) for m in (method, reference))
             result = agreement(estimate, exact, top_k, bootstrap, seed, unsigned)
             if kind == "feature":
                 result = replace(result, axis=f"site × {estimate.axis} × feature or error term")
@@ -87,30 +85,11 @@ def exact_method(nodes: Sequence[str], reference: str = "act_patch") -> str:
     return "edge_patch" if tuple(nodes) == ("edges",) and reference == "act_patch" else reference
 
 
-def _on_common_pairs(done: Mapping[str, Scores]) -> dict[str, Mapping[str, NodeScores]]:
-    """Method → kind → scores over the pairs that every method has; the same objects where that is all of them."""
-    out: dict[str, dict[str, NodeScores]] = {method: dict(scores) for method, scores in done.items()}
-    for kind in next(iter(out.values())):
-        masks = [scores[kind].present for scores in out.values()]
-        present = [m.any(-1) for m in masks if m is not None]
-        if len(present) < len(masks) or len({len(m) for m in present}) > 1:
-            continue  # nothing kept per pair, or other pairs: `agreement` says what is wrong
-        common = torch.stack(present).all(0)
-        if not common.all():
-            for scores in out.values():
-                scores[kind] = _among(scores[kind], common)
-    return dict(out)
-
-
-def _among(scores: NodeScores, rows: Tensor) -> NodeScores:
-    """The same scores over some of their pairs."""
-    assert scores.examples is not None
-    assert scores.present is not None
-    examples, present = scores.examples[rows], scores.present[rows]
-    n = present.sum(0)
-    shape = (1, -1, *[1] * (scores.mean.ndim - 2))
-    values = examples.double()
-    mean = values.sum(0) / n.view(shape)
-    weight = present.view(len(present), *shape)
-    variance = ((values - mean).square() * weight).sum(0) / (n.view(shape) - 1)
-    return replace(scores, mean=mean, variance=variance, n=n, examples=examples, present=present)
+def _on_common_pairs(done: Mapping[str, Scores]) -> dict[str, Scores]:
+    """Method → scores over the pairs that every method has; the same objects where that is all of them."""
+    out = dict(done)
+    present = [scores.present.any(-1) for scores in out.values() if scores.present is not None]
+    if len(present) < len(out) or len({len(m) for m in present}) > 1:
+        return out  # nothing kept per pair, or other pairs: `agreement` says what is wrong
+    common = torch.stack(present).all(0)
+    return out if common.all() else {method: scores.among(common) for method, scores in out.items()}

@@ -24,9 +24,9 @@ from relp_cli.evaluation import failure_modes as modes
 from relp_cli.evaluation.verify import exact_scores
 from relp_cli.methods.request import Progress
 from relp_cli.methods.score import position_axis
-from relp_cli.methods.scores import Scores
 from relp_cli.models.model import Model
 from relp_cli.scoring import score
+from relp_cli.spaces.scores import Scores
 from relp_cli.tasks.pairs import PairBatch
 
 KINDS = ("query", "key", "value", "attn_out", "mlp_out", "resid_pre")

@@ -18,12 +18,14 @@ from relp_cli.methods.atp_star import layer_drop_gradients
 from relp_cli.methods.core import differences, products
 from relp_cli.methods.nodes import NodeBatch
 from relp_cli.methods.points import embeddings
-from relp_cli.methods.score import Running, position_axis
-from relp_cli.methods.scores import NodeScores
+from relp_cli.methods.score import position_axis
 from relp_cli.methods.setup import Setup
 from relp_cli.models.model import Model
 from relp_cli.nodes.attention import attention_scores, scores_with, softmax
 from relp_cli.nodes.kinds import NODE_KINDS
+from relp_cli.spaces.nodes import node_blocks, units_of
+from relp_cli.spaces.scores import KindScores
+from relp_cli.spaces.totals import Totals
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
 
@@ -173,7 +175,7 @@ class _Means:
         self.axis, labels = position_axis(pairs)
         total = sum(len(b) for b in pairs)
         self.running = {
-            name: Running(model, NODE_KINDS[kind], labels, total, keep=False) for name, kind in names.items()
+            name: (kind, Totals(units_of(model, [kind]), labels, total, keep=False)) for name, kind in names.items()
         }
 
     def add(self, name: str, setup: Setup, value: Tensor, average: bool = False) -> None:
@@ -181,7 +183,10 @@ class _Means:
         if average:
             counts = torch.bincount(setup.slots, minlength=len(setup.labels)).to(value)
             value = setup.to_slots(value) / counts.view(1, 1, -1, *[1] * (value.ndim - 3))
-        self.running[name].add(value, setup.labels)
+        kind, totals = self.running[name]
+        totals.add(node_blocks({kind: value}, [kind]), setup.labels)
 
-    def finish(self, name: str) -> NodeScores:
-        return self.running[name].finish(self.axis, {})
+    def finish(self, name: str) -> KindScores:
+        kind, totals = self.running[name]
+        scores: KindScores = totals.finish(self.axis, {})[kind]
+        return scores

@@ -28,10 +28,10 @@ from relp_cli.evaluation.behaviour import behaviour
 from relp_cli.files import write_atomically
 from relp_cli.methods.auto import candidates
 from relp_cli.methods.score import COMPONENTS
-from relp_cli.methods.scores import NodeScores
 from relp_cli.models.catalog import embedded_names
 from relp_cli.models.load import load_model
 from relp_cli.scoring import score
+from relp_cli.spaces.scores import KindScores
 from relp_cli.tasks.spec import list_tasks
 from relp_cli.tasks.task import load_task
 
@@ -75,7 +75,7 @@ def study(models: Sequence[str], tasks: Sequence[str], pairs: int, seed: int = 0
     return pd.DataFrame(rows)
 
 
-def _agreement(estimate: NodeScores, exact: NodeScores, depth: str, seed: int) -> dict[str, Any]:
+def _agreement(estimate: KindScores, exact: KindScores, depth: str, seed: int) -> dict[str, Any]:
     n = exact.mean.shape[0]
     early, late = -(-n // 3), -(-2 * n // 3)
     ends = {"all": (0, n), "first third": (0, early), "middle third": (early, late), "last third": (late, n)}

@@ -9,30 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from relp_cli.circuits.circuit import Circuit
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.agreement import top
-from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.load import Dictionaries
 from relp_cli.methods.act_patch import ActPatchParams, patch_effects
 from relp_cli.methods.request import Progress, Request
-from relp_cli.methods.score import Running, position_axis, score_units
-from relp_cli.methods.scores import NodeScores, Scores
+from relp_cli.methods.score import position_axis, score_units
 from relp_cli.methods.setup import Setup
 from relp_cli.models.model import Model
-from relp_cli.nodes.kinds import NODE_KINDS
+from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
+from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.features import sites_of, with_errors
+from relp_cli.spaces.nodes import node_blocks, units_of
+from relp_cli.spaces.scores import KindScores, Scores
+from relp_cli.spaces.totals import Totals
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
 
-AnyNodes = TypeVar("AnyNodes", Circuit, FeatureCircuit)
 
-
-def candidates(cheap: Sequence[NodeScores], k: int) -> Tensor:
+def candidates(cheap: Sequence[KindScores], k: int) -> Tensor:
     """Bool[layer, pos, *unit]: the union of each method's k largest |mean|."""
     mask = torch.zeros(cheap[0].mean.numel(), dtype=torch.bool)
     for scores in cheap:
@@ -43,7 +43,7 @@ def candidates(cheap: Sequence[NodeScores], k: int) -> Tensor:
 def rescore(
     model: Model,
     pairs: Sequence[PairBatch],
-    cheap: Sequence[Mapping[str, NodeScores]],
+    cheap: Sequence[Mapping[str, KindScores]],
     k: int,
     progress: Progress | None = None,
 ) -> Scores:
@@ -71,57 +71,55 @@ def exact_scores(
 ) -> Scores:
     """Exact scores of the masked nodes (kind → Bool[layer, pos, *unit]), 0 elsewhere; `meta` has metric and direction."""
     axis, labels = position_axis(pairs)
-    total, done = sum(len(b) for b in pairs), 0
-    about = {**meta, "method": "act_patch", "rules": {}, "signed": True}
-    kept = {}
-    for name, mask in masks.items():
-        kind = NODE_KINDS[name]
-        running = Running(model, kind, labels, total, keep=None)
-        for chunk in (c.to(model.device) for b in pairs for c in b.split(batch_size)):
-            setup = Setup(model, chunk, METRICS[meta["metric"]], (kind,), meta["direction"])
-            running.add(_effects(setup, mask, labels), setup.labels)
-            done += len(chunk)
-            if progress:
-                progress(done, total * len(masks), "exact patching of candidates")
-        kept[name] = running.finish(axis, {**about, "n_candidates": int(mask.sum())})
-    return Scores(kept, about)
+    kinds = tuple(NODE_KINDS[name] for name in masks)
+    chunks = [c.to(model.device) for b in pairs for c in b.split(batch_size)]
+    totals, done = Totals(units_of(model, list(masks)), labels, sum(map(len, chunks)), keep=None), 0
+    for chunk in chunks:
+        setup = Setup(model, chunk, METRICS[meta["metric"]], kinds, meta["direction"])
+        source = setup.source_activations()
+        effects = {k.name: _effects(setup, k, masks[k.name], labels, source[k.name]) for k in kinds}
+        totals.add(node_blocks(effects, list(masks)), setup.labels)
+        done += len(chunk)
+        if progress:
+            progress(done, totals.total, "exact patching of candidates")
+    n_candidates = sum(int(mask.sum()) for mask in masks.values())
+    about = {**meta, "method": "act_patch", "rules": {}, "signed": True, "n_candidates": n_candidates}
+    return totals.finish(axis, about)
 
 
 def confirmed(
     model: Model,
     pairs: Sequence[PairBatch],
-    circuit: AnyNodes,
+    circuit: Circuit,
     tau: float,
     meta: Mapping[str, Any],
     dictionary: Dictionaries | None = None,
     progress: Progress | None = None,
-) -> AnyNodes:
+) -> Circuit:
     """The nodes of a circuit whose |exact effect| is > tau; `meta` has the scores' metric and direction.
 
     dictionary: of a feature circuit.
     Raises: RelpError for scores of nodes with a baseline other than the patch prompts.
     """
     note = {**circuit.meta, "verified": {"method": "act_patch", "confirm": tau}}
-    if isinstance(circuit, FeatureCircuit):
+    if circuit.units.space == "features":
         request = Request(meta["metric"], meta["direction"], meta["baseline"], keep_examples=False, progress=progress)
         options: dict[str, Any] = {"only": circuit, "dictionary": dictionary}
-        found: Any = score_units(model, pairs, "act_patch", ["feature"], request, **options)["feature"]
-        index = [found.labels.index(label) for label in circuit.labels]
-        features = {s: m & (found.dense(s)[index].abs() > tau) for s, m in circuit.features.items()}
-        errors = {s: m & (found.error_mean[found.at(s), index].abs() > tau) for s, m in circuit.errors.items()}
-        return replace(circuit, features=features, errors=errors, edges=None, meta=note)
-    if meta["baseline"] != "patch":
-        raise RelpError(
-            f"nodes are verified with the patch prompts' values; these scores have baseline '{meta['baseline']}'"
-        )
-    exact = exact_scores(model, pairs, circuit.masks, meta, progress)
-    masks = {kind: mask & (exact[kind].mean.abs() > tau) for kind, mask in circuit.masks.items()}
-    return replace(circuit, masks=masks, meta=note)
+        exact = score_units(model, pairs, "act_patch", ["feature"], request, **options)
+        exact = with_errors(exact, sites_of(circuit.units).removed)
+    else:
+        if meta["baseline"] != "patch":
+            raise RelpError(
+                f"nodes are verified with the patch prompts' values; these scores have baseline '{meta['baseline']}'"
+            )
+        exact = exact_scores(model, pairs, circuit.masks, meta, progress)
+    at = torch.tensor([exact.labels.index(label) for label in circuit.labels])
+    confirmed_ = exact.dense(exact.mean)[at].abs() > tau
+    return replace(circuit, mask=circuit.mask & confirmed_, edges=None, meta=note)
 
 
-def _effects(setup: Setup, mask: Tensor, labels: tuple[str, ...]) -> Tensor:
+def _effects(setup: Setup, kind: NodeKind, mask: Tensor, labels: tuple[str, ...], source: Sequence[Tensor]) -> Tensor:
     """Float[batch, layer, slot, *unit]: exact effects of the candidates at this batch's positions, 0 elsewhere."""
-    (kind,), source = setup.kinds, setup.source_activations()
     here = mask[:, [labels.index(label) for label in setup.labels]]
     here = here[..., None] if kind.split == "vector" else here
     effects = torch.zeros(
@@ -131,6 +129,6 @@ def _effects(setup: Setup, mask: Tensor, labels: tuple[str, ...]) -> Tensor:
         nodes = [(slot, unit) for slot, unit in here[layer].nonzero().tolist()]
         if nodes:
             slots, unit_index = zip(*nodes, strict=True)
-            found = patch_effects(setup, kind, layer, nodes, source[kind.name][layer], ActPatchParams().chunk_tokens)
+            found = patch_effects(setup, kind, layer, nodes, source[layer], ActPatchParams().chunk_tokens)
             effects[:, layer, list(slots), list(unit_index)] = found
     return effects[..., 0] if kind.split == "vector" else effects

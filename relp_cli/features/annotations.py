@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from relp_cli.errors import RelpError
-from relp_cli.features.sites import Site, parse_site
 from relp_cli.files import read_text
+from relp_cli.spaces.sites import Site, parse_site
 
 Annotations = Mapping[tuple[Site, int], str]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from relp_cli.errors import RelpError, unknown
 from relp_cli.features.dictionary import Dictionary
 from relp_cli.features.folder import Settings, agree, dtype_name, floats, read_object
-from relp_cli.features.sites import SITE_KINDS, Site
+from relp_cli.spaces.sites import SITE_KINDS, Site
 
 State = Mapping[str, Tensor]
 WEIGHTS, CONFIG = "ae.pt", "config.json"

@@ -23,13 +23,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from relp_cli.errors import RelpError
-from relp_cli.features.circuit import RANDOM, FeatureCircuit
 from relp_cli.features.dictionary import Dictionary
-from relp_cli.features.graph import FeatureEdges, FeatureNode
 from relp_cli.features.load import Dictionaries, dictionaries_of
-from relp_cli.features.sites import Site
 from relp_cli.features.space import FeatureBatch, feature_setup
-from relp_cli.features.totals import moments
 from relp_cli.lrp.context import lrp
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import check_baseline, resolve_method
@@ -38,6 +34,11 @@ from relp_cli.methods.space import Point, added
 from relp_cli.methods.table import METHODS, SPACES, methods_for
 from relp_cli.models.model import Hook, Model
 from relp_cli.precision import wide
+from relp_cli.spaces.circuit import RANDOM, Circuit
+from relp_cli.spaces.feature_graph import FeatureEdges, FeatureNode
+from relp_cli.spaces.features import feature_nodes
+from relp_cli.spaces.sites import Site
+from relp_cli.spaces.totals import moments
 from relp_cli.tasks.pairs import PairBatch
 
 MAX_NODES = 10_000  # one backward pass each, and a matrix of all pairs
@@ -46,7 +47,7 @@ MAX_NODES = 10_000  # one backward pass each, and a matrix of all pairs
 def feature_edges(
     model: Model,
     pairs: Sequence[PairBatch],
-    circuit: FeatureCircuit,
+    circuit: Circuit,
     method: str | None = None,
     *,
     dictionary: str | Path | Dictionaries | None = None,
@@ -80,7 +81,7 @@ def feature_edges(
         raise RelpError(f"edges of features need gradients ({', '.join(known)}), not method '{row.name}'")
     request = Request(how["metric"], how["direction"], how["baseline"], batch_size)
     check_baseline(row, SPACES["features"], request)
-    nodes = circuit.nodes()
+    nodes = feature_nodes(circuit)
     if not nodes:
         none = torch.zeros(0, dtype=torch.float64)
         return FeatureEdges((), torch.zeros(0, 2, dtype=torch.long), none, none, torch.zeros(0, dtype=torch.long), how)

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError, nearest
 from relp_cli.features import dictionary_learning, saelens
-from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.dictionary import Dictionary
-from relp_cli.features.sites import Site, parse_site
 from relp_cli.models.model import Model
+from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.features import sites_of
+from relp_cli.spaces.sites import Site, parse_site
 
 NO_DICTIONARY = "features need --dictionary PATH (dictionary=: a folder of sparse autoencoders, or a shipped name)"
 FILES = (dictionary_learning.WEIGHTS, dictionary_learning.CONFIG, saelens.CONFIG, saelens.WEIGHTS, saelens.SCALER)
@@ -89,9 +90,7 @@ def check_dictionary(path: str | Path | None) -> None:
     dictionary_folders(_root(path))
 
 
-def dictionaries_of(
-    model: Model, circuits: Sequence[FeatureCircuit], where: str | Path | Dictionaries | None
-) -> Dictionaries:
+def dictionaries_of(model: Model, circuits: Sequence[Circuit], where: str | Path | Dictionaries | None) -> Dictionaries:
     """The circuits' dictionaries: the given ones, or those that the circuits name.
 
     Raises: RelpError where they, or the model, are not what the circuits were found with.
@@ -105,8 +104,8 @@ def dictionaries_of(
         for what, mine in (("model", model.name), ("revision", model.revision), ("dictionary_hash", found.digest)):
             if c.meta.get(what, mine) != mine:
                 raise RelpError(f"this circuit was found with {what.replace('_', ' ')} '{c.meta[what]}', not '{mine}'")
-        sizes = {s: m.shape[1] for s, m in c.features.items()}
-        if sizes != {s: d.n_features for s, d in found.items()}:
+        sites = sites_of(c.units)
+        if dict(zip(sites.sites, sites.sizes, strict=True)) != {s: d.n_features for s, d in found.items()}:
             raise RelpError(f"circuit: its sites and numbers of features are not those of dictionary {found.source}")
     return found
 

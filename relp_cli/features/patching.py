@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from relp_cli.features.dictionary import Dictionary
-from relp_cli.features.sites import Site
 from relp_cli.methods.setup import Setup
 from relp_cli.precision import wide
+from relp_cli.spaces.sites import Site
 
 
 def patch_features(

@@ -20,8 +20,8 @@ from torch import Tensor
 from relp_cli.errors import RelpError, unknown
 from relp_cli.features.dictionary import Dictionary
 from relp_cli.features.folder import Settings, agree, dtype_name, floats, read_object
-from relp_cli.features.sites import parse_site
 from relp_cli.files import write_atomically
+from relp_cli.spaces.sites import parse_site
 
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
 # architecture → form of the encoder; BatchTopK keeps what is above one threshold once it is trained

@@ -10,38 +10,23 @@ from torch import Tensor
 
 from relp_cli.features.annotations import Annotations
 from relp_cli.features.load import Dictionaries
-from relp_cli.features.scores import FeatureScores
-from relp_cli.features.sites import Site, parse_site
 from relp_cli.lrp.sites import linear_parameters
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import activations
 from relp_cli.precision import wide
+from relp_cli.spaces.scores import Scores
+from relp_cli.spaces.sites import Site, parse_site
+from relp_cli.spaces.top import top_units
 from relp_cli.tasks.pairs import PairBatch
 
 COLUMNS = ("kind", "site", "position", "feature", "score", "se", "n")
 
 
-def top_features(scores: FeatureScores, k: int = 10) -> pd.DataFrame:
+def top_features(scores: Scores, k: int = 10) -> pd.DataFrame:
     """The k features and error terms with the largest |mean score|: kind, site, position, feature (missing for error terms),
     score, se (standard error), n.
     """
-    features = [(m, v, s, p, f) for m, v, (s, p, f) in zip(scores.mean, scores.variance, scores.index, strict=True)]
-    sizes = [abs(float(row[0])) for row in features]
-    best = sorted(range(len(features)), key=lambda i: -sizes[i])[:k]
-    rows = [("feature", *features[i]) for i in best]
-    errors = scores.error_mean
-    rows += [
-        ("feature_error", errors[s, p], scores.error_variance[s, p], torch.tensor(s), torch.tensor(p), None)
-        for s in range(errors.shape[0])
-        for p in range(errors.shape[1])
-    ]
-    rows = sorted(rows, key=lambda row: -abs(float(row[1])))[:k]
-    table = [
-        (kind, scores.sites[int(s)].name, scores.labels[int(p)], None if f is None else int(f), float(mean),
-         float((variance / scores.n[int(p)]).sqrt()), int(scores.n[int(p)]))
-        for kind, mean, variance, s, p, f in rows
-    ]  # fmt: skip
-    return pd.DataFrame(table, columns=list(COLUMNS)).astype({"feature": "Int64"})
+    return top_units(scores, k).rename(columns={"layer": "site", "unit": "feature"})
 
 
 def described(

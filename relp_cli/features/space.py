@@ -17,12 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from relp_cli.errors import RelpError
-from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.dictionary import Dictionary
 from relp_cli.features.load import NO_DICTIONARY, Dictionaries, load_dictionaries
 from relp_cli.features.patching import patch_features
-from relp_cli.features.sites import Site
-from relp_cli.features.totals import Totals
 from relp_cli.methods.core import Gradients
 from relp_cli.methods.nodes import NodeBatch, NodesAt
 from relp_cli.methods.request import Progress, Request
@@ -33,11 +30,14 @@ from relp_cli.methods.table import Result
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import Activations
 from relp_cli.precision import wide
+from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.features import Sites, feature_masks
+from relp_cli.spaces.sites import Site
 from relp_cli.tasks.pairs import PairBatch
 
 
 class Features:
-    """Every feature and error term of all sites that have a dictionary. See `space.Space`.
+    """Every feature and error term of all sites that have a dictionary. See `space.Scorer`.
 
     Raises: RelpError without dictionaries, as `load_dictionaries`, and for pairs that share no position axis.
     """
@@ -51,6 +51,7 @@ class Features:
         self.axis, self.labels = position_axis(pairs)
         found = where if isinstance(where, Dictionaries) else load_dictionaries(where, model)
         self.model, self.request, self.dictionaries, self.only = model, request, found, options.get("only")
+        self.units = Sites(tuple(found), tuple(d.n_features for d in found.values())).units()
         self.about: dict[str, Any] = {
             "dictionary": found.source, "dictionary_hash": found.digest, "dictionary_dtype": found.stored,
         }  # fmt: skip
@@ -64,9 +65,10 @@ class Features:
         setup = feature_setup(self.model, self.dictionaries, chunk, self.request, passes)
         return FeatureBatch(setup, self.dictionaries, self.only, self.about, chunk_tokens, tick)
 
-    def totals(self, n_pairs: int, keep: bool | None) -> _Totals:  # noqa: ARG002 - they need not know beforehand
-        sizes = [d.n_features for d in self.dictionaries.values()]
-        return _Totals(Totals(tuple(self.dictionaries), sizes, self.labels, keep))
+    def blocks(self, scores: Mapping[str, Tensor]) -> list[Tensor]:
+        """From a site's name → Float[batch, slot, feature], its name/error → Float[batch, slot]."""
+        names = [site.name for site in self.dictionaries]
+        return [*(scores[name] for name in names), *(scores[f"{name}/error"][..., None] for name in names)]
 
 
 def feature_setup(
@@ -76,18 +78,6 @@ def feature_setup(
     return request.setup(model, chunk, tuple(dict.fromkeys(site.node_kind for site in dictionaries)), passes)
 
 
-class _Totals:
-    def __init__(self, sums: Totals) -> None:
-        self.sums = sums
-
-    def add(self, scores: Mapping[str, Tensor], labels: Sequence[str]) -> None:
-        names = [site.name for site in self.sums.sites]
-        self.sums.add([scores[name] for name in names], [scores[f"{name}/error"] for name in names], labels)
-
-    def finish(self, axis: str, meta: dict[str, Any]) -> dict[str, Any]:
-        return {"feature": self.sums.finish(axis, meta)}
-
-
 class FeatureBatch(NodeBatch):
     """Scores by site: its name → Float[batch, slot, feature], its name/error → Float[batch, slot].
 
@@ -95,7 +85,7 @@ class FeatureBatch(NodeBatch):
     """
 
     def __init__(
-        self, setup: Setup, dictionaries: Mapping[Site, Dictionary], only: FeatureCircuit | None = None,
+        self, setup: Setup, dictionaries: Mapping[Site, Dictionary], only: Circuit | None = None,
         about: dict[str, Any] | None = None, chunk_tokens: int = CHUNK_TOKENS, tick: Progress | None = None,
     ) -> None:  # fmt: skip
         super().__init__(setup, chunk_tokens, tick)
@@ -162,9 +152,7 @@ class FeatureBatch(NodeBatch):
             delta_f, delta_e = self.delta(site)
             if self.only is not None:
                 slots = self.only.slots(self.setup.batch)
-                features, errors = (
-                    m[site][slots].to(self.model.device) for m in (self.only.features, self.only.errors)
-                )
+                features, errors = (m[slots].to(self.model.device) for m in feature_masks(self.only)[site])
                 delta_f, delta_e = delta_f * features, delta_e * errors[:, None]
             found = patch_features(self.setup, site, d, delta_f, delta_e, self.chunk_tokens)
             scores[site.name], scores[f"{site.name}/error"], runs = found

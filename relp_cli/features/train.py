@@ -22,9 +22,9 @@ from torch.nn.functional import cross_entropy
 from relp_cli import MOST_SEED
 from relp_cli.errors import RelpError, RunFailed
 from relp_cli.features.dictionary import Dictionary
-from relp_cli.features.sites import Site
 from relp_cli.models.model import Hook, Model
 from relp_cli.nodes.access import capture
+from relp_cli.spaces.sites import Site
 
 HELDOUT = 10  # every 10th line is held out
 

@@ -20,12 +20,12 @@ from relp_cli.errors import RelpError, RunFailed
 from relp_cli.features.dictionary import Dictionary
 from relp_cli.features.folder import Settings, read_object
 from relp_cli.features.saelens import CONFIG, load_saelens, save_saelens
-from relp_cli.features.sites import Site
 from relp_cli.features.train import Text, TrainSpec, activations_at, enough, quality, train_dictionary
 from relp_cli.files import check_writable, lines_of, write_atomically
 from relp_cli.methods.request import Progress
 from relp_cli.models.model import Model
 from relp_cli.models.training.corpus import sentences
+from relp_cli.spaces.sites import Site
 
 CARD = "card.json"
 

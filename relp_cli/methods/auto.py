@@ -24,11 +24,11 @@ from relp_cli.errors import RelpError
 from relp_cli.methods.points import RelpParams
 from relp_cli.methods.request import Request
 from relp_cli.methods.score import mean_activations, score_units, with_extra_rules
-from relp_cli.methods.scores import NodeScores, Scores
 from relp_cli.methods.setup import Passes, Setup
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import split, units
 from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
+from relp_cli.spaces.scores import KindScores, Scores, whole_of
 from relp_cli.tasks.pairs import PairBatch
 
 Rules = tuple[str, ...]
@@ -94,8 +94,7 @@ def score_auto(
         },
     }
     scored = {kind: scores for part in parts for kind, scores in part.items()}
-    keep = ~torch.cat(aside)
-    return Scores({kind: _with_gaps(scored[kind], keep, meta) for kind in nodes}, meta)
+    return _with_gaps(whole_of({kind: scored[kind] for kind in nodes}, meta), ~torch.cat(aside))
 
 
 def set_aside(pairs: Sequence[PairBatch], seed: int) -> list[Tensor]:
@@ -144,7 +143,7 @@ def choose(
     return table, chosen, cost
 
 
-def _sample(kind: str, estimates: Sequence[NodeScores], params: RelpParams) -> np.ndarray:
+def _sample(kind: str, estimates: Sequence[KindScores], params: RelpParams) -> np.ndarray:
     """Up to `auto_cells` random cells, Int[cell, 4], where some candidate says that something happens."""
     alive = torch.stack([_examples(e) != 0 for e in estimates]).any(0)
     alive = alive if alive.ndim == 4 else alive[..., None]
@@ -154,12 +153,12 @@ def _sample(kind: str, estimates: Sequence[NodeScores], params: RelpParams) -> n
     return np.random.default_rng(params.auto_seed).permutation(found)[: params.auto_cells]
 
 
-def _examples(scores: NodeScores) -> Tensor:
+def _examples(scores: KindScores) -> Tensor:
     assert scores.examples is not None  # scored with keep_examples=True
     return scores.examples
 
 
-def _at(scores: NodeScores, cells: np.ndarray) -> np.ndarray:
+def _at(scores: KindScores, cells: np.ndarray) -> np.ndarray:
     values = _examples(scores)
     values = values if values.ndim == 4 else values[..., None]
     return values.numpy()[tuple(cells.T)].astype(np.float64)
@@ -249,11 +248,11 @@ def _pearson(estimates: np.ndarray, exact: np.ndarray) -> np.ndarray:
         return (a @ b) / np.sqrt((a * a).sum(-1) * (b * b).sum())
 
 
-def _with_gaps(scores: NodeScores, keep: Tensor, meta: Mapping[str, Any]) -> NodeScores:
+def _with_gaps(scores: Scores, keep: Tensor) -> Scores:
     """Per-example scores on all given pairs, the ones set aside marked absent (their rows are 0)."""
     if scores.examples is None or scores.present is None:
-        return replace(scores, meta=meta)
+        return scores
     examples = scores.examples.new_zeros(len(keep), *scores.examples.shape[1:])
     present = scores.present.new_zeros(len(keep), scores.present.shape[1])
     examples[keep], present[keep] = scores.examples, scores.present
-    return replace(scores, examples=examples, present=present, meta=meta)
+    return replace(scores, examples=examples, present=present)

@@ -14,7 +14,7 @@ from relp_cli.errors import RelpError
 from relp_cli.methods.act_patch import patch_nodes
 from relp_cli.methods.core import Gradients, differences, gradients, products
 from relp_cli.methods.request import Progress, Request
-from relp_cli.methods.score import Running, mean_activations, position_axis
+from relp_cli.methods.score import mean_activations, position_axis
 from relp_cli.methods.setup import Passes
 from relp_cli.methods.space import Batch, Place, Point, added, of_point, together
 from relp_cli.methods.table import Result
@@ -22,11 +22,12 @@ from relp_cli.models.model import Model
 from relp_cli.nodes.access import Activations, capture, split, units
 from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
 from relp_cli.precision import wide
+from relp_cli.spaces.nodes import node_blocks, units_of
 from relp_cli.tasks.pairs import PairBatch
 
 
 class Nodes:
-    """The kinds that were asked for. See `space.Space`.
+    """The kinds that were asked for. See `space.Scorer`.
 
     Raises: RelpError for kinds that do not exist, and pairs that share no position axis.
     """
@@ -39,6 +40,7 @@ class Nodes:
         self.kinds = tuple(NODE_KINDS[name] for name in nodes)
         if not self.kinds or len(set(nodes)) != len(nodes):
             raise RelpError(f"expected node kinds, each once, got {list(nodes)}; known: {', '.join(NODE_KINDS)}")
+        self.units = units_of(model, nodes)
         self.axis, self.labels = position_axis(pairs)
         self.means: Any = None
 
@@ -53,20 +55,9 @@ class Nodes:
         means = None if self.means is None else self.means.at(chunk)
         return NodeBatch(self.request.setup(self.model, chunk, self.kinds, passes, means), chunk_tokens, tick)
 
-    def totals(self, n_pairs: int, keep: bool | None) -> _Totals:
-        return _Totals([Running(self.model, k, self.labels, n_pairs, keep) for k in self.kinds])
-
-
-class _Totals:
-    def __init__(self, sums: Sequence[Running]) -> None:
-        self.sums = {s.kind.name: s for s in sums}
-
-    def add(self, scores: Mapping[str, Tensor], labels: Sequence[str]) -> None:
-        for kind, running in self.sums.items():
-            running.add(scores[kind], labels)
-
-    def finish(self, axis: str, meta: dict[str, Any]) -> dict[str, Any]:
-        return {kind: running.finish(axis, meta) for kind, running in self.sums.items()}
+    def blocks(self, scores: Mapping[str, Tensor]) -> list[Tensor]:
+        """From kind → Float[batch, layer, slot, *unit]."""
+        return node_blocks(scores, [kind.name for kind in self.kinds])
 
 
 @dataclass(frozen=True)

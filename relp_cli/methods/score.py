@@ -13,17 +13,18 @@ from torch import Tensor
 from relp_cli.errors import RelpError, nearest
 from relp_cli.lrp.rules import RULES, TWO_POINT, parse_rules
 from relp_cli.methods.request import Account, Progress, Request
-from relp_cli.methods.scores import NodeScores, Scores
 from relp_cli.methods.setup import Means
-from relp_cli.methods.space import CHUNK_TOKENS, Batch, Space
-from relp_cli.methods.table import METHODS, Method, Params, Result, SpaceRow, methods_for, space_of
+from relp_cli.methods.space import CHUNK_TOKENS, Batch, Scorer
+from relp_cli.methods.table import METHODS, Method, Params, Result, methods_for
 from relp_cli.models.model import Model
-from relp_cli.nodes.access import activations, units
+from relp_cli.nodes.access import activations
 from relp_cli.nodes.kinds import NodeKind
+from relp_cli.spaces.scores import Scores
+from relp_cli.spaces.table import SpaceRow, space_for
+from relp_cli.spaces.totals import Totals
 from relp_cli.tasks.pairs import PairBatch
 
 COMPONENTS = ("resid_pre", "attn_out", "mlp_out")
-KEEP_LIMIT = 1 << 26  # per-example scores are kept up to this many numbers a kind, unless asked for
 
 
 def score_units(
@@ -40,29 +41,29 @@ def score_units(
     positions:  of edges, "sum" (one score per edge) or "keep" (one per edge and position; the axis is that of node scores).
     dictionary: of features, a path or shipped name (see `features.load`), or Dictionaries that are loaded already.
 
-    only: of features, the FeatureCircuit whose nodes act_patch patches (others have score 0).
+    only: of features, the circuit whose nodes act_patch patches (others have score 0).
     """
-    space = space_of(nodes)
+    space = space_for(nodes)
     options = {"only": only} | {name: params.pop(name, None) for name in space.options}
     row, parsed = resolve_method(method, params, space.name, model)
     check_baseline(row, space, request)
-    units: Space = space.load()(model, pairs, nodes, request, options)
+    scorer: Scorer = space.load_scorer()(model, pairs, nodes, request, options)
     chunks = request.chunks(model, pairs)
     account = Account(request, model, chunks, method)
-    units.prepare(chunks, account.passes)
+    scorer.prepare(chunks, account.passes)
     size = getattr(parsed, "chunk_tokens", CHUNK_TOKENS)
     batches = (
-        units.batch(chunk, account.passes, size, _within(request.progress, i, len(chunks)))
+        scorer.batch(chunk, account.passes, size, _within(request.progress, i, len(chunks)))
         for i, chunk in enumerate(chunks)
     )
-    totals = units.totals(account.n_pairs, request.keep_examples)
+    totals = Totals(scorer.units, scorer.labels, account.n_pairs, request.keep_examples)
     result = Result({})
     for on, result in _results(row, parsed, batches):
-        totals.add(result.scores, on.labels)
+        totals.add(scorer.blocks(result.scores), on.labels)
         account.done(on.setup)
         on.forget()
-    meta = account.meta(row, parsed, result.applied, units.axis, **units.about, **result.meta)
-    return Scores(totals.finish(units.axis, meta), meta)
+    meta = account.meta(row, parsed, result.applied, scorer.axis, **scorer.about, **result.meta)
+    return totals.finish(scorer.axis, meta)
 
 
 def _results(row: Method, params: Params, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Result]]:
@@ -226,42 +227,3 @@ def mean_activations(
                         total.index_add_(0, index, value.double().sum(0))
     means = {name: [(t / counts[:, None]).to(model.dtype) for t in layers] for name, layers in sums.items()}
     return MeanActivations(labels, means)
-
-
-class Running:
-    """Sums over examples in float64 of one kind's scores, aligned on the common labels."""
-
-    def __init__(self, model: Model, kind: NodeKind, labels: tuple[str, ...], total: int, keep: bool | None) -> None:
-        shape = [model.shape.n_layers, len(labels), *([] if kind.split == "vector" else [units(model, kind)])]
-        self.kind, self.labels = kind, labels
-        self.sum = torch.zeros(shape, dtype=torch.float64)
-        self.squares = torch.zeros(shape, dtype=torch.float64)
-        self.n = torch.zeros(len(labels), dtype=torch.long)
-        size = total * self.sum.numel()
-        keep = size <= KEEP_LIMIT if keep is None else keep
-        self.examples = torch.zeros(total, *shape) if keep else None
-        self.present = torch.zeros(total, len(labels), dtype=torch.bool) if keep else None
-        self.row = 0
-
-    def add(self, scores: Tensor, labels: Sequence[str]) -> None:
-        """Add Float[batch, layer, slot, *unit] whose slots carry `labels`."""
-        if not torch.isfinite(scores).all():
-            raise RelpError(f"{self.kind.name} scores are not finite (dtype too narrow?)")
-        index = torch.tensor([self.labels.index(label) for label in labels])
-        values = scores.detach().double().cpu()
-        self.sum.index_add_(1, index, values.sum(0))
-        self.squares.index_add_(1, index, values.square().sum(0))
-        self.n.index_add_(0, index, torch.full((len(index),), len(values)))
-        if self.examples is not None and self.present is not None:
-            rows = slice(self.row, self.row + len(values))
-            self.examples[rows] = torch.zeros_like(self.examples[rows]).index_copy(
-                2, index, values.to(self.examples.dtype)
-            )
-            self.present[rows] = torch.zeros_like(self.present[rows]).index_fill(1, index, True)
-        self.row += len(values)
-
-    def finish(self, axis: str, meta: dict[str, Any]) -> NodeScores:
-        n = self.n.view(1, -1, *([1] * (self.sum.ndim - 2))).double()
-        mean = self.sum / n
-        variance = (self.squares - n * mean.square()).clamp(min=0) / (n - 1)
-        return NodeScores(self.kind.name, mean, variance, self.n, self.labels, axis, self.examples, self.present, meta)

@@ -1,8 +1,8 @@
-"""Spaces: sorts of units that estimators score. A space is one module and one row of `table.SPACES`; it says
+"""Spaces: sorts of units that estimators score. A space is one row of `spaces.table.SPACES`; its scorer says
 
 1. what of a run its units need (`read`),
 2. how differences of that and gradients at points make scores (`attribute`, `product`),
-3. how its units are patched exactly (`patch`), and what sums their scores over pairs (`Totals`).
+3. how its units are patched exactly (`patch`), and which unit each score is of (`Scorer.blocks`).
 Estimators (`table.py`) know nothing else of a space.
 """
 
@@ -23,6 +23,7 @@ from relp_cli.methods.request import Progress
 from relp_cli.methods.setup import Passes, Setup
 from relp_cli.methods.table import Result
 from relp_cli.models.model import Hook, Model
+from relp_cli.spaces.units import Units
 from relp_cli.tasks.pairs import PairBatch
 
 CHUNK_TOKENS = 16384
@@ -173,22 +174,13 @@ class Batch(ABC):
         """Every unit patched on its own, exactly."""
 
 
-class Totals(Protocol):
-    """Sums of scores over pairs."""
+class Scorer(Protocol):
+    """A space made ready for one request, by `row.load_scorer()(model, pairs, nodes, request, options)`.
 
-    def add(self, scores: Mapping[str, Tensor], labels: Sequence[str]) -> None:
-        """Scores of one batch, as `Result.scores`, whose positions carry `labels`."""
-
-    def finish(self, axis: str, meta: dict[str, Any]) -> dict[str, Any]:
-        """Kind → its scores."""
-
-
-class Space(Protocol):
-    """A space made ready for one request, by `row.load()(model, pairs, nodes, request, options)`.
-
-    axis, labels: of the scores' positions. about: what scores should say of the space.
+    units: what is scored. axis, labels: of the scores' positions. about: what scores should say of the space.
     """
 
+    units: Units
     axis: str
     labels: tuple[str, ...]
     about: dict[str, Any]
@@ -199,7 +191,8 @@ class Space(Protocol):
     def batch(self, chunk: PairBatch, passes: Passes, chunk_tokens: int, tick: Progress | None) -> Batch:
         """One batch made ready."""
 
-    def totals(self, n_pairs: int, keep: bool | None) -> Totals: ...
+    def blocks(self, scores: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """Scores of one batch, as `Result.scores`, block by block of units: Float[batch, slot, size]."""
 
 
 def added(moved: Mapping[str, Tensor]) -> list[tuple[str, Hook]]:

@@ -1,4 +1,4 @@
-"""The estimators, and the spaces of units that they score, as rows.
+"""The estimators as rows.
 
 Every signed score estimates c(n), the change of the metric when the unit is patched. An estimator is one function, of one of
 three sorts (`by`), for every space (`space.py`) that it serves:
@@ -11,13 +11,14 @@ all     (batches, params) → one Result per batch, for what depends on all pair
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from relp_cli.registry import Registry
+from relp_cli.spaces.table import SPACES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,38 +137,6 @@ alias("relp_edges_ig", "relp_ig", "edges", defaults={"steps": 5})
 alias("eap_ig_activations", "ig_activations", "edges", defaults={"steps": 5}, fixed=JOINT)
 alias("clean_corrupted", "ig_inputs", "edges", fixed={"steps": 1, "rule": "trapezoid"}, baselines=("patch",),
       cost="4 forward + 2 backward")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class SpaceRow:
-    """One sort of units. where: `module:class` (`space.Space`), imported when it is used. kinds: the names by which `nodes=`
-    asks for it (none: all others). options: keywords of `relp.score` that are the space's, not the estimator's.
-    """
-
-    name: str
-    where: str
-    kinds: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()
-    baselines: tuple[str, ...] = ("patch", "zero", "mean")
-
-    def load(self) -> Any:
-        module, name = self.where.split(":")
-        return getattr(importlib.import_module(module), name)
-
-
-SPACES: Registry[SpaceRow] = Registry("space")
-for _space in (
-    SpaceRow("nodes", "relp_cli.methods.nodes:Nodes"),
-    SpaceRow("edges", "relp_cli.edges.space:Edges", ("edges",), ("positions",)),
-    SpaceRow("features", "relp_cli.features.space:Features", ("feature", "feature_error"), ("dictionary",),
-             ("patch", "zero")),
-):  # fmt: skip
-    SPACES.add(_space.name, _space)
-
-
-def space_of(nodes: Sequence[str]) -> SpaceRow:
-    """The space that `nodes=` asks for."""
-    return next((row for _, row in SPACES.items() if nodes and set(nodes) <= set(row.kinds)), SPACES["nodes"])
 
 
 def default_nodes(method: str, nodes: tuple[str, ...]) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +11,13 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from relp_cli.edges.circuit import EdgeCircuit
-from relp_cli.edges.scores import EdgeScores
-from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.report.canvas import LIGHT, Theme, new_figure, one_line, themed
 from relp_cli.report.names import SITE_TITLES
+from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.edges import KIND, edge_mask
+from relp_cli.spaces.features import feature_nodes, sites_of
+from relp_cli.spaces.graph import Graph
+from relp_cli.spaces.scores import Scores
 
 MOST_EDGES = 300  # the strongest; more are a grey area
 MOST_NAMES = 90  # nodes beyond which none is named
@@ -53,8 +55,8 @@ class Drawing:
 
 
 def circuit_figure(
-    circuit: FeatureCircuit | EdgeCircuit,
-    scores: EdgeScores | None = None,
+    circuit: Circuit,
+    scores: Scores | None = None,
     tokens: Mapping[str, str] | None = None,
     theme: Theme = LIGHT,
 ) -> Figure:
@@ -64,15 +66,12 @@ def circuit_figure(
     one for the MLP of every layer; dashed into queries, dotted into keys; `scores`: what the edges were selected by.
     tokens: an example token per position label.
     """
-    if isinstance(circuit, FeatureCircuit):
-        return _draw(feature_drawing(circuit, tokens or {}), theme)
-    assert scores is not None
-    return _draw(edge_drawing(circuit, scores), theme)
+    return _draw(DRAWINGS[circuit.units.space].draw(circuit, scores, tokens or {}), theme)
 
 
-def feature_drawing(circuit: FeatureCircuit, tokens: Mapping[str, str]) -> Drawing:
+def feature_drawing(circuit: Circuit, _: Scores | None, tokens: Mapping[str, str]) -> Drawing:
     """Nodes of one site and position stand side by side; the metric is on top, at the last position."""
-    nodes = circuit.nodes()
+    nodes = feature_nodes(circuit)
     cells: dict[tuple[str, str], int] = {}
     order = []
     for node in nodes:
@@ -83,7 +82,7 @@ def feature_drawing(circuit: FeatureCircuit, tokens: Mapping[str, str]) -> Drawi
     widths = {label: max(n for (position, _), n in cells.items() if position == label) for label in used}
     starts = dict(zip(used, np.cumsum([0.0, *(widths[label] + 1.0 for label in used)]), strict=False))
     middle = {label: starts[label] + (widths[label] - 1) / 2 for label in used}
-    sites = list(circuit.features)
+    sites = list(sites_of(circuit.units).sites)
     rows = {float(i): SITE_TITLES[s.kind] + (f" {s.layer}" if s.layer >= 0 else "") for i, s in enumerate(sites)}
     dots = [
         Dot(
@@ -106,12 +105,13 @@ def feature_drawing(circuit: FeatureCircuit, tokens: Mapping[str, str]) -> Drawi
     return Drawing(dots, lines, rows, columns)
 
 
-def edge_drawing(circuit: EdgeCircuit, scores: EdgeScores) -> Drawing:
+def edge_drawing(circuit: Circuit, scores: Scores | None, _: Mapping[str, str] | None = None) -> Drawing:
     """Heads side by side, each layer's MLP above them; edges kept at several positions are added up."""
-    graph = circuit.graph
-    kept = circuit.mask.any(0)
-    mean = scores.mean if scores.mean.ndim == 3 else scores.mean[None].expand_as(circuit.mask)
-    total = (mean * circuit.mask).sum(0) if circuit.labels == scores.labels else mean.sum(0)
+    assert scores is not None
+    graph: Graph = circuit.units.structure
+    mask = edge_mask(circuit)
+    kept, mean = mask.any(0), graph.dense(scores.dense(scores.mean))
+    total = (mean * mask).sum(0) if circuit.labels == scores.labels else mean.sum(0)
     middle = (graph.n_heads - 1) / 2
     rows: dict[float, str] = {0.0: "input", 2.0 * graph.n_layers + 1: "logits"}
     dots = [Dot(middle, 0.0, "input", "s")]
@@ -126,6 +126,30 @@ def edge_drawing(circuit: EdgeCircuit, scores: EdgeScores) -> Drawing:
         name, _, part = graph.readers[v].partition("<")
         lines.append(Line(u, numbers[name], float(total[u, v]), part.rstrip(">")))
     return Drawing(dots, lines, rows, {})
+
+
+@dataclass(frozen=True)
+class DrawingRow:
+    """How circuits of a space are drawn. count: how many edges there are to draw; None: nothing."""
+
+    draw: Callable[[Circuit, Scores | None, Mapping[str, str]], Drawing]
+    count: Callable[[Circuit, Scores], int | None]
+    caption: str
+
+
+SIGNS = "Blue: negative scores, red: positive; widths are proportional to |score|."
+DRAWINGS = {
+    "features": DrawingRow(
+        feature_drawing,
+        lambda circuit, _: None if circuit.edges is None else len(circuit.edges),
+        f"{SIGNS} Squares (ε): error terms.",
+    ),
+    "edges": DrawingRow(
+        edge_drawing,
+        lambda circuit, scores: circuit.n_nodes if KIND in scores else None,
+        f"{SIGNS} Dashed: into queries; dotted: into keys; solid: into values, MLPs and logits.",
+    ),
+}
 
 
 def _color(line: Line, theme: Theme) -> str:

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.agreement import agreement
-from relp_cli.methods.scores import NodeScores, Scores
 from relp_cli.report.canvas import LIGHT, Theme, new_figure, one_line, save_figure, themed
 from relp_cli.report.names import kind_title
+from relp_cli.spaces.scores import KindScores, Scores
 
 REFERENCE = "act_patch"
 MAX_LABELS = 64
@@ -88,7 +88,7 @@ def heatmap_figure(
     return figure
 
 
-def summed(scores: NodeScores, over: Over = "units") -> NodeScores:
+def summed(scores: KindScores, over: Over = "units") -> KindScores:
     """Scores[layer, pos] (vector nodes as they are, others added up over units), or [layer, unit], added up over positions.
 
     Sums keep their sign; they have no variance of their own (NaN) and no examples.
@@ -106,7 +106,7 @@ def summed(scores: NodeScores, over: Over = "units") -> NodeScores:
     return replace(scores, mean=mean, variance=mean * float("nan"), n=n, labels=labels, examples=None, present=None)
 
 
-def panel_title(method: str, scores: NodeScores, exact: NodeScores | None) -> str:
+def panel_title(method: str, scores: KindScores, exact: KindScores | None) -> str:
     """`relp · PCC 0.968`: Pearson correlation over the panel's cells; "—" where an array is constant."""
     if exact is None or method == REFERENCE:
         return method
@@ -124,7 +124,7 @@ def _caption(scores: Scores, methods: Sequence[str]) -> str:
 
 
 def _same_axes(
-    panels: Mapping[tuple[str, str], NodeScores],
+    panels: Mapping[tuple[str, str], KindScores],
     kinds: Sequence[str],
     methods: Sequence[str],
     tokens: Sequence[str] | None,
@@ -141,7 +141,7 @@ def _same_axes(
     return first.labels
 
 
-def _limit(panels: Sequence[NodeScores]) -> float:
+def _limit(panels: Sequence[KindScores]) -> float:
     """The largest finite |score|; 1 where all are zero."""
     largest = max(float(np.nan_to_num(p.mean.float().numpy(), posinf=0, neginf=0).__abs__().max()) for p in panels)
     return largest or 1.0

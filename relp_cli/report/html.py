@@ -13,26 +13,21 @@ import jinja2
 import pandas as pd
 from matplotlib.figure import Figure
 
-from relp_cli.circuits.circuit import Circuit
-from relp_cli.edges.circuit import EdgeCircuit
-from relp_cli.edges.scores import KIND
 from relp_cli.errors import RelpError
-from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.files import write_atomically
-from relp_cli.methods.scores import SIGN, Scores
 from relp_cli.report.canvas import DARK, LIGHT, Theme, rendered, save_figure
 from relp_cli.report.curve_plot import curves_figure
-from relp_cli.report.digest import circuit_counts, possible, top_nodes
-from relp_cli.report.graph import MOST_EDGES, circuit_figure
+from relp_cli.report.digest import circuit_counts, top_nodes
+from relp_cli.report.graph import DRAWINGS, MOST_EDGES, circuit_figure
 from relp_cli.report.heatmap import Over, heatmap_figure
 from relp_cli.report.names import counted, kind_title
 from relp_cli.report.tables import cell, is_numeric
+from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.scores import SIGN, Scores
+from relp_cli.spaces.table import SPACES
 
 MAX_HEADS = 128
 CSS_DPI = 96
-SIGNS = "Blue: negative scores, red: positive; widths are proportional to |score|."
-FEATURE_CAPTION = f"{SIGNS} Squares (ε): error terms."
-EDGE_CAPTION = f"{SIGNS} Dashed: into queries; dotted: into keys; solid: into values, MLPs and logits."
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ def write_html(
     run_folder: Path,
     record: Mapping[str, Any],
     scores: Mapping[str, Scores],
-    circuit: Circuit | EdgeCircuit | FeatureCircuit | None = None,
+    circuit: Circuit | None = None,
     evaluation: pd.DataFrame | None = None,
     tokens: Sequence[str] | None = None,
     output: Path | None = None,
@@ -92,7 +87,7 @@ def render_page(
     record: Mapping[str, Any],
     scores: Scores,
     pictures: Sequence[Picture],
-    circuit: Circuit | EdgeCircuit | FeatureCircuit | None = None,
+    circuit: Circuit | None = None,
     evaluation: pd.DataFrame | None = None,
     tokens: Sequence[str] | None = None,
     top: int = 10,
@@ -107,7 +102,7 @@ def render_page(
     )
     environment.filters |= {"cell": cell, "kind": kind_title, "json": lambda v: json.dumps(v, indent=1, default=str)}
     about = {**scores.meta, **dict(record.get("scores") or {})}
-    labels = next(iter(scores.values())).labels
+    labels = scores.labels
     return environment.get_template("page.html.j2").render(
         about=about,
         title=" · ".join(str(about.get(k, "?")) for k in ("task", "model", "method")),
@@ -128,7 +123,7 @@ def render_page(
 
 def _pictures(
     scores: Mapping[str, Scores],
-    circuit: Circuit | EdgeCircuit | FeatureCircuit | None,
+    circuit: Circuit | None,
     evaluation: pd.DataFrame | None,
     tokens: Sequence[str] | None,
 ) -> list[Picture]:
@@ -136,7 +131,7 @@ def _pictures(
     title = " · ".join(
         str(own.meta.get(k, "?")) for k in ("task", "model", *(["method"] if len(scores) == 1 else []), "direction")
     )
-    mapped = [kind for kind in own if kind not in ("edges", "feature")]  # these have no layer × position
+    mapped = list(own) if own.units.space == "nodes" else []  # the others have no layer × position
     kinds = [kind for kind in mapped if all(kind in other for other in scores.values())]
     heads = [k for k in kinds if own[k].mean.ndim == 3 and own[k].mean.shape[2] <= MAX_HEADS]
 
@@ -162,20 +157,16 @@ def _pictures(
     return pictures
 
 
-def _graph(
-    circuit: Circuit | EdgeCircuit | FeatureCircuit | None, scores: Scores, tokens: Sequence[str] | None
-) -> Picture | None:
+def _graph(circuit: Circuit | None, scores: Scores, tokens: Sequence[str] | None) -> Picture | None:
     """A picture of circuits that have edges."""
-    if isinstance(circuit, EdgeCircuit) and KIND in scores.kinds:
-        count, caption = circuit.n_edges, EDGE_CAPTION
-    elif isinstance(circuit, FeatureCircuit) and circuit.edges is not None:
-        count, caption = len(circuit.edges), FEATURE_CAPTION
-    else:
+    if circuit is None or (row := DRAWINGS.get(circuit.units.space)) is None:
         return None
-    words = dict(zip(next(iter(scores.values())).labels, tokens, strict=True)) if tokens else None
-    edges: Any = scores.kinds.get(KIND)
-    light, dark = (circuit_figure(circuit, edges, words, theme) for theme in (LIGHT, DARK))
-    return Picture("circuit", f"The {min(count, MOST_EDGES)} strongest of {count} edges. {caption}", light, dark)
+    count = row.count(circuit, scores)
+    if count is None:
+        return None
+    words = dict(zip(scores.labels, tokens, strict=True)) if tokens else None
+    light, dark = (circuit_figure(circuit, scores, words, theme) for theme in (LIGHT, DARK))
+    return Picture("circuit", f"The {min(count, MOST_EDGES)} strongest of {count} edges. {row.caption}", light, dark)
 
 
 def _top_tables(scores: Scores, top: int) -> list[dict[str, Any]]:
@@ -194,26 +185,26 @@ def _top_tables(scores: Scores, top: int) -> list[dict[str, Any]]:
     return tables
 
 
-def _circuit(circuit: Circuit | EdgeCircuit | FeatureCircuit) -> dict[str, Any]:
+def _circuit(circuit: Circuit) -> dict[str, Any]:
     counts = circuit_counts(circuit)
     selection = {k: v for k, v in (circuit.meta.get("selection") or {}).items() if v not in (None, False, "none", 0)}
     if selection.get("tau") == selection.get("threshold"):
         selection.pop("tau", None)
     return {
         "n_nodes": circuit.n_nodes,
-        "noun": "edges" if isinstance(circuit, EdgeCircuit) else "nodes",
+        "noun": SPACES[circuit.units.space].noun,
         "n_possible": circuit.n_possible,
         "selection": ", ".join(f"{k} = {v:g}" if isinstance(v, float) else f"{k} = {v}" for k, v in selection.items()),
         "kinds": [
             {
                 "kind": kind,
                 "total": int(table.to_numpy().sum()),
-                "possible": possible(circuit, kind),
+                "possible": of,
                 "largest": max(int(table.to_numpy().max()), 1),
                 "labels": list(table.columns),
                 "layers": table.to_numpy().tolist(),
             }
-            for kind, table in counts.items()
+            for kind, (table, of) in counts.items()
         ],
     }
 

@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 
-from relp_cli.edges.ablation import EdgeAblation
-from relp_cli.edges.graph import Graph
 from relp_cli.edges.run import edge_logits
 from relp_cli.errors import unknown
-from relp_cli.evaluation.ablation import Ablation
-from relp_cli.evaluation.evaluate import Runs
+from relp_cli.evaluation.edge_ablation import EdgeAblation
+from relp_cli.evaluation.evaluate import Ablating
+from relp_cli.evaluation.node_circuits import NodeAblator
 from relp_cli.methods.score import COMPONENTS
 from relp_cli.models.load import wrap
 from relp_cli.models.model import Model
-from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.scoring import score
-from relp_cli.tasks.metrics import METRICS
+from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.graph import Graph
+from relp_cli.spaces.nodes import units_of
 from relp_cli.tasks.pairs import PairBatch
 
 
@@ -137,18 +137,18 @@ class _EveryPosition(Model):
 
 def _circuit_point(f: Fixture) -> None:
     """One F(C) of a neuron circuit: ablation values are ready, half of the neurons are ablated."""
-    runs, masks, ablated, full = _prepared(f)
+    run, keep, ablated = _prepared(f)
     with torch.no_grad():
-        runs.run(f.batch, masks, ablated, full)
+        run.logits(f.batch, keep, ablated)
 
 
 @lru_cache(maxsize=1)
 def _prepared(f: Fixture) -> Any:
-    kind, shape = NODE_KINDS["mlp_neuron"], f.model.shape
-    mask = torch.rand(shape.n_layers, f.batch.n_pos, shape.d_mlp, generator=torch.Generator().manual_seed(0)) > 0.5
-    ablation = Ablation.prepare(f.model, [f.batch], "mean", [kind])
-    runs = Runs(f.model, METRICS["logit_diff"], (kind,), 0, [f.batch], ablation)
-    return runs, {"mlp_neuron": mask}, ablation.values(f.model, f.batch, f.batch), f.model.logits(f.batch.original)
+    units = units_of(f.model, ["mlp_neuron"])
+    keep = torch.rand(f.batch.n_pos, len(units), generator=torch.Generator().manual_seed(0)) > 0.5
+    circuit = Circuit(units, keep, f.batch.labels)
+    run = NodeAblator(f.model, [f.batch], [circuit], Ablating("mean", 0))
+    return run, keep, next(run.batches())[1]
 
 
 BASELINES: dict[str, Callable[[Fixture], None]] = {

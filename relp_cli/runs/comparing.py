@@ -13,7 +13,6 @@ from relp_cli.errors import RelpError
 from relp_cli.evaluation.compare import exact_method, run_comparison
 from relp_cli.files import check_writable
 from relp_cli.methods.request import Progress
-from relp_cli.methods.scores import Scores
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.report.figures import heatmaps
 from relp_cli.report.tables import write_table
@@ -30,6 +29,7 @@ from relp_cli.runs.scoring import (
     score_run,
 )
 from relp_cli.runs.spec import ScoreSpec
+from relp_cli.spaces.scores import Scores
 
 
 @dataclass(frozen=True)

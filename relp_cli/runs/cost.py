@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from relp_cli.edges.graph import Graph
 from relp_cli.features.kinds import SCORED
 from relp_cli.features.load import load_dictionaries
 from relp_cli.methods.table import METHODS
@@ -15,6 +14,7 @@ from relp_cli.models.model import Model
 from relp_cli.nodes.access import units
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.runs.spec import ScoreSpec
+from relp_cli.spaces.graph import Graph
 from relp_cli.tasks.pairs import PairBatch
 
 

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from relp_cli.circuits.circuit import Circuit, tensor_hash
-from relp_cli.edges.ablation import EDGE_ABLATIONS
-from relp_cli.edges.circuit import EdgeCircuit, counted_edges, load_circuit
 from relp_cli.edges.exchange import import_circuit, is_eap_ig
-from relp_cli.edges.scores import EdgeScores
 from relp_cli.errors import RelpError, unknown
-from relp_cli.evaluation.ablation import ABLATIONS
+from relp_cli.evaluation.ablation_table import ablation_row
 from relp_cli.evaluation.areas import MIB_FRACTIONS
-from relp_cli.evaluation.evaluate import evaluate
-from relp_cli.evaluation.features import ABLATIONS as FEATURE_ABLATIONS
-from relp_cli.evaluation.nodes import minimality
-from relp_cli.features.circuit import ERRORS, FeatureCircuit
-from relp_cli.features.circuit import TYPE as FEATURES
-from relp_cli.features.kinds import FEATURE_KINDS, SCORED
-from relp_cli.features.scores import FeatureScores
-from relp_cli.files import check_writable, lines_of, read_json
+from relp_cli.evaluation.evaluate import evaluate, excluded_layers
+from relp_cli.evaluation.minimality import minimality
+from relp_cli.features.kinds import SCORED
+from relp_cli.files import check_writable, lines_of
 from relp_cli.methods.request import Progress
-from relp_cli.methods.scores import Scores
 from relp_cli.models.model import Model
 from relp_cli.report.tables import write_table
 from relp_cli.runs.checked import score_spec
@@ -37,6 +25,10 @@ from relp_cli.runs.rundir import RunDir
 from relp_cli.runs.scoring import Session, open_run, prepare_again
 from relp_cli.runs.spec import ScoreSpec
 from relp_cli.selection import select
+from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.features import ERRORS, without_errors
+from relp_cli.spaces.scores import Scores
+from relp_cli.spaces.table import SPACES, space_of
 from relp_cli.tasks.metrics import METRICS
 
 DEFAULT_SWEEP = "log:1e-4:1:15"
@@ -78,14 +70,14 @@ def sweep_points(text: str) -> list[dict[str, float]]:
     )
 
 
-def circuits_of(scores: Mapping[str, Any], sweep: str, from_layer: int = 0, **more: Any) -> list[Any]:
+def circuits_of(scores: Scores, sweep: str, from_layer: int = 0, **more: Any) -> list[Any]:
     """One circuit per point of a sweep over the nodes of layers ≥ `from_layer`.
 
     more: what `select` takes besides, for features.
     Counts beyond the nodes that have a score (the candidates of a re-scoring; all nodes otherwise) mean all of these.
     """
     points = sweep_points(sweep)
-    scored = sum(_scored(s, from_layer, **more) for s in scores.values())
+    scored = space_of(scores.units).scored(scores, from_layer, **more)
     if not points[0]:
         counts = np.unique(np.geomspace(1, max(scored, 1), len(points)).round().astype(int))
         points = [{"top_k": int(c)} for c in counts]
@@ -94,16 +86,6 @@ def circuits_of(scores: Mapping[str, Any], sweep: str, from_layer: int = 0, **mo
     elif "top_k" in points[0]:
         points = [{"top_k": k} for k in dict.fromkeys(min(int(p["top_k"]), scored) for p in points)]
     return [select(scores, from_layer=from_layer, **p, **more) for p in points]  # type: ignore[arg-type]
-
-
-def _scored(scores: Any, from_layer: int, errors: str = "all") -> int:
-    """How many nodes of layers ≥ `from_layer` a sweep over counts goes up to."""
-    if isinstance(scores, FeatureScores):  # most features are active in no prompt; those that are not 0
-        return select(scores, threshold=0.0, from_layer=from_layer, errors=errors).n_nodes
-    if isinstance(scores, EdgeScores):
-        return int(counted_edges(scores.graph, from_layer).sum()) * len(scores.labels)
-    upper = scores.mean[from_layer:]
-    return int((upper != 0).sum()) if "n_candidates" in scores.meta else upper.numel()
 
 
 def held_out(spec: ScoreSpec, pairs: int, seed: int, metric: str | None = None) -> ScoreSpec:
@@ -144,9 +126,7 @@ def evaluate_run(
         sweep_points(sweep)  # found to be wrong before a model is loaded
     file = circuit or (run.circuit if run.circuit.is_file() and sweep is None else None)
     prepared = prepare_again(held_out(spec, pairs, seed, metric), scores, session, at_most=True)
-    layers = prepared.model.shape.n_layers
-    default = 0 if "edges" in scores else layers // 3
-    exclude = default if options.get("exclude_layers") is None else options["exclude_layers"]
+    exclude = excluded_layers(scores.units.space, prepared.model.shape.n_layers, options.get("exclude_layers"))
     more = {"errors": errors} if errors else {}
     if file:
         read = (
@@ -171,18 +151,18 @@ def evaluate_run(
         notes.append(f"{below} of the circuit's {whole} nodes lie in the first {exclude} layers, which are not ablated")
     first = circuits[0]
     about = {k: first.meta.get(k, scores.meta[k]) for k in ("task", "model", "method", "direction")}
-    about["kind"] = "+".join(scores if isinstance(first, FeatureCircuit) else first.masks)
+    about["kind"] = next(iter(SPACES[first.units.space].kinds), None) or "+".join(first.units.kinds)
     for position, (name, value) in enumerate(about.items()):
         table.insert(position, name, value)
     if file:  # so that a report can tell whether this table is of the circuit that the run has by then
-        table["circuit"] = circuit_hash(first)
+        table["circuit"] = first.hash
     out = output or run.path / "evaluation.csv"
     write_table(table, out)
     return out, table, tuple(notes)
 
 
 def check_evaluation(
-    scores: Mapping[str, Any],
+    scores: Scores,
     circuit: Path | None,
     errors: str | None,
     metric: str | None,
@@ -196,26 +176,11 @@ def check_evaluation(
         raise unknown("choice of error terms", errors, ERRORS)
     if metric is not None:
         METRICS[metric]
-    check_ablation(next(iter(scores)), ablation)
+    ablation_row(ablation, scores.units.space)
     if corpus is not None:
         lines_of(corpus, "corpus")
     if circuit is not None:
         read_circuit(circuit, errors)
-
-
-def check_ablation(kind: str, name: str) -> None:
-    """Raises RelpError for an ablation that circuits of this kind (of nodes, edges or features) do not have."""
-    known: Collection[str] = (
-        FEATURE_ABLATIONS if kind in FEATURE_KINDS else EDGE_ABLATIONS if kind == "edges" else ABLATIONS
-    )
-    if name not in known:
-        raise unknown(f"ablation of {kind}", name, known)
-
-
-def circuit_hash(circuit: Circuit | EdgeCircuit | FeatureCircuit) -> str:
-    """A short hash of what a circuit keeps: its kinds, positions and nodes."""
-    names = json.dumps([list(circuit.masks), list(circuit.labels)])
-    return hashlib.sha256((names + tensor_hash(*circuit.masks.values())).encode()).hexdigest()[:12]
 
 
 def evaluation_cost(path: Path, sweep: str | None, circuit: Path | None, pairs: int, random: int) -> dict[str, Any]:
@@ -232,39 +197,36 @@ def evaluation_cost(path: Path, sweep: str | None, circuit: Path | None, pairs: 
     }
 
 
-def read_circuit(
-    path: Path, errors: str | None = None, model: Model | None = None
-) -> Circuit | EdgeCircuit | FeatureCircuit:
-    """A circuit file of nodes, features or edges, or one that EAP-IG or MIB wrote (its graph must be the model's).
+def read_circuit(path: Path, errors: str | None = None, model: Model | None = None) -> Circuit:
+    """A circuit file of any space, or one that EAP-IG or MIB wrote (its graph must be the model's).
 
-    errors: without some of its error terms (a row of features.circuit.ERRORS).
+    errors: without some of its error terms (a row of spaces.features.ERRORS).
     """
     if is_eap_ig(path):
         return import_circuit(path, model)[0]
-    content = read_json(path, "circuit file")
-    if not isinstance(content, dict) or content.get("type") != FEATURES:
-        return load_circuit(path)  # which says what is wrong with others
-    circuit = FeatureCircuit.load(path)
-    return circuit if errors is None else circuit.without_errors(errors)
+    circuit = Circuit.load(path)
+    if errors is None:
+        return circuit
+    if circuit.units.space != "features":
+        raise RelpError(f"--errors is for feature circuits; {path} is one of {circuit.units.space}")
+    return without_errors(circuit, errors)
 
 
-def own_circuit(
-    run: RunDir, scores: Scores, errors: str | None = None, model: Model | None = None
-) -> Circuit | EdgeCircuit | FeatureCircuit:
+def own_circuit(run: RunDir, scores: Scores, errors: str | None = None, model: Model | None = None) -> Circuit:
     """A run's circuit.json. Raises RelpError where it was selected from other scores than the run's, or is of another
     model or graph, or cannot be read.
     """
     circuit = read_circuit(run.circuit, errors, model)
     theirs = circuit.meta.get("scores")
-    kinds = [k for k in scores if isinstance(circuit, FeatureCircuit) or k in circuit.masks]
-    mine = tensor_hash(*(t for k in kinds for t in scores[k].ranked))
     other = next((w for w in ("model", "revision") if circuit.meta.get(w, scores.meta[w]) != scores.meta[w]), None)
-    if isinstance(circuit, EdgeCircuit) and ("edges" not in scores or circuit.graph != scores["edges"].graph):  # type: ignore[attr-defined]
-        other = "graph"
-    if other is not None or (theirs is not None and theirs != mine):
+    if not set(circuit.units.blocks) <= set(scores.units.blocks):
+        other = "graph" if circuit.units.space == "edges" else other or "scores"
+    elif theirs is not None and theirs != scores.only([k for k in scores if k in circuit.units.kinds]).hash:
+        other = other or "scores"
+    if other is not None:
+        which = "other scores" if other == "scores" else f"another {other}"
         raise RelpError(
-            f"circuit {run.circuit} is of {'another ' + other if other else 'other scores'} than this run's; select it "
-            f"again: relp circuit {run.path}"
+            f"circuit {run.circuit} is of {which} than this run's; select it again: relp circuit {run.path}"
         )
     return circuit
 

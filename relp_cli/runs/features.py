@@ -10,35 +10,33 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from relp_cli.circuits.circuit import ANY_POSITION
 from relp_cli.errors import RelpError
 from relp_cli.features.annotations import Annotations, read_annotations
-from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.edges import feature_edges
-from relp_cli.features.graph import METRIC, FeatureNode, parse_node
 from relp_cli.features.kinds import SCORED
 from relp_cli.features.load import Dictionaries
-from relp_cli.features.scores import FeatureScores
 from relp_cli.features.show import described, top_features
-from relp_cli.features.sites import Site, parse_site
 from relp_cli.methods.request import Progress
-from relp_cli.methods.scores import Scores
 from relp_cli.models.model import Model
 from relp_cli.report.tables import show
 from relp_cli.runs.scoring import Prepared, Session, prepare_again
 from relp_cli.runs.spec import ScoreSpec
+from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.feature_graph import METRIC, FeatureNode, parse_node
+from relp_cli.spaces.features import feature_nodes, sites_of
+from relp_cli.spaces.scores import Scores
+from relp_cli.spaces.sites import Site, parse_site
+from relp_cli.spaces.units import ANY_POSITION
 
 
 def show_features(
     spec: ScoreSpec, session: Session, scores: Scores, annotations: Path | None, console: Console, k: int = 10
 ) -> None:
     """The k features and error terms with the largest |score|, with annotations or contexts and promoted tokens."""
-    found = scores[SCORED]
-    assert isinstance(found, FeatureScores)
     prepared = prepare_again(spec, scores, session)
     dictionaries = session.dictionaries(spec.params["dictionary"], prepared.model)
     notes = _notes(annotations, dictionaries, prepared.model)
-    table = described(top_features(found, k), prepared.model, dictionaries, prepared.pairs, notes)
+    table = described(top_features(scores, k), prepared.model, dictionaries, prepared.pairs, notes)
     meta = scores.meta
     if meta["rules"]:
         table.attrs["notes"] = ["rules applied (layers): " + ", ".join(f"{r}×{n}" for r, n in meta["rules"].items())]
@@ -55,11 +53,11 @@ def with_edges(
     spec: ScoreSpec,
     prepared: Prepared,
     session: Session,
-    circuit: FeatureCircuit,
+    circuit: Circuit,
     threshold: float,
     annotations: Path | None,
     progress: Progress | None,
-) -> FeatureCircuit:
+) -> Circuit:
     """The circuit with the edges among its nodes, and to the metric, whose |score| on the run's own pairs is > threshold.
 
     Raises: RelpError for annotations of features that do not exist, and as `relp.feature_edges`.
@@ -78,7 +76,7 @@ def show_edges(
     spec: ScoreSpec,
     prepared: Prepared,
     session: Session,
-    circuit: FeatureCircuit,
+    circuit: Circuit,
     annotations: Path | None,
     console: Console,
     k: int = 10,
@@ -103,7 +101,7 @@ def show_edges(
 
 
 def feature_meanings(
-    spec: ScoreSpec, session: Session, prepared: Prepared, scores: Scores, circuit: FeatureCircuit | None,
+    spec: ScoreSpec, session: Session, prepared: Prepared, scores: Scores, circuit: Circuit | None,
     annotations: Path | None, most: int = 60,
 ) -> pd.DataFrame:  # fmt: skip
     """node and meaning: of the circuit's features (`most`, those with the largest |score|), or where there is none, of the
@@ -111,17 +109,17 @@ def feature_meanings(
     """
     found: Any = scores[SCORED]
     if circuit is None:
-        table = top_features(found, 10)
+        table = top_features(scores, 10)
         table = table[table.kind == "feature"]
         nodes = [FeatureNode(_site(r.site), str(r.position), int(r.feature)) for r in table.itertuples()]  # type: ignore[arg-type]
     else:
-        dense = {site: found.dense(site) for site in circuit.features}
+        dense = {site: found.dense(site) for site in sites_of(circuit.units).sites}
 
         def size(node: FeatureNode) -> float:
             at = dense[node.site][:, node.feature]
             return abs(float(at.sum() if node.position == ANY_POSITION[0] else at[found.labels.index(node.position)]))
 
-        nodes = sorted((n for n in circuit.nodes() if n.feature is not None), key=size, reverse=True)
+        nodes = sorted((n for n in feature_nodes(circuit) if n.feature is not None), key=size, reverse=True)
     units = dict.fromkeys((n.site, n.feature) for n in nodes[:most])  # one row per feature, wherever it is
     plain = [FeatureNode(site, ANY_POSITION[0], unit) for site, unit in units]
     dictionaries = session.dictionaries(spec.params["dictionary"], prepared.model)

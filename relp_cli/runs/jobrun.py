@@ -14,22 +14,24 @@ import pandas as pd
 
 from relp_cli import __version__
 from relp_cli.errors import RelpError, unknown
+from relp_cli.evaluation.ablation_table import ablation_row
 from relp_cli.evaluation.compare import run_comparison
-from relp_cli.evaluation.evaluate import evaluate
+from relp_cli.evaluation.evaluate import evaluate, excluded_layers
 from relp_cli.evaluation.verify import rescore
 from relp_cli.features.kinds import FEATURE_KINDS
 from relp_cli.files import check_writable, write_atomically
-from relp_cli.methods.scores import Scores
 from relp_cli.methods.table import METHODS
 from relp_cli.models.folder import local_path, split_revision
 from relp_cli.models.load import DTYPES
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.runs.checked import distinct, model_labels
-from relp_cli.runs.evaluating import check_ablation, circuits_of, held_out, sweep_points
+from relp_cli.runs.evaluating import circuits_of, held_out, sweep_points
 from relp_cli.runs.job import COSTS, Cell, Group, JobSpec, cell_hash, cells, nodes_of, read_cell, score_spec_of
 from relp_cli.runs.rundir import provenance
 from relp_cli.runs.scoring import Prepared, Session, check_request, default_folder, digest_of, prepare, score_run
 from relp_cli.runs.spec import ScoreSpec
+from relp_cli.spaces.scores import Scores
+from relp_cli.spaces.table import space_for
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.task import load_task
 
@@ -61,7 +63,7 @@ def check_job(job: JobSpec) -> None:
         if job.evaluate.metric is not None:
             METRICS[job.evaluate.metric]
         for kind in job.kinds:
-            check_ablation(kind, job.evaluate.ablation)
+            ablation_row(job.evaluate.ablation, space_for(nodes_of(kind)).name)
             if job.evaluate.ablation == "corpus":
                 raise RelpError(
                     "ablation 'corpus' needs a text file, which a job cannot give; use `relp evaluate RUN --corpus`"
@@ -168,9 +170,7 @@ class GroupRun:
     def _curve(self, cell: Cell, mine: Scores) -> list[dict[str, Any]]:
         assert self.job.evaluate is not None
         options, held = self.job.evaluate, self.prepared("heldout")
-        layers = held.model.shape.n_layers
-        default = 0 if cell.kind == "edges" else layers // 3
-        exclude = default if options.exclude_layers is None else options.exclude_layers
+        exclude = excluded_layers(mine.units.space, held.model.shape.n_layers, options.exclude_layers)
         more, where = {}, None
         if cell.kind in FEATURE_KINDS:
             assert self.job.dictionary is not None
@@ -178,8 +178,7 @@ class GroupRun:
                 {"errors": FEATURE_KINDS[cell.kind]},
                 self.session.dictionaries(self.job.dictionary, held.model),
             )
-        chosen = {kind: mine[kind] for kind in nodes_of(cell.kind)}
-        circuits = circuits_of(chosen, options.sweep, exclude, **more)
+        circuits = circuits_of(mine.only(nodes_of(cell.kind)), options.sweep, exclude, **more)
         table = evaluate(
             held.model, held.pairs, circuits, options.ablation, exclude, held.metric, cell.group.seed,
             options.random_circuits, dictionary=where,

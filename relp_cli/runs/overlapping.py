@@ -9,7 +9,6 @@ from relp_cli.circuits.reference import reference_circuit, reference_names
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.agreement import agreement
 from relp_cli.evaluation.overlap import overlap
-from relp_cli.methods.scores import NodeScores
 from relp_cli.runs.evaluating import own_circuit, read_circuit
 from relp_cli.runs.rundir import RunDir
 from relp_cli.runs.scoring import open_run
@@ -21,8 +20,7 @@ def overlap_of(first: Path, second: str) -> dict[str, Any]:
     if RunDir(first).exists() and RunDir(Path(second)).exists():
         mine, theirs = open_run(first)[2], open_run(Path(second))[2]
         for kind in (k for k in mine if k in theirs and mine[k].labels == theirs[k].labels):
-            a, b = (s if isinstance(s, NodeScores) else s.flat() for s in (mine[kind], theirs[kind]))
-            rows[f"PCC of {kind} scores"] = agreement(a, b, bootstrap=0).pcc
+            rows[f"PCC of {kind} scores"] = agreement(mine.table(kind), theirs.table(kind), bootstrap=0).pcc
     return rows
 
 

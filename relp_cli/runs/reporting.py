@@ -9,12 +9,11 @@ import pandas as pd
 
 from relp_cli.errors import RelpError, RunFailed
 from relp_cli.features.annotations import read_annotations
-from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.kinds import SCORED
 from relp_cli.files import check_writable
 from relp_cli.report.html import write_html
 from relp_cli.runs.comparing import example_tokens
-from relp_cli.runs.evaluating import circuit_hash, own_circuit
+from relp_cli.runs.evaluating import own_circuit
 from relp_cli.runs.features import feature_meanings
 from relp_cli.runs.scoring import Session, open_run, prepare_again
 
@@ -29,13 +28,13 @@ def report_run(path: Path, output: Path | None = None, annotations: Path | None 
     run, spec, scores = open_run(path)
     for place in (run.path, output or run.path):
         check_writable(place)  # before the figures
-    if annotations is not None and SCORED not in scores.kinds:
+    if annotations is not None and SCORED not in scores:
         raise RelpError("--annotations is for runs of features; this run scored " + ", ".join(scores))
     circuit: Any = own_circuit(run, scores) if run.circuit.is_file() else None
     record = run.read()
     evaluation = _evaluation(run.path / "evaluation.csv")
     theirs = None if evaluation is None or "circuit" not in evaluation else evaluation["circuit"][0]
-    if theirs is not None and circuit is not None and theirs != circuit_hash(circuit):
+    if theirs is not None and circuit is not None and theirs != circuit.hash:
         evaluation = None
         record["notes"] = [*record.get("notes", []), f"evaluation.csv is of another circuit: relp evaluate {path}"]
     tokens = meanings = None
@@ -43,8 +42,8 @@ def report_run(path: Path, output: Path | None = None, annotations: Path | None 
         session = Session()
         prepared = prepare_again(spec.model_copy(update={"only_correct": False}), scores, session)
         tokens = example_tokens(prepared, scores)
-        if SCORED in scores.kinds:
-            of_features = circuit if isinstance(circuit, FeatureCircuit) else None
+        if SCORED in scores:
+            of_features = circuit if circuit is not None and circuit.units.space == "features" else None
             meanings = feature_meanings(spec, session, prepared, scores, of_features, annotations)
     except RelpError as error:
         if annotations is not None:

@@ -14,14 +14,14 @@ from relp_cli.features.load import Dictionaries, check_dictionary, load_dictiona
 from relp_cli.files import check_writable
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import check_baseline, resolve_method
-from relp_cli.methods.scores import Scores
-from relp_cli.methods.table import space_of
 from relp_cli.models.load import load_model
 from relp_cli.models.model import Model
 from relp_cli.runs.checked import score_spec
 from relp_cli.runs.rundir import RunDir, checksum, provenance
 from relp_cli.runs.spec import ScoreSpec
 from relp_cli.scoring import score
+from relp_cli.spaces.scores import Scores
+from relp_cli.spaces.table import space_for
 from relp_cli.tasks.generate import TooFewPairs
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
@@ -108,7 +108,7 @@ def check_request(spec: ScoreSpec, folder: Path | None = None) -> None:
         if folder.exists() and not folder.is_dir():
             raise RelpError(f"--output {folder} is a file; expected a folder")
         check_writable(folder)
-    space = space_of(spec.nodes)
+    space = space_for(spec.nodes)
     if "dictionary" in spec.params and "dictionary" not in space.options:
         raise RelpError("--dictionary is for features (--nodes feature)")
     given = {k: v for k, v in spec.params.items() if k not in space.options}
@@ -206,7 +206,7 @@ def scoring_notes(scores: Scores) -> list[str]:
     ]
 
 
-def with_meta(scores: Any, prepared: Prepared, spec: ScoreSpec, digest: str) -> Any:
+def with_meta(scores: Scores, prepared: Prepared, spec: ScoreSpec, digest: str) -> Scores:
     """The scores with their task, its hash, the seed and the BOS choice in their metadata."""
     from dataclasses import replace
 
@@ -219,8 +219,6 @@ def with_meta(scores: Any, prepared: Prepared, spec: ScoreSpec, digest: str) -> 
         "bos": prepared.bos,
         "hash": digest,
     }
-    if isinstance(scores, Scores):
-        return Scores({k: replace(s, meta=meta) for k, s in scores.kinds.items()}, meta)
     return replace(scores, meta=meta)
 
 

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from relp_cli.circuits.circuit import ANY_POSITION, Circuit
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.missed import missed_effects
-from relp_cli.evaluation.verify import AnyNodes, confirmed
-from relp_cli.features.circuit import FeatureCircuit
+from relp_cli.evaluation.verify import confirmed
 from relp_cli.methods.request import Progress
-from relp_cli.methods.scores import Scores
 from relp_cli.runs.scoring import Session, prepare_again
 from relp_cli.runs.spec import ScoreSpec
+from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.scores import Scores
+from relp_cli.spaces.units import ANY_POSITION
 
 
 def verify_circuit(
     spec: ScoreSpec,
     scores: Scores,
-    circuit: AnyNodes,
+    circuit: Circuit,
     confirm: float | None,
     session: Session,
     progress: Progress | None,
-) -> tuple[AnyNodes, list[str]]:
+) -> tuple[Circuit, list[str]]:
     """The confirmed part of a circuit: nodes with |exact effect| > `confirm` (default: the selection's τ) on the run's
     own pairs, and sentences on false positives and on what may have been missed (the diagnostic of AtP*, Kramár et al. 2024).
 
     Raises: RelpError for circuits without positions, and where no default for `confirm` exists.
     """
-    if not isinstance(circuit, Circuit | FeatureCircuit):
+    if circuit.units.space == "edges":
         raise RelpError("--verify patches nodes; for edges compare with edge_patch (relp compare --nodes edges)")
     if circuit.labels == ANY_POSITION:
         raise RelpError("--verify patches nodes at their positions; select with --aggregate none")
@@ -41,7 +41,7 @@ def verify_circuit(
         f"exact patching confirms {kept.n_nodes} of {circuit.n_nodes} nodes at |effect| > {tau:g}: "
         f"{rejected} false positives ({share:.0%})"
     ]
-    if isinstance(circuit, Circuit):
+    if circuit.units.space == "nodes":
         left = missed_effects(
             prepared.model, prepared.pairs, circuit.masks, scores.meta["metric"], scores.meta["direction"]
         )

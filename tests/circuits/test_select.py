@@ -5,10 +5,13 @@ import json
 import pytest
 import torch
 
-from relp_cli.circuits.circuit import ANY_POSITION, Circuit, tensor_hash
 from relp_cli.errors import RelpError
-from relp_cli.methods.scores import NodeScores
 from relp_cli.selection import select
+from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.files import tensor_hash
+from relp_cli.spaces.nodes import node_circuit
+from relp_cli.spaces.scores import KindScores
+from relp_cli.spaces.units import ANY_POSITION
 
 T, F = True, False
 VALUES = torch.tensor([[3.0, -1.0], [0.5, -3.0], [0.0, 2.0]], dtype=torch.float64)
@@ -18,7 +21,7 @@ def scores(mean=VALUES, kind="mlp_out", examples=None, labels=None, **meta):
     mean = torch.as_tensor(mean)
     labels = labels or tuple(str(i) for i in range(mean.shape[1]))
     n = torch.full((mean.shape[1],), 2)
-    return NodeScores(kind, mean, torch.zeros_like(mean), n, labels, "position", examples, None, meta)
+    return KindScores(kind, mean, torch.zeros_like(mean), n, labels, "position", examples, None, meta)
 
 
 def kept(circuit, kind="mlp_out"):
@@ -183,7 +186,9 @@ def edited(text, layer):
 
 
 def test_files_give_the_circuit_back(tmp_path):
-    mixed = Circuit({"head": heads().masks["head"], "mlp_out": torch.rand(4, 3) < 0.5}, ("a", "b", "c"), {"tau": 0.1})
+    mixed = node_circuit(
+        {"head": heads().masks["head"], "mlp_out": torch.rand(4, 3) < 0.5}, ("a", "b", "c"), {"tau": 0.1}
+    )
     mixed.save(tmp_path / "c.json")
     again = Circuit.load(tmp_path / "c.json")
     assert (again.labels, again.meta, list(again.masks)) == (mixed.labels, mixed.meta, list(mixed.masks))
@@ -198,8 +203,8 @@ def test_files_give_the_circuit_back(tmp_path):
 
 @pytest.mark.parametrize(("change", "error", "message"), [
     (lambda text: text[: len(text) // 2], RelpError, "not valid JSON"),
-    (lambda _: "[]", RelpError, "expected a relp node circuit"),
-    (lambda text: text.replace('"schema": 1', '"schema": 99'), RelpError, "expected a relp node circuit"),
+    (lambda _: "[]", RelpError, "expected a relp circuit"),
+    (lambda text: text.replace('"schema": 1', '"schema": 99'), RelpError, "expected a relp circuit"),
     (lambda text: text.replace('"head"', '"haed"', 1), RelpError, "unknown node kind 'haed'"),
     (lambda text: json.dumps(json.loads(text) | {"labels": ["a"]}), RelpError, "3 positions for 1 labels"),
     (lambda text: text.replace('"layer": [', '"layer": [9, '), RelpError, "circuit file .*head"),

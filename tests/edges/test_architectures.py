@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import relp_cli as relp
-from relp_cli.edges.circuit import EdgeCircuit
-from relp_cli.edges.graph import Graph
 from relp_cli.errors import RelpError
 from relp_cli.models.load import wrap
 from relp_cli.models.model import Model
+from relp_cli.spaces.edges import edge_circuit
+from relp_cli.spaces.graph import Graph
 from tests.oracles.plain import ROWS, build, ungrouped
 from tests.oracles.wrapped import close, double_by_default, exact_float64, pairs
 
@@ -70,7 +70,7 @@ def test_edges_equal_plain_hugging_face(name: str) -> None:
         def ablate(reader: str, x: Tensor, written: dict[str, Tensor]) -> Tensor:
             return x + sum(source.written[u] - y for u, y in written.items() if f"{u}->{reader}" not in kept)
 
-        table = relp.evaluate(model, [BATCH], EdgeCircuit.from_mask(graph, mask), "counterfactual", bootstrap=2)
+        table = relp.evaluate(model, [BATCH], edge_circuit(graph, mask), "counterfactual", bootstrap=2)
         close(torch.tensor(table.F_C[0]), metric(oracle.run(BATCH.original, ablate).logits).mean())
 
 
@@ -104,4 +104,4 @@ def test_an_assumption_that_does_not_hold_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("relp_cli.edges.reads._epsilon", lambda *_: 0.5)
     monkeypatch.setattr("relp_cli.edges.check._checked", set())
     with exact_float64(), pytest.raises(RelpError, match=r"llama .*edges do not know how layer 0's q reads"):
-        relp.evaluate(wrapped("llama"), [BATCH], EdgeCircuit.from_mask(Graph(2, 4), Graph(2, 4).mask), "zero")
+        relp.evaluate(wrapped("llama"), [BATCH], edge_circuit(Graph(2, 4), Graph(2, 4).mask), "zero")

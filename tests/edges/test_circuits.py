@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 
 import relp_cli as relp
-from relp_cli.edges.ablation import EDGE_ABLATIONS, EdgeAblation
-from relp_cli.edges.circuit import EdgeCircuit, load_circuit
 from relp_cli.edges.exchange import export_circuit, import_circuit
-from relp_cli.edges.graph import Graph
 from relp_cli.edges.neurons import Neuron, neuron_edges
 from relp_cli.edges.run import edge_logits
 from relp_cli.edges.stream import written
 from relp_cli.errors import RelpError
+from relp_cli.evaluation.ablation_table import ABLATIONS
 from relp_cli.evaluation.areas import MIB_FRACTIONS, areas
-from relp_cli.evaluation.edges import edge_curve
+from relp_cli.evaluation.curve import edge_curve
+from relp_cli.evaluation.edge_ablation import EdgeAblation
 from relp_cli.runs.evaluating import circuits_of
+from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.edges import circuit_of_names, edge_circuit, edge_mask
+from relp_cli.spaces.graph import Graph
+from relp_cli.spaces.pruning import prune
 from tests.oracles import edges as oracle
 from tests.oracles.forward import forward
 from tests.oracles.make import SHAPES, exact_float64
@@ -59,7 +62,7 @@ def ablated_by_hand(c: Case, name: str) -> dict[str, Tensor]:
     return {u: how[name](x) for u, x in source.items()}
 
 
-@pytest.mark.parametrize("ablation", list(EDGE_ABLATIONS))
+@pytest.mark.parametrize("ablation", [a for a, row in ABLATIONS.items() if "edges" in row.spaces])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_circuits_run_as_the_oracle_says(shape: str, ablation: str) -> None:
     c = case(shape)
@@ -105,20 +108,20 @@ def test_circuits_per_position(shape: str) -> None:
     want = oracle.run(w, config, original, edit).logits[:, -1]
     with exact_float64():
         close(edge_logits(c.model, graph, original, excluded, written(c.model, patch)[0]), want, 1e-9)
-    circuit = EdgeCircuit.from_mask(graph, graph.mask & ~excluded, labels=[str(i) for i in range(n)])
+    circuit = edge_circuit(graph, graph.mask & ~excluded, labels=[str(i) for i in range(n)])
     table = outcome(lambda: relp.evaluate(c.model, [c.batch], circuit, ablation="counterfactual", bootstrap=5))
     assert table.F_C[0] == pytest.approx(c.metric(want[:, None]).mean().item(), abs=1e-9)
 
 
-@pytest.mark.parametrize("ablation", list(EDGE_ABLATIONS))
+@pytest.mark.parametrize("ablation", [a for a, row in ABLATIONS.items() if "edges" in row.spaces])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_faithfulness_table(shape: str, ablation: str) -> None:
     c = case(shape)
     graph, kept = graph_of(c), some(graph_of(c))
     circuits = [
-        EdgeCircuit(graph, graph.mask[None]),
-        EdgeCircuit(graph, torch.zeros_like(kept)),
-        EdgeCircuit(graph, kept),
+        edge_circuit(graph, graph.mask[None]),
+        edge_circuit(graph, torch.zeros_like(kept)),
+        edge_circuit(graph, kept),
     ]
     table = outcome(
         lambda: relp.evaluate(c.model, [c.batch], circuits, ablation=ablation, bootstrap=20, random_circuits=1)
@@ -140,17 +143,17 @@ def test_faithfulness_table(shape: str, ablation: str) -> None:
 def test_excluded_layers_keep_their_edges() -> None:
     c = case("gpt2")
     graph = graph_of(c)
-    empty = EdgeCircuit(graph, torch.zeros_like(graph.mask)[None])
+    empty = edge_circuit(graph, torch.zeros_like(graph.mask)[None])
     lower = torch.zeros_like(graph.mask)
     lower[:, graph.readers_of(0)] = graph.mask[:, graph.readers_of(0)]
     options = {"ablation": "counterfactual", "bootstrap": 5}
     with exact_float64():
         table = relp.evaluate(c.model, [c.batch], empty, exclude_layers=1, **options)
-        by_hand = relp.evaluate(c.model, [c.batch], EdgeCircuit(graph, lower[None]), **options)
+        by_hand = relp.evaluate(c.model, [c.batch], edge_circuit(graph, lower[None]), **options)
     assert table.F_C[0] == table.F_empty[0] == pytest.approx(by_hand.F_C[0])
     assert table.n_possible[0] == graph.n_edges - int(lower.sum())
-    drawn = EdgeCircuit(graph, some(graph)).random_like(3, 1)
-    assert torch.equal(drawn.mask[..., graph.readers_of(0)], some(graph)[..., graph.readers_of(0)])
+    drawn = edge_circuit(graph, some(graph)).random_like(3, 1)
+    assert torch.equal(edge_mask(drawn)[..., graph.readers_of(0)], some(graph)[..., graph.readers_of(0)])
     assert int(drawn.mask.sum()) == int(some(graph).sum())
 
 
@@ -159,9 +162,9 @@ def test_pruning_changes_only_what_it_says(shape: str) -> None:
     c = case(shape)
     graph = graph_of(c)
     for share in (0.03, 0.08, 0.2):
-        whole = EdgeCircuit(graph, some(graph, share, seed=int(100 * share)))
-        out, both = whole.prune(), whole.prune(from_input=True)
-        for name in EDGE_ABLATIONS:
+        whole = edge_circuit(graph, some(graph, share, seed=int(100 * share)))
+        out, both = prune(whole), prune(whole, from_input=True)
+        for name in [a for a, row in ABLATIONS.items() if "edges" in row.spaces]:
             with exact_float64():
                 table = relp.evaluate(c.model, [c.batch], [whole, out, both], ablation=name, bootstrap=5)
             # Under zero ablation a stream may be 0 up to rounding, which an RMSNorm divides by √eps.
@@ -174,10 +177,10 @@ def test_pruning_changes_only_what_it_says(shape: str) -> None:
 
 def test_pruning_without_the_input_leaves_nothing() -> None:
     graph = Graph(2, 2)
-    circuit = EdgeCircuit.from_names(graph, ["a0.h0->m0", "m0->logits", "a0.h1->a1.h0<v>", "a1.h0->m1"])
-    assert circuit.prune().edge_names() == ["a0.h0->m0", "m0->logits"]
-    assert circuit.prune(from_input=True).n_edges == 0
-    reached = EdgeCircuit.from_names(graph, ["input->a0.h0<k>", *circuit.edge_names()]).prune(from_input=True)
+    circuit = circuit_of_names(graph, ["a0.h0->m0", "m0->logits", "a0.h1->a1.h0<v>", "a1.h0->m1"])
+    assert prune(circuit).edge_names() == ["a0.h0->m0", "m0->logits"]
+    assert prune(circuit, from_input=True).n_edges == 0
+    reached = prune(circuit_of_names(graph, ["input->a0.h0<k>", *circuit.edge_names()]), from_input=True)
     assert reached.edge_names() == ["input->a0.h0<k>", "a0.h0->m0", "m0->logits"]
 
 
@@ -188,12 +191,12 @@ def test_selection() -> None:
     flat = edges.mean[edges.mask]
     assert relp.select(scores, threshold=-1).n_edges == edges.n_edges == relp.select(edges, top_p=1.0).n_edges
     assert relp.select(scores, threshold=float("inf")).n_edges == 0
-    assert torch.equal(relp.select(edges, threshold=0.05).mask[0], edges.mean.abs() > 0.05)
-    assert torch.equal(relp.select(edges, threshold=0.05, sign="negative").mask[0], edges.mean < -0.05)
+    assert torch.equal(edge_mask(relp.select(edges, threshold=0.05))[0], edges.mean.abs() > 0.05)
+    assert torch.equal(edge_mask(relp.select(edges, threshold=0.05, sign="negative"))[0], edges.mean < -0.05)
     assert relp.select(edges, top_k=17).n_edges == 17
     last, below = flat.abs().sort(descending=True).values[16:18].tolist()
     assert below <= relp.select(edges, top_k=17).meta["selection"]["tau"] < last
-    assert relp.select(edges, top_k=17, from_layer=1).mask[0, :, edges.graph.readers_of(0)].sum() == 0
+    assert edge_mask(relp.select(edges, top_k=17, from_layer=1))[0, :, edges.graph.readers_of(0)].sum() == 0
     kept = run(c, "eap", ["edges"], positions="keep")
     assert relp.select(kept, top_k=40).mask.shape[0] == c.batch.n_pos
     summed = relp.select(kept, top_k=40, aggregate="sum")
@@ -211,7 +214,7 @@ def test_greedy_selection_takes_the_best_edge_into_the_circuit() -> None:
     c = case("gpt2")
     edges = run(c, "eap", ["edges"])["edges"]
     circuit = relp.select(edges, top_k=25, greedy=True)
-    assert circuit.n_edges == 25 == circuit.prune().n_edges
+    assert circuit.n_edges == 25 == prune(circuit).n_edges
     inside, kept = {"logits"}, set(circuit.edge_names())
     strength = dict(zip(edges.edge_names(), edges.mean[edges.mask].abs().tolist(), strict=True))
     for _ in range(25):
@@ -247,7 +250,7 @@ def test_acdc_is_its_scores_at_its_threshold() -> None:
                     current = new
                 else:
                     cut[u, v] = False
-    assert torch.equal(circuit.mask[0], graph.mask & ~cut)
+    assert torch.equal(edge_mask(circuit)[0], graph.mask & ~cut)
     assert 0 < circuit.n_edges < graph.n_edges
 
 
@@ -282,14 +285,14 @@ def test_mib_curve() -> None:
     assert cmd == areas(MIB_FRACTIONS, absolute.faithfulness)[1]
     assert not signed.faithfulness.equals(absolute.faithfulness)
     assert table.faithfulness.iloc[-1] == pytest.approx(1)
-    assert [len(s) for s in (circuits_of({"edges": scores}, "fractions:mib"), MIB_FRACTIONS)] == [10, 10]
+    assert [len(s) for s in (circuits_of(scores.whole, "fractions:mib"), MIB_FRACTIONS)] == [10, 10]
 
 
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
 def test_signed_selection_ranks_from_support_to_opposition(direction: str) -> None:
     c = case("gpt2")
     scores = run(c, "eap", ["edges"], direction=direction)["edges"]
-    support = scores.flat().mean.flatten() * (-1 if direction == "noising" else 1)
+    support = scores.whole.table("edges").mean.flatten() * (-1 if direction == "noising" else 1)
     names = scores.edge_names()
     for k in (5, 200, 262):
         best = support.argsort(descending=True)[:k].tolist()
@@ -311,22 +314,22 @@ def test_files_and_errors(tmp_path) -> None:
     scores = run(c, "eap", ["edges"], positions="keep")
     for circuit in (relp.select(scores, top_k=30), relp.select(scores, top_k=30, aggregate="sum", prune="dangling")):
         circuit.save(tmp_path / "c.json")
-        again = load_circuit(tmp_path / "c.json")
+        again = Circuit.load(tmp_path / "c.json")
         assert torch.equal(again.mask, circuit.mask)
-        assert (again.labels, again.graph, again.meta) == (
+        assert (again.labels, again.units.structure, again.meta) == (
             circuit.labels,
-            circuit.graph,
+            circuit.units.structure,
             json.loads(json.dumps(circuit.meta)),
         )
     (tmp_path / "cut.json").write_text("{")
     with pytest.raises(RelpError, match=r"cut\.json is not valid JSON"):
-        load_circuit(tmp_path / "cut.json")
+        Circuit.load(tmp_path / "cut.json")
     with pytest.raises(RelpError, match="is no edge"):
-        EdgeCircuit.from_mask(Graph(2, 2), torch.ones(7, 15, dtype=torch.bool))
+        edge_circuit(Graph(2, 2), torch.ones(7, 15, dtype=torch.bool))
     with pytest.raises(RelpError, match="did you mean"):
-        EdgeCircuit.from_names(Graph(2, 2), ["inputs->m0"])
+        circuit_of_names(Graph(2, 2), ["inputs->m0"])
     with pytest.raises(RelpError, match="graph"):
-        relp.evaluate(c.model, [c.batch], EdgeCircuit(Graph(2, 2), Graph(2, 2).mask[None]))
+        relp.evaluate(c.model, [c.batch], edge_circuit(Graph(2, 2), Graph(2, 2).mask[None]))
     with pytest.raises(RelpError, match="ablation"):
         relp.evaluate(c.model, [c.batch], circuit, ablation="resampled")
     with pytest.raises(RelpError, match="found on model"):
@@ -342,7 +345,7 @@ def test_exchange(shape: str, suffix: str, tmp_path) -> None:
     export_circuit(path, 32, circuit, scores)
     again, theirs = import_circuit(path, c.model)
     assert torch.equal(again.mask, circuit.mask)
-    assert again.graph == circuit.graph
+    assert again.units.structure == circuit.units.structure
     close(theirs.mean, scores.mean, 1e-6)
     assert (theirs.meta["direction"], theirs.meta["signed"], theirs.meta["metric"]) == ("noising", True, "logit_diff")
     assert relp.select(theirs, top_k=30).edge_names() == circuit.edge_names()
@@ -356,7 +359,7 @@ def test_exchange(shape: str, suffix: str, tmp_path) -> None:
         assert set(content) == {"cfg", "nodes", "edges"}
         assert content["edges"]["input->m0"] == {
             "score": -scores.mean[0, 12].item(),  # support positive, as MIB ranks
-            "in_graph": bool(circuit.mask[0, 0, 12]),
+            "in_graph": bool(edge_mask(circuit)[0, 0, 12]),
         }
         assert content["nodes"]["logits"] == {"in_graph": True}
         assert content["cfg"]["relp"] == {
@@ -404,7 +407,7 @@ FAULTS = {
 def test_faulty_files_are_refused_by_the_edge_or_key(fault: str, tmp_path) -> None:
     change, says = FAULTS[fault]
     graph = Graph(2, 2)
-    export_circuit(tmp_path / "c.json", 8, EdgeCircuit(graph, graph.mask[None]))
+    export_circuit(tmp_path / "c.json", 8, edge_circuit(graph, graph.mask))
     content = json.loads((tmp_path / "c.json").read_text())
     change(content)
     (tmp_path / "c.json").write_text(json.dumps(content))
@@ -414,7 +417,7 @@ def test_faulty_files_are_refused_by_the_edge_or_key(fault: str, tmp_path) -> No
 
 def test_backward_edges_of_matrices_are_refused(tmp_path) -> None:
     graph = Graph(2, 2)
-    export_circuit(tmp_path / "c.pt", 8, EdgeCircuit(graph, graph.mask[None]))
+    export_circuit(tmp_path / "c.pt", 8, edge_circuit(graph, graph.mask))
     content = torch.load(tmp_path / "c.pt", weights_only=True)
     content["edges_in_graph"][-1, 0] = True
     torch.save(content, tmp_path / "c.pt")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import relp_cli as relp
-from relp_cli.edges.graph import Graph
-from relp_cli.edges.scores import EdgeScores
 from relp_cli.errors import RelpError
-from relp_cli.methods.scores import Scores
+from relp_cli.spaces.edges import EdgeScores
+from relp_cli.spaces.graph import Graph
+from relp_cli.spaces.scores import Scores
 from tests.oracles import edges as oracle
 from tests.oracles.forward import embed
 from tests.oracles.make import SHAPES, exact_float64

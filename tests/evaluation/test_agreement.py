@@ -9,8 +9,8 @@ from scipy import stats
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.agreement import agreement, pearson, top
 from relp_cli.evaluation.compare import compare, run_comparison
-from relp_cli.methods.scores import NodeScores
 from relp_cli.scoring import score
+from relp_cli.spaces.scores import KindScores
 
 
 def scores(examples, kind="mlp_out", present=None, mean=None):
@@ -19,7 +19,7 @@ def scores(examples, kind="mlp_out", present=None, mean=None):
     here = torch.ones(len(x), x.shape[2], dtype=torch.bool) if present is None else torch.as_tensor(present)
     n = here.sum(0)
     mean = x.double().sum(0) / n.view(1, -1, *([1] * (x.ndim - 3))) if mean is None else mean
-    return NodeScores(kind, mean, mean * 0, n, tuple("abcdef"[: x.shape[2]]), "position", x, here)
+    return KindScores(kind, mean, mean * 0, n, tuple("abcdef"[: x.shape[2]]), "position", x, here)
 
 
 def flat(*rows):
@@ -149,7 +149,7 @@ def test_mismatches_are_refused():
 
 def test_without_examples_there_is_no_interval():
     mean = torch.tensor([[1.0, 2, 4]], dtype=torch.float64)
-    bare = NodeScores("mlp_out", mean, mean, torch.ones(3, dtype=torch.long), ("a", "b", "c"), "position")
+    bare = KindScores("mlp_out", mean, mean, torch.ones(3, dtype=torch.long), ("a", "b", "c"), "position")
     got = agreement(bare, flat([1.0, 3, 4]))
     assert np.isfinite(got.pcc)
     assert np.isnan([got.pcc_lo, got.pcc_hi, got.pcc_per_pair]).all()

@@ -9,15 +9,17 @@ from oracles.forward import forward
 from oracles.make import exact_float64
 from oracles.wrapped import case, close, double_by_default, hook_count, pairs, run
 
-from relp_cli.circuits.circuit import ANY_POSITION, Circuit
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.areas import areas
 from relp_cli.evaluation.behaviour import behaviour, keep_correct
 from relp_cli.evaluation.evaluate import evaluate
-from relp_cli.evaluation.nodes import applied, minimality
+from relp_cli.evaluation.minimality import applied, minimality
 from relp_cli.evaluation.overlap import overlap, stability
 from relp_cli.evaluation.verify import candidates, rescore
 from relp_cli.scoring import score
+from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.nodes import node_circuit
+from relp_cli.spaces.units import ANY_POSITION
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
 
@@ -34,6 +36,7 @@ def test_verified_candidates_have_their_exact_scores(direction):
     with exact_float64(), double_by_default():
         got = rescore(c.model, [c.batch], cheap, 5)
     exact = run(c, "act_patch", kinds, direction=direction)
+    n_candidates = 0
     for kind in kinds:
         mask = candidates([s[kind] for s in cheap], 5)
         want = torch.zeros_like(mask)
@@ -41,7 +44,8 @@ def test_verified_candidates_have_their_exact_scores(direction):
             want.view(-1)[s[kind].mean.abs().flatten().topk(5).indices] = True
         assert torch.equal(mask, want)
         close(got[kind].mean, exact[kind].mean * mask)
-        assert got[kind].meta["n_candidates"] == int(mask.sum())
+        n_candidates += int(mask.sum())
+    assert got.meta["n_candidates"] == n_candidates
     other = run(c, "atp", kinds, direction={"noising": "denoising", "denoising": "noising"}[direction])
     for second, message in ((other, "differ in direction"), (run(c, "atp", kinds, baseline="zero"), "differ in")):
         with pytest.raises(RelpError, match=message):
@@ -87,7 +91,7 @@ def test_overlap_by_hand():
     got = overlap(a, b)
     assert (got["common"], got["n"], got["n_reference"]) == (2, 3, 4)
     assert (got["jaccard"], got["precision"], got["recall"]) == pytest.approx((2 / 5, 2 / 3, 2 / 4))
-    nowhere = Circuit({"mlp_out": torch.tensor([[True], [False]])}, ANY_POSITION)
+    nowhere = node_circuit({"mlp_out": torch.tensor([[True], [False]])}, ANY_POSITION)
     got = overlap(a, nowhere)  # layers {0, 1} and {0}
     assert (got["jaccard"], got["precision"], got["recall"], got["positions"]) == (0.5, 0.5, 1.0, "any")
     empty = Circuit.from_mask("mlp_out", torch.zeros(2, 3, dtype=torch.bool))
@@ -104,11 +108,11 @@ def test_overlap_by_hand():
 def test_stability_is_one_where_all_pairs_agree():
     c = case("gpt2")
     same = c.batch.rows(torch.tensor([1, 1, 1]))
-    scores = dict(score(c.model, [same], "atp", ["head"]))
+    scores = score(c.model, [same], "atp", ["head"])
     mean, kept = stability(scores, samples=10, top_k=5)
     assert mean == 1
     assert kept["head"].unique().tolist() == pytest.approx([0, 1])
-    mean, kept = stability(dict(score(c.model, [c.batch], "atp", ["head"])), samples=50, top_k=5)
+    mean, kept = stability(score(c.model, [c.batch], "atp", ["head"]), samples=50, top_k=5)
     assert 0.1 < mean < 1
     assert kept["head"].sum().item() == pytest.approx(5)
 
@@ -116,7 +120,7 @@ def test_stability_is_one_where_all_pairs_agree():
 @pytest.mark.parametrize(("method", "nodes"), [("atp", ["head"]), ("eap", ["edges"])])
 def test_a_union_over_resampled_pairs_looks_at_those_alone(method, nodes):
     c = case("gpt2")
-    scores = dict(score(c.model, [c.batch], method, nodes))
+    scores = score(c.model, [c.batch], method, nodes)
     mean, _ = stability(scores, samples=20, threshold=0.1, union=True)
     assert 0.1 < mean < 1
 

@@ -11,19 +11,22 @@ from oracles.make import SHAPES, exact_float64
 from oracles.wrapped import case, hook_count, pairs, run
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from relp_cli.circuits.circuit import ANY_POSITION, Circuit
 from relp_cli.errors import RelpError
-from relp_cli.evaluation.ablation import ABLATIONS, Ablation
+from relp_cli.evaluation.ablation import Ablation
+from relp_cli.evaluation.ablation_table import ABLATIONS
 from relp_cli.evaluation.evaluate import evaluate
 from relp_cli.evaluation.ratios import ratio_row
 from relp_cli.models.load import wrap
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.selection import select
+from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.nodes import node_circuit
+from relp_cli.spaces.units import ANY_POSITION
 from relp_cli.tasks.pairs import PairBatch
 
 ORACLE = {"mean": "mean", "zero": "zero", "counterfactual": "patch"}
 NUMBERS = ("F_M", "F_C", "F_empty", "F_complement", "faithfulness", "completeness")
-NO_TEXT = [a for a in ABLATIONS if a != "corpus"]
+NO_TEXT = [a for a, row in ABLATIONS.items() if "nodes" in row.spaces and a != "corpus"]
 SHORT = ("bos", "subject", "verb", "end")
 LONG = ("bos", "subject", "that", "noun", "verb", "end")
 
@@ -61,7 +64,7 @@ def test_mixed_circuits_equal_the_oracle(shape):
     """Kinds at several sites of a layer at once, one of them shared by query heads; the default excludes ⌊3/3⌋ layers."""
     c = case(shape)
     masks = {k: mask_for(c.model, k, seed=i) for i, k in enumerate(("key", "head", "mlp_neuron", "attn_out"))}
-    circuit = Circuit(masks, tuple("012345"))
+    circuit = node_circuit(masks, tuple("012345"))
     with exact_float64():
         row = evaluate(c.model, [c.batch], circuit).iloc[0]
     must_equal(row, S.faithfulness(*c.prompts, c.metric, masks, 1, "mean"))
@@ -114,7 +117,7 @@ def test_lengths_meet_on_roles():
         with exact_float64():
             row = evaluate(c.model, batches, circuit, ablation, 0).iloc[0]
         assert row["F_C"] == pytest.approx(by_role(c, batches, circuit, "head", fill), abs=1e-9)
-        nothing = replace(circuit, masks={"head": torch.zeros_like(circuit.masks["head"])})
+        nothing = replace(circuit, mask=torch.zeros_like(circuit.mask))
         assert row["F_empty"] == pytest.approx(by_role(c, batches, nothing, "head", fill), abs=1e-9)
         complement = by_role(c, batches, circuit.complement(), "head", fill)
         assert row["F_complement"] == pytest.approx(complement, abs=1e-9)
@@ -130,12 +133,16 @@ def test_circuits_without_positions_hold_everywhere():
     c = case("gpt2")
     anywhere = mask_for(c.model, "head")[:, :1]
     everywhere = Circuit.from_mask("head", anywhere.expand(-1, 6, -1).clone())
-    got = [evaluate(c.model, [c.batch], x, "zero", 0) for x in (Circuit({"head": anywhere}, ANY_POSITION), everywhere)]
+    got = [
+        evaluate(c.model, [c.batch], x, "zero", 0) for x in (node_circuit({"head": anywhere}, ANY_POSITION), everywhere)
+    ]
     for name in NUMBERS:
         assert got[0][name].item() == got[1][name].item()
     batches = [pairs(3, 4, seed=2), pairs(5, 6, seed=3)]
-    row = evaluate(c.model, batches, Circuit({"head": anywhere}, ANY_POSITION), "counterfactual", 0).iloc[0]
-    alone = [evaluate(c.model, [b], Circuit({"head": anywhere}, ANY_POSITION), "counterfactual", 0) for b in batches]
+    row = evaluate(c.model, batches, node_circuit({"head": anywhere}, ANY_POSITION), "counterfactual", 0).iloc[0]
+    alone = [
+        evaluate(c.model, [b], node_circuit({"head": anywhere}, ANY_POSITION), "counterfactual", 0) for b in batches
+    ]
     assert row["F_C"] == pytest.approx((3 * alone[0].F_C.item() + 5 * alone[1].F_C.item()) / 8, rel=1e-9)
 
 
@@ -325,12 +332,12 @@ def test_mean_task_is_over_both_prompts():
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"ablation": "means"}, "unknown ablation 'means'; did you mean 'mean'"),
+    ({"ablation": "means"}, "unknown ablation of nodes 'means'; did you mean 'mean'"),
     ({"exclude_layers": 3}, "from 0 to 2, got 3"),
     ({"exclude_layers": -1}, "from 0 to 2, got -1"),
     ({"metric": "logitdiff"}, "unknown metric"),
-    ({"circuit": Circuit.from_mask("mlp_out", torch.ones(4, 6) > 0)}, r"mask has shape \[4, 6\].*needs \[3, 6\]"),
-    ({"circuit": Circuit.from_mask("head", torch.ones(3, 6, 5) > 0)}, r"mask has shape \[3, 6, 5\]"),
+    ({"circuit": Circuit.from_mask("mlp_out", torch.ones(4, 6) > 0)}, "mlp_out has 4 layers of 1, model gpt2 needs 3 of 1"),
+    ({"circuit": Circuit.from_mask("head", torch.ones(3, 6, 5) > 0)}, "head has 3 layers of 5, model gpt2 needs 3 of 4"),
     ({"circuit": Circuit.from_mask("mlp_out", torch.ones(3, 8) > 0)}, "positions are 0, 1, .* have 6 without roles"),
     ({"circuit": Circuit.from_mask("mlp_out", torch.ones(3, 6) > 0, LONG)}, "have 6 without roles"),
     ({"circuit": Circuit.from_mask("mlp_out", torch.ones(3, 6) > 0, model="other")}, "found on model 'other'"),

@@ -15,20 +15,18 @@ from torch import Tensor
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.agreement import pearson
 from relp_cli.evaluation.compare import compare
-from relp_cli.evaluation.evaluate import evaluate
-from relp_cli.evaluation.features import FeatureRuns
-from relp_cli.evaluation.nodes import minimality
+from relp_cli.evaluation.evaluate import Ablating, evaluate
+from relp_cli.evaluation.feature_circuits import FeatureAblator
+from relp_cli.evaluation.minimality import minimality
 from relp_cli.evaluation.overlap import overlap, stability
 from relp_cli.evaluation.verify import confirmed
-from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.load import Dictionaries, load_dictionaries
-from relp_cli.features.scores import FeatureScores
-from relp_cli.features.sites import Site
 from relp_cli.methods.request import Request
 from relp_cli.methods.score import score_units
-from relp_cli.methods.scores import Scores
 from relp_cli.selection import select
-from relp_cli.tasks.metrics import METRICS
+from relp_cli.spaces.features import FeatureScores, feature_circuit, feature_masks
+from relp_cli.spaces.scores import Scores
+from relp_cli.spaces.sites import Site
 
 from .folders import write_all_sites
 
@@ -61,35 +59,36 @@ def at(scores: FeatureScores, site: Site, label: str) -> Tensor:
 
 def test_single_examples_are_kept_sparsely(dicts: Dictionaries, tmp_path: Path) -> None:
     both, each = scored(dicts, batches=[LONG, SHORT]), alone(dicts)
-    flat = both.flat()
+    flat = both.whole.table("feature")
     assert flat.examples is not None
     assert both.present is not None
     assert both.present.tolist() == [[True] * 5] * 4 + [[True, True, True, False, True]] * 3
     for example, one in enumerate(each):
         for label in both.labels:
-            want = torch.cat([at(one, site, label) for site in dicts]).nan_to_num()
+            parts = [at(one, site, label).nan_to_num() for site in dicts]
+            want = torch.cat([*(p[:-1] for p in parts), *(p[-1:] for p in parts)])
             close(flat.examples[example, 0, both.labels.index(label)].double(), want, 1e-5)
-    assert both.examples is not None
-    assert len(both.examples.values) < 0.7 * flat.examples.numel()
-    Scores({"feature": both}, both.meta).save(tmp_path / "scores.safetensors")
-    again = Scores.load(tmp_path / "scores.safetensors")["feature"].flat()  # type: ignore[attr-defined]
+    assert both.whole.examples is not None
+    assert int((both.whole.examples != 0).sum()) < 0.7 * flat.examples.numel()
+    both.whole.save(tmp_path / "scores.safetensors")
+    again = Scores.load(tmp_path / "scores.safetensors")["feature"].whole.table("feature")  # type: ignore[attr-defined]
     assert torch.equal(again.examples, flat.examples)
     without = scored(dicts, keep_examples=False)
-    assert without.examples is without.present is without.flat().examples is None
-    Scores({"feature": without}, without.meta).save(tmp_path / "scores.safetensors")
-    assert Scores.load(tmp_path / "scores.safetensors")["feature"].examples is None
+    assert without.whole.examples is without.present is without.whole.table("feature").examples is None
+    without.whole.save(tmp_path / "scores.safetensors")
+    assert Scores.load(tmp_path / "scores.safetensors").examples is None
 
 
 def test_too_many_examples_are_not_kept_unless_asked_for(dicts: Dictionaries, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relp_cli.features.totals.KEEP_LIMIT", 100)
-    assert scored(dicts).examples is None
-    assert scored(dicts, keep_examples=True).examples is not None
+    monkeypatch.setattr("relp_cli.spaces.totals.KEEP_LIMIT", 100)
+    assert scored(dicts).whole.examples is None
+    assert scored(dicts, keep_examples=True).whole.examples is not None
 
 
 def test_resampled_pairs_are_counted_as_often_as_drawn(dicts: Dictionaries) -> None:
     both, each = scored(dicts, batches=[LONG, SHORT]), alone(dicts)
     weights = [2, 0, 1, 0, 0, 3, 1]
-    got = both.resampled(torch.tensor(weights).float())
+    got = both.whole.weighed(torch.tensor(weights).float())["feature"]
     for site in dicts:
         for label in both.labels:
             rows = [(w, at(one, site, label)) for w, one in zip(weights, each, strict=True) if label in one.labels]
@@ -108,7 +107,9 @@ def test_a_union_keeps_what_passes_for_any_example(dicts: Dictionaries, sign: st
         )
         values = values.sum(1, keepdim=True) if aggregate == "sum" else values
         want = (strength(values) > 0.02).any(0)
-        assert torch.equal(torch.cat([circuit.features[site], circuit.errors[site][:, None]], 1), want)
+        assert torch.equal(
+            torch.cat([feature_masks(circuit)[site][0], feature_masks(circuit)[site][1][:, None]], 1), want
+        )
     assert 0 < circuit.n_nodes < circuit.n_possible
     with pytest.raises(RelpError, match="needs a threshold or fraction"):
         select(both, top_k=5, union=True)
@@ -123,8 +124,8 @@ def test_agreement_has_intervals_over_pairs(dicts: Dictionaries) -> None:
         })  # fmt: skip
     (row,) = rows.to_dict("records")
     assert row["pcc_lo"] < row["pcc"] < row["pcc_hi"]
-    exact = scored(dicts, "act_patch", [LONG, SHORT]).flat()
-    estimate = scored(dicts, batches=[LONG, SHORT]).flat()
+    exact = scored(dicts, "act_patch", [LONG, SHORT]).whole.table("feature")
+    estimate = scored(dicts, batches=[LONG, SHORT]).whole.table("feature")
     assert exact.examples is not None
     assert estimate.examples is not None
     own = [
@@ -136,18 +137,18 @@ def test_agreement_has_intervals_over_pairs(dicts: Dictionaries) -> None:
 
 def test_stability_and_overlap(dicts: Dictionaries) -> None:
     same = C.batch.rows(torch.tensor([1, 1, 1]))
-    mean, kept = stability({"feature": scored(dicts, batches=[same])}, samples=5, top_k=30)  # type: ignore[dict-item]
+    mean, kept = stability(scored(dicts, batches=[same]).whole, samples=5, top_k=30)  # type: ignore[dict-item]
     assert mean == 1
     assert sum(int((share > 0.999).sum()) for share in kept.values()) == 30
     scores = scored(dicts)
-    mean, _ = stability({"feature": scores}, samples=20, top_k=30)  # type: ignore[dict-item]
+    mean, _ = stability(scores.whole, samples=20, top_k=30)  # type: ignore[dict-item]
     assert 0.1 < mean < 1
-    drawn = scores.resampled(torch.tensor([2.0, 0, 1, 0]))
+    drawn = scores.whole.weighed(torch.tensor([2.0, 0, 1, 0]))["feature"]
     want = select(scored(dicts, batches=[C.batch.rows(torch.tensor([0, 2]))]), threshold=0.05, union=True)
     again = select(drawn, threshold=0.05, union=True)
-    assert all(torch.equal(again.features[s], want.features[s]) for s in dicts)
-    assert all(torch.equal(again.errors[s], want.errors[s]) for s in dicts)
-    mean, _ = stability({"feature": scores}, samples=20, threshold=0.05, union=True)  # type: ignore[dict-item]
+    assert all(torch.equal(feature_masks(again)[s][0], feature_masks(want)[s][0]) for s in dicts)
+    assert all(torch.equal(feature_masks(again)[s][1], feature_masks(want)[s][1]) for s in dicts)
+    mean, _ = stability(scores.whole, samples=20, threshold=0.05, union=True)  # type: ignore[dict-item]
     assert 0.1 < mean < 1
     first, second = select(scores, top_k=40), select(scores, top_k=30)
     got = overlap(first, second)
@@ -155,7 +156,7 @@ def test_stability_and_overlap(dicts: Dictionaries) -> None:
     assert (got["jaccard"], got["precision"], got["recall"]) == (0.75, 0.75, 1)
     with pytest.raises(RelpError, match="of different dictionaries"):
         overlap(first, replace(second, meta={**second.meta, "dictionary_hash": "other"}))
-    with pytest.raises(RelpError, match="a circuit of features and one of other nodes"):
+    with pytest.raises(RelpError, match="a circuit of features and one of nodes"):
         overlap(first, select(run(C, "relp", ["mlp_out"])["mlp_out"], top_k=3))
 
 
@@ -163,8 +164,8 @@ def test_stability_and_overlap(dicts: Dictionaries) -> None:
 def test_verification_patches_the_circuits_nodes_alone(dicts: Dictionaries, options: dict[str, str]) -> None:
     scores, exact = scored(dicts, **options), scored(dicts, "act_patch", **options)
     circuit = select(scores, top_k=60)
-    values = [exact.dense(s)[circuit.features[s]] for s in dicts]
-    values += [exact.error_mean[exact.at(s)][circuit.errors[s]] for s in dicts]
+    values = [exact.dense(s)[feature_masks(circuit)[s][0]] for s in dicts]
+    values += [exact.error_mean[exact.at(s)][feature_masks(circuit)[s][1]] for s in dicts]
     sizes = torch.cat(values).abs().sort().values
     # τ in the widest gap of the middle third: a value compared with itself would pass or not as rounding has it.
     widest = 20 + int((sizes[21:41] - sizes[20:40]).argmax())
@@ -176,8 +177,13 @@ def test_verification_patches_the_circuits_nodes_alone(dicts: Dictionaries, opti
         only = score_units(C.model, [C.batch], "act_patch", ["feature"], request, only=circuit, dictionary=dicts)
     assert 0 < only.meta["patched_runs"] <= 4 * 60 < exact.meta["patched_runs"]
     for site in dicts:
-        assert torch.equal(kept.features[site], circuit.features[site] & (exact.dense(site).abs() > tau))
-        assert torch.equal(kept.errors[site], circuit.errors[site] & (exact.error_mean[exact.at(site)].abs() > tau))
+        assert torch.equal(
+            feature_masks(kept)[site][0], feature_masks(circuit)[site][0] & (exact.dense(site).abs() > tau)
+        )
+        assert torch.equal(
+            feature_masks(kept)[site][1],
+            feature_masks(circuit)[site][1] & (exact.error_mean[exact.at(site)].abs() > tau),
+        )
     assert 0 < kept.n_nodes < 60
     assert kept.meta["verified"] == {"method": "act_patch", "confirm": tau}
 
@@ -186,15 +192,16 @@ def test_prompts_that_do_not_differ_have_no_effects(dicts: Dictionaries) -> None
     same = replace(C.batch, patch=C.batch.original)
     found = scored(dicts, "act_patch", [same])
     assert found.meta["patched_runs"] == 0
-    assert len(found.index) == 0
-    assert not found.error_mean.any()
+    assert found.whole.columns is not None
+    assert len(found.whole.columns) == 0
 
 
 def test_random_circuits_are_drawn_among_active_features(dicts: Dictionaries) -> None:
     scores = scored(dicts, batches=[LONG, SHORT])
     with exact_float64(), double_by_default():
-        runs = FeatureRuns(C.model, METRICS["logit_diff"], dicts, 1, [LONG, SHORT], "mean")
-        active = runs.active()
+        circuit = select(scores, top_k=50, from_layer=1)
+        runs = FeatureAblator(C.model, [LONG, SHORT], [circuit], Ablating("mean", 1, dictionary=dicts))
+        active = runs.active
     assert set(active) == {s for s in dicts if s.layer >= 1}
     for site, mask in active.items():
         want = torch.zeros_like(mask)
@@ -206,13 +213,17 @@ def test_random_circuits_are_drawn_among_active_features(dicts: Dictionaries) ->
                     want[runs.labels.index(label)] |= (f[:, p] > 0).any(0)
         assert torch.equal(mask, want)
         assert not mask.all()
-    circuit = select(scores, top_k=50, from_layer=1)
-    random = circuit.random_like(0, 1, active)
+    random = circuit.random_like(0, 1, runs.drawable(circuit))
     assert random.counted(1) == 50
-    assert all(not (random.features[s] & ~active[s]).any() for s in active)
-    few = {s: m & (torch.arange(m.shape[1]) == 0) for s, m in active.items()}
+    assert all(not (feature_masks(random)[s][0] & ~active[s]).any() for s in active)
+    of_features = circuit.units.span("feature")
+    few = torch.zeros_like(circuit.mask)
+    few[:, of_features] = runs.drawable(circuit)[:, of_features] & (torch.arange(of_features.stop) % 5 == 0)
+    few &= circuit.units.counted(1)
+    wanted = min(int(few.sum()), int(circuit.mask[:, of_features].sum()))
     drawn = circuit.random_like(0, 1, few)
-    assert sum(int(m.sum()) for m in drawn.features.values()) == sum(int(m.sum()) for m in few.values())
+    assert int(drawn.mask[:, of_features].sum()) == wanted
+    assert not (drawn.mask & ~few)[:, of_features].any()
 
 
 def test_minimality_drops_one_feature_or_error_at_a_time(dicts: Dictionaries) -> None:
@@ -225,14 +236,13 @@ def test_minimality_drops_one_feature_or_error_at_a_time(dicts: Dictionaries) ->
         assert table.loss.is_monotonic_decreasing
         for row in table.to_dict("records"):
             site = next(s for s in dicts if s.name == row["layer"])
-            features, errors = (
-                {s: m.clone() for s, m in masks.items()} for masks in (circuit.features, circuit.errors)
-            )
+            masks = {s: (f.clone(), e.clone()) for s, (f, e) in feature_masks(circuit).items()}
             if row["kind"] == "feature":
-                features[site][int(row["position"]), int(row["unit"])] = False
+                masks[site][0][int(row["position"]), int(row["unit"])] = False
             else:
-                errors[site][int(row["position"])] = False
-            smaller: FeatureCircuit = replace(circuit, features=features, errors=errors)
+                masks[site][1][int(row["position"])] = False
+            features, errors = ({s: both[i] for s, both in masks.items()} for i in (0, 1))
+            smaller = feature_circuit(features, errors, circuit.labels, meta=circuit.meta)
             assert smaller.n_nodes == 11
             left = evaluate(C.model, [held], smaller, exclude_layers=1, dictionary=dicts).iloc[0]
             assert row["loss"] == pytest.approx(whole.F_C - left.F_C, abs=1e-9)

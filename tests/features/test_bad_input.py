@@ -12,9 +12,10 @@ import torch
 from oracles.wrapped import case
 
 from relp_cli.errors import RelpError
-from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.load import load_dictionaries
-from relp_cli.features.sites import Site
+from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.features import feature_masks
+from relp_cli.spaces.sites import Site
 
 from .folders import auto_encoder_state, write_learning, write_lens
 from .formulas import LEARNING, LENS
@@ -143,14 +144,14 @@ def in_edges(**columns: Any) -> Callable[[dict[str, Any]], None]:
 def test_circuit_files_changed_by_hand(tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
     path = tmp_path / "circuit.json"
     path.write_text(json.dumps(circuit_file()))
-    whole = FeatureCircuit.load(path)
+    whole = Circuit.load(path)
     assert (whole.n_nodes, len(whole.edges or ())) == (3, 1)
-    assert whole.features[Site("resid", 0)].nonzero().tolist() == [[1, 2]]
+    assert feature_masks(whole)[Site("resid", 0)][0].nonzero().tolist() == [[1, 2]]
     content = circuit_file()
     change(content)
     path.write_text(json.dumps(content))
     with pytest.raises(RelpError, match=message) as error:
-        FeatureCircuit.load(path)
+        Circuit.load(path)
     assert str(error.value).startswith(f"circuit file {path}: ")
 
 
@@ -195,7 +196,7 @@ def test_requests(relp, tmp_path: Path) -> None:
         (("evaluate", "job.yaml", "--override", "dictionary=nowhere"), "neither a folder nor shipped"),
         (
             ("evaluate", "job.yaml", "--override", "evaluate.ablation=resample"),
-            "unknown ablation of feature 'resample'",
+            "unknown ablation of features 'resample'",
         ),
         ((*trained, "-m", "tiny-gpt2", "-o", "mine"), "holds dictionaries of another model"),
     ):

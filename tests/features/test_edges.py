@@ -17,13 +17,13 @@ from oracles.wrapped import case, close, double_by_default, pairs, run
 from torch import Tensor
 
 from relp_cli.errors import RelpError
-from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.edges import feature_edges
-from relp_cli.features.graph import METRIC, FeatureEdges, FeatureNode, parse_node
 from relp_cli.features.load import Dictionaries, load_dictionaries
-from relp_cli.features.scores import FeatureScores
-from relp_cli.features.sites import Site
 from relp_cli.selection import select
+from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.feature_graph import METRIC, FeatureEdges, FeatureNode, parse_node
+from relp_cli.spaces.features import FeatureScores, feature_circuit, feature_masks, feature_nodes, without_errors
+from relp_cli.spaces.sites import Site
 
 from .folders import auto_encoder_state, write_learning
 
@@ -47,8 +47,8 @@ def dicts(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Dictionarie
     return at
 
 
-def everything(found: Dictionaries, labels: tuple[str, ...], **meta: Any) -> FeatureCircuit:
-    return FeatureCircuit(
+def everything(found: Dictionaries, labels: tuple[str, ...], **meta: Any) -> Circuit:
+    return feature_circuit(
         {s: torch.ones(len(labels), d.n_features, dtype=torch.bool) for s, d in found.items()},
         {s: torch.ones(len(labels), dtype=torch.bool) for s in found}, labels, "all", meta,
     )  # fmt: skip
@@ -58,7 +58,7 @@ def positions(*roles: str) -> tuple[str, ...]:
     return roles or tuple(str(i) for i in range(6))
 
 
-def found_edges(shape: str, circuit: FeatureCircuit, method: str, batches: Any = None, **options: Any) -> FeatureEdges:
+def found_edges(shape: str, circuit: Circuit, method: str, batches: Any = None, **options: Any) -> FeatureEdges:
     c = case(shape)
     with exact_float64(), double_by_default():
         return feature_edges(c.model, batches or [c.batch], circuit, method, **options)
@@ -68,13 +68,14 @@ def scores_of(found: Dictionaries) -> FeatureScores:
     return run(case("pythia"), "atp", ["feature"], dictionary=found)["feature"]  # type: ignore[return-value]
 
 
-def some_nodes(found: Dictionaries, per_site: int = 9) -> FeatureCircuit:
+def some_nodes(found: Dictionaries, per_site: int = 9) -> Circuit:
     """A few features at several positions and an error term of every site."""
     circuit = everything(found, positions())
     rng = torch.Generator().manual_seed(0)
-    features = {s: torch.rand(m.shape, generator=rng) < per_site / m.numel() for s, m in circuit.features.items()}
-    errors = {s: torch.arange(6) == 5 - i % 3 for i, s in enumerate(circuit.errors)}
-    return replace(circuit, features=features, errors=errors)
+    masks = feature_masks(circuit)
+    features = {s: torch.rand(m.shape, generator=rng) < per_site / m.numel() for s, (m, _) in masks.items()}
+    errors = {s: torch.arange(6) == 5 - i % 3 for i, s in enumerate(masks)}
+    return feature_circuit(features, errors, circuit.labels, meta=circuit.meta)
 
 
 class Oracle:
@@ -175,7 +176,7 @@ def test_edges_against_the_oracle(
     oracle = Oracle(shape, dicts(shape), method, **{"direction": "noising", **plain})
     names = dict(zip(got.names(), zip(got.mean, got.variance, strict=True), strict=True))
     assert len(names) > 60
-    nodes = circuit.nodes()
+    nodes = feature_nodes(circuit)
     for u in nodes:
         for v in (*nodes, None):
             want = oracle.edge(u, v) if v is None or u.site < v.site else torch.zeros(4)
@@ -280,11 +281,13 @@ def test_a_node_at_all_positions_sums_over_them(dicts: Callable[..., Dictionarie
     found = dicts("pythia", NAMED, 12)
     chosen = [FeatureNode(s, "*", unit) for s in found for unit in (1, 5)]
 
-    def circuit(labels: tuple[str, ...]) -> FeatureCircuit:
+    def circuit(labels: tuple[str, ...]) -> Circuit:
         features = {s: torch.zeros(len(labels), d.n_features, dtype=torch.bool) for s, d in found.items()}
         for node in chosen:
             features[node.site][:, node.feature] = True
-        return replace(everything(found, labels), features=features)
+        whole = everything(found, labels)
+        errors = {s: e for s, (_, e) in feature_masks(whole).items()}
+        return feature_circuit(features, errors, labels, meta=whole.meta)
 
     roles = ("a", "b", "b", "c", "d", "d")
     every, role, one = (
@@ -350,16 +353,16 @@ def test_threshold_paths_and_files(dicts: Callable[..., Dictionaries], tmp_path:
     assert kept.table().score.abs().is_monotonic_decreasing
     path = tmp_path / "circuit.json"
     replace(circuit, edges=kept).save(path)
-    again = FeatureCircuit.load(path)
+    again = Circuit.load(path)
     assert again.edges is not None
-    assert again.nodes() == circuit.nodes()
+    assert feature_nodes(again) == feature_nodes(circuit)
     assert again.edges.names() == kept.names()
     close(again.edges.mean, kept.mean)
     assert again.complement().edges is None
-    assert again.without_errors("none").edges is None
+    assert without_errors(again, "none").edges is None
     path.write_text(path.read_text().replace(kept.names()[0][0], "mlp_out_layer0/9999@0"))
     with pytest.raises(RelpError, match=r"circuit.json: edges: 'mlp_out_layer0/9999@0' is no node"):
-        FeatureCircuit.load(path)
+        Circuit.load(path)
 
 
 def test_nodes_that_lead_to_the_metric() -> None:
@@ -379,7 +382,7 @@ def test_refusals(dicts: Callable[..., Dictionaries], monkeypatch: pytest.Monkey
     with pytest.raises(RelpError, match="unknown direction for features 'noise'"):
         found_edges("pythia", circuit, "atp", dictionary=found, direction="noise")
     with pytest.raises(RelpError, match="the circuit has no position 'a'"):
-        found_edges("pythia", circuit, "atp", [pairs(roles=("a", *"12345"))], dictionary=found)
+        found_edges("pythia", circuit, "atp", [pairs(n=3, pos=4, roles=("a", "b", "c", "end"))], dictionary=found)
     nothing = found_edges("pythia", select(scores_of(found), top_k=0), "atp", dictionary=found)
     assert (len(nothing), len(nothing.above(0).table()), nothing.reaching()) == (0, 0, set())
     with pytest.raises(RelpError, match="does not say its dictionary"):

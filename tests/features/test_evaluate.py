@@ -15,11 +15,11 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.evaluate import evaluate
-from relp_cli.features.circuit import FeatureCircuit, counted_sites
 from relp_cli.features.load import Dictionaries, load_dictionaries
-from relp_cli.features.scores import FeatureScores
-from relp_cli.features.sites import Site
 from relp_cli.selection import select
+from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.features import FeatureScores, counted_sites, feature_masks, sites_of, without_errors
+from relp_cli.spaces.sites import Site
 
 from .folders import auto_encoder_state, write_all_sites, write_learning
 
@@ -50,7 +50,7 @@ def table(circuits: Any, found: Dictionaries, **options: Any) -> Any:
         return evaluate(C.model, [HELD], circuits, dictionary=found, **options)
 
 
-def slow(found: Dictionaries, circuit: FeatureCircuit | None, exclude: int, ablation: str) -> float:
+def slow(found: Dictionaries, circuit: Circuit | None, exclude: int, ablation: str) -> float:
     """Mean logit difference with everything outside the circuit ablated, by the oracle's forward pass."""
     assert HELD.patch is not None
     nodes = {"embed": ("resid_pre", 0), "attn_out_layer1": ("attn_out", 1), "mlp_out_layer1": ("mlp_out", 1),
@@ -72,8 +72,8 @@ def slow(found: Dictionaries, circuit: FeatureCircuit | None, exclude: int, abla
 
         def node(x: Tensor) -> Tensor:
             f, e = parts(x)
-            keep_f = circuit.features[site] if circuit else torch.zeros(f.shape[1:]).bool()
-            keep_e = circuit.errors[site] if circuit else torch.zeros(f.shape[1]).bool()
+            keep_f = feature_masks(circuit)[site][0] if circuit else torch.zeros(f.shape[1:]).bool()
+            keep_e = feature_masks(circuit)[site][1] if circuit else torch.zeros(f.shape[1]).bool()
             f, e = torch.where(keep_f, f, other_f), torch.where(keep_e[:, None], e, other_e)
             return f @ d.w_dec + d.b_dec + e
 
@@ -128,9 +128,9 @@ def test_selection_ranks_features_and_errors_together(dicts: Dictionaries) -> No
     assert circuit.n_nodes == 100
     by_threshold = select(scores, threshold=cut * (1 - 1e-9))
     for site in dicts:
-        assert torch.equal(circuit.features[site], scores.dense(site).abs() >= cut)
-        assert torch.equal(circuit.errors[site], scores.error_mean[scores.at(site)].abs() >= cut)
-        assert torch.equal(circuit.features[site], by_threshold.features[site])
+        assert torch.equal(feature_masks(circuit)[site][0], scores.dense(site).abs() >= cut)
+        assert torch.equal(feature_masks(circuit)[site][1], scores.error_mean[scores.at(site)].abs() >= cut)
+        assert torch.equal(feature_masks(circuit)[site][0], feature_masks(by_threshold)[site][0])
     assert select({"feature": scores}, threshold=cut, sign="negative").n_nodes < 100
     summed = select(scores, top_k=20, aggregate="sum")
     assert summed.labels == ("*",)
@@ -141,17 +141,17 @@ def test_selection_ranks_features_and_errors_together(dicts: Dictionaries) -> No
 def test_a_circuit_file_holds_it(dicts: Dictionaries, tmp_path: Path) -> None:
     circuit = select(scores_of(dicts), top_k=60, errors="residual")
     circuit.save(tmp_path / "circuit.json")
-    again = FeatureCircuit.load(tmp_path / "circuit.json")
+    again = Circuit.load(tmp_path / "circuit.json")
     assert again.labels == circuit.labels
-    assert again.removed == "residual"
-    assert all(torch.equal(again.features[s], circuit.features[s]) for s in dicts)
-    assert all(torch.equal(again.errors[s], circuit.errors[s]) for s in dicts)
-    random = circuit.random_like(0, exclude=1)
+    assert sites_of(again.units).removed == "residual"
+    assert all(torch.equal(feature_masks(again)[s][0], feature_masks(circuit)[s][0]) for s in dicts)
+    assert all(torch.equal(feature_masks(again)[s][1], feature_masks(circuit)[s][1]) for s in dicts)
+    random = circuit.random_like(0, 1)
     assert random.counted(1) == circuit.counted(1)
-    assert random.without_errors("none").errors[Site("resid", 2)].sum() == 0
+    assert not feature_masks(without_errors(random, "none"))[Site("resid", 2)][1].any()
     (tmp_path / "broken.json").write_text("{}")
-    with pytest.raises(RelpError, match="expected a relp feature circuit"):
-        FeatureCircuit.load(tmp_path / "broken.json")
+    with pytest.raises(RelpError, match="expected a relp circuit"):
+        Circuit.load(tmp_path / "broken.json")
 
 
 def test_refusals(dicts: Dictionaries, some: Dictionaries) -> None:

@@ -12,9 +12,9 @@ from oracles.wrapped import case, close
 
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.evaluate import evaluate
-from relp_cli.features.circuit import FeatureCircuit
 from relp_cli.features.load import load_dictionaries
-from relp_cli.features.sites import Site
+from relp_cli.spaces.features import feature_circuit
+from relp_cli.spaces.sites import Site
 
 from .folders import auto_encoder_state, write_learning, write_lens
 from .formulas import LEARNING, LENS, K, auto_encoder, rand
@@ -131,6 +131,6 @@ def test_what_is_being_written_and_what_lies_beside_do_not_count(tmp_path: Path)
 
 def test_a_corpus_is_not_passed_over_by_feature_circuits() -> None:
     site = Site("mlp", 1)
-    circuit = FeatureCircuit({site: torch.ones(1, 40).bool()}, {site: torch.ones(1).bool()}, ("*",))
+    circuit = feature_circuit({site: torch.ones(1, 40).bool()}, {site: torch.ones(1).bool()}, ("*",))
     with pytest.raises(RelpError, match="only circuits of nodes are ablated with a corpus"):
         evaluate(MODEL, [case("pythia").batch], circuit, corpus=Path("corpus.txt"))

@@ -14,7 +14,7 @@ from relp_cli.errors import RelpError
 from relp_cli.features.dictionary import Dictionary
 from relp_cli.features.load import Dictionaries, load_dictionaries
 from relp_cli.features.saelens import save_saelens
-from relp_cli.features.sites import Site, all_sites, parse_site
+from relp_cli.spaces.sites import Site, all_sites, parse_site
 
 from .folders import auto_encoder_state, write_all_sites, write_learning, write_lens
 from .formulas import D_IN, LEARNING, LENS, lens, rand

@@ -15,9 +15,9 @@ from oracles.wrapped import case, close, double_by_default, pairs, run
 
 from relp_cli.errors import RelpError
 from relp_cli.features.load import Dictionaries, load_dictionaries
-from relp_cli.features.scores import FeatureScores
-from relp_cli.features.sites import Site
-from relp_cli.methods.scores import Scores
+from relp_cli.spaces.features import FeatureScores
+from relp_cli.spaces.scores import Scores
+from relp_cli.spaces.sites import Site
 
 from .folders import write_all_sites
 
@@ -77,7 +77,7 @@ def test_features_and_error_sum_to_the_sites_node_score(dicts: Dictionaries, met
             close(found.total(site), nodes[kind].mean[layer].double())
     assert found.meta["n_pairs"] == 4
     assert found.meta["forwards_per_pair"] > 0
-    assert 0 < len(found.index) < found.n_nodes
+    assert 0 < len(found.whole.columns) < found.n_nodes
 
 
 def oracle_parts(dicts: Dictionaries, site: Site, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,12 +197,12 @@ def test_positions_of_one_label_are_one_node(dicts: Dictionaries) -> None:
 
 def test_a_score_file_holds_them(dicts: Dictionaries, tmp_path: Path) -> None:
     found = scored(dicts, "atp")
-    Scores({"feature": found}, found.meta).save(tmp_path / "scores.safetensors")
+    found.whole.save(tmp_path / "scores.safetensors")
     again = Scores.load(tmp_path / "scores.safetensors")["feature"]
     assert isinstance(again, FeatureScores)
     assert again.sites == found.sites
     close(again.dense("mlp_out_layer1"), found.dense("mlp_out_layer1"))
-    assert len(again.index) < found.n_nodes
+    assert len(again.whole.columns) < found.n_nodes
     with pytest.raises(RelpError, match="no scores for site"):
         found.dense("mlp_out_layer7")
 

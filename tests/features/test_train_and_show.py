@@ -14,13 +14,13 @@ from relp_cli.errors import RelpError
 from relp_cli.features.annotations import read_annotations
 from relp_cli.features.load import SHIPPED, load_dictionaries, shipped_dictionaries
 from relp_cli.features.show import described, promoted, top_features
-from relp_cli.features.sites import Site, all_sites
 from relp_cli.features.train import Text, TrainSpec, activations_at, quality, train_dictionary
 from relp_cli.features.trainset import task_lines, train_dictionaries
 from relp_cli.methods.request import Request
 from relp_cli.methods.score import score_units
 from relp_cli.models.load import load_model
 from relp_cli.models.model import Model
+from relp_cli.spaces.sites import Site, all_sites
 from relp_cli.tasks.task import load_task
 
 SITE = Site("mlp", 1)

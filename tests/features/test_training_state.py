@@ -12,11 +12,11 @@ from relp_cli.errors import RelpError
 from relp_cli.features import trainset
 from relp_cli.features.load import load_dictionaries
 from relp_cli.features.saelens import load_saelens, save_saelens
-from relp_cli.features.sites import Site
 from relp_cli.features.train import TrainSpec, train_dictionary
 from relp_cli.features.trainset import train_dictionaries
 from relp_cli.models.load import load_model
 from relp_cli.models.model import Model
+from relp_cli.spaces.sites import Site
 
 SITES = (Site("mlp", 1), Site("resid", 1))
 SPEC = TrainSpec(features=12, k=2, steps=2, batch=16)

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from relp_cli.errors import RelpError, RunFailed
-from relp_cli.methods.scores import SIGN, Scores
 from relp_cli.scoring import score
+from relp_cli.spaces.scores import SIGN, Scores
 
 SHORT, LONG = ("bos", "subject", "end"), ("bos", "subject", "that", "end")
 

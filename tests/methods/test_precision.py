@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import relp_cli as relp
-from relp_cli.edges.graph import Graph
 from relp_cli.edges.space import EdgeBatch
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.behaviour import behaviour
@@ -15,6 +14,7 @@ from relp_cli.methods.nodes import NodeBatch
 from relp_cli.methods.setup import Setup
 from relp_cli.methods.space import Point
 from relp_cli.nodes.kinds import NODE_KINDS
+from relp_cli.spaces.graph import Graph
 from relp_cli.tasks.metrics import METRICS
 
 KINDS = ("resid_pre", "head", "mlp_neuron")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from relp_cli.methods.scores import Scores
 from relp_cli.models.load import wrap
 from relp_cli.models.model import Model
 from relp_cli.scoring import score
+from relp_cli.spaces.scores import Scores
 from relp_cli.tasks.pairs import PairBatch
 
 from . import scores as oracle

@@ -5,25 +5,26 @@ from __future__ import annotations
 import pandas as pd
 import torch
 
-from relp_cli.methods.scores import NodeScores, Scores
+from relp_cli.spaces.scores import KindScores, Scores, whole_of
 
 LABELS = ("bos", "S1", "IO", "S2", "end")
 
 
-def node_scores(kind: str, *shape: int, seed: int = 0, n: int = 4, signed: bool = True) -> NodeScores:
+def node_scores(kind: str, *shape: int, seed: int = 0, n: int = 4, signed: bool = True) -> KindScores:
     mean = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
     mean = mean if signed else mean.abs()
     labels = LABELS[: shape[1]]
     meta = {"signed": signed, "metric": "logit_diff"}
-    return NodeScores(kind, mean, torch.full(shape, 0.25), torch.full((shape[1],), n), labels, "role", meta=meta)
+    return KindScores(kind, mean, torch.full(shape, 0.25), torch.full((shape[1],), n), labels, "role", meta=meta)
 
 
-def scores(method: str, *kinds: NodeScores) -> Scores:
+def scores(method: str, *kinds: KindScores) -> Scores:
     meta = {
         "method": method, "task": "ioi", "model": "tiny", "direction": "noising", "metric": "logit_diff", "n_pairs": 4,
         "rules": {"ln": 9}, "params": {"rules": ["ln"]}, "forwards_per_pair": 2.0, "backwards_per_pair": 1.0,
     }  # fmt: skip
-    return Scores({k.kind: k for k in kinds}, meta)
+    meta |= kinds[0].meta
+    return whole_of({k.kind: k for k in kinds}, meta)
 
 
 def evaluation(

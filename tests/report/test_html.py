@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 import torch
 
-from relp_cli.circuits.circuit import Circuit
 from relp_cli.errors import RelpError
-from relp_cli.methods.scores import NodeScores
 from relp_cli.report.digest import circuit_counts, top_nodes
 from relp_cli.report.html import write_html
+from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.scores import KindScores
 from tests.report.made import LABELS, evaluation, node_scores, scores
 
 RECORD = {
@@ -44,10 +44,11 @@ def test_top_nodes_are_the_largest_with_their_standard_errors(run):
 def test_circuit_counts_per_layer_and_position():
     mask = torch.zeros(3, 5, 2, dtype=torch.bool)
     mask[1, 4], mask[2, 0, 1] = True, True
-    table = circuit_counts(Circuit.from_mask("head", mask, LABELS))["head"]
+    table, possible = circuit_counts(Circuit.from_mask("head", mask, LABELS))["head"]
+    assert possible == mask.numel()
     assert list(table.columns) == list(LABELS)
     assert (table.loc[1, "end"], table.loc[2, "bos"], table.to_numpy().sum()) == (2, 1, 3)
-    assert list(circuit_counts(Circuit.from_mask("head", mask[:, :1], ("*",)))["head"].columns) == ["any"]
+    assert list(circuit_counts(Circuit.from_mask("head", mask[:, :1], ("*",)))["head"][0].columns) == ["any"]
 
 
 def test_the_page_is_complete_and_self_contained(tmp_path, run):
@@ -117,7 +118,7 @@ def test_bad_input_is_one_line(tmp_path, run):
 def test_what_a_user_named_stands_in_the_page_as_text(tmp_path):
     """Tags, quotes and the end of a script in every name, note, token and cell that people or files may give."""
     bad = "\"'><script>alert(1)</script>&amp;$x^{"
-    kind = NodeScores("head", torch.randn(2, 2, 2), torch.ones(2, 2, 2), torch.ones(2, dtype=torch.long), (bad, "end"), "role",
+    kind = KindScores("head", torch.randn(2, 2, 2), torch.ones(2, 2, 2), torch.ones(2, dtype=torch.long), (bad, "end"), "role",
                       meta={"signed": True, "metric": "logit_diff"})  # fmt: skip
     made = scores("relp", kind)
     made.meta.update(dict.fromkeys(("task", "model", "bos", "dictionary", "family"), bad), params={bad: bad})

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import relp_cli
 from relp_cli.errors import RelpError
-from relp_cli.methods.scores import NodeScores, Scores
 from relp_cli.runs.reporting import _evaluation
 from relp_cli.runs.rundir import checksum
+from relp_cli.spaces.scores import KindScores, Scores, whole_of
 
 EMBEDDED = Path(relp_cli.__file__).parent / "models/embedded"
 PAIRS = [
@@ -224,13 +224,13 @@ def test_a_record_names_no_folder_that_was_not_typed(made):
 
 
 def test_corpus_is_not_ignored_for_edges_and_features(tmp_path):
-    from relp_cli.edges.circuit import EdgeCircuit
-    from relp_cli.edges.graph import Graph
     from relp_cli.evaluation.evaluate import evaluate
+    from relp_cli.spaces.edges import edge_circuit
+    from relp_cli.spaces.graph import Graph
 
     graph = Graph(2, 2, False, False)
     with pytest.raises(RelpError, match="only circuits of nodes are ablated with a corpus"):
-        evaluate(None, [None], EdgeCircuit.from_mask(graph, graph.mask), corpus=tmp_path / "text.txt")  # type: ignore[arg-type,list-item]
+        evaluate(None, [None], edge_circuit(graph, graph.mask), corpus=tmp_path / "text.txt")  # type: ignore[arg-type,list-item]
 
 
 def test_json_on_stdout_has_no_nan(capsys):
@@ -245,6 +245,6 @@ def test_json_on_stdout_has_no_nan(capsys):
 
 def test_scores_survive_a_round_trip_whole(tmp_path):
     mean = torch.rand(2, 3, dtype=torch.float64)
-    scores = NodeScores("mlp_out", mean, mean * float("nan"), torch.ones(3, dtype=torch.long), ("a", "b", "c"), "role")
-    Scores({"mlp_out": scores}, {"hash": "x"}).save(tmp_path / "s.safetensors")
+    scores = KindScores("mlp_out", mean, mean * float("nan"), torch.ones(3, dtype=torch.long), ("a", "b", "c"), "role")
+    whole_of({"mlp_out": scores}, {"hash": "x"}).save(tmp_path / "s.safetensors")
     assert torch.equal(Scores.load(tmp_path / "s.safetensors")["mlp_out"].mean, mean)

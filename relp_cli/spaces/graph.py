@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from relp_cli.errors import RelpError, unknown
@@ -83,20 +83,35 @@ class Graph:
         mask[:, -1] = True
         return mask
 
-    @property
+    @cached_property
     def n_edges(self) -> int:
         layers, heads = self.n_layers, self.n_heads
         before = layers + (heads + 1) * layers * (layers - 1) // 2  # writers before a layer, summed over layers
         own = 0 if self.parallel else layers * heads
         return before * (3 * heads + 1) + own + 1 + layers * (heads + 1)
 
-    def edge_names(self) -> Iterator[str]:
+    def each_edge(self) -> Iterator[str]:
         """`input->a0.h0<q>`, …, reader by reader, one at a time: a file may name a large graph."""
         for layer in range(self.n_layers):
             names = self.readers[self.readers_of(layer)]
             for what, readers in (("attention", names[:-1]), ("mlp", names[-1:])):
                 yield from (f"{u}->{v}" for v in readers for u in self.writers[: self.written_before(layer, what)])
         yield from (f"{u}->logits" for u in self.writers)
+
+    @cached_property
+    def layers(self) -> Int[Tensor, " edge"]:
+        """Every edge's layer: its reader's (the logits': n_layers), in row-major order."""
+        return self.mask.nonzero()[:, 1] // (3 * self.n_heads + 1)
+
+    def dense(self, values: Shaped[Tensor, "*batch edge"]) -> Shaped[Tensor, "*batch writer reader"]:
+        """Values per edge, in row-major order, as matrices with 0 where there is no edge."""
+        out = values.new_zeros(*values.shape[:-1], *self.mask.shape)
+        out[..., self.mask] = values
+        return out
+
+    def edge_names(self) -> list[str]:
+        """`input->a0.h0<q>`, …, in row-major order."""
+        return [self.name(u, v) for u, v in self.mask.nonzero().tolist()]
 
     @cached_property
     def _positions(self) -> tuple[dict[str, int], dict[str, int]]:

@@ -10,12 +10,12 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from pydantic import FiniteFloat, NonNegativeFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
-from relp_cli.circuits.circuit import ANY_POSITION, Strict
 from relp_cli.errors import RelpError
-from relp_cli.features.sites import Site, parse_site
+from relp_cli.spaces.sites import Site, parse_site
+from relp_cli.spaces.units import ANY_POSITION
 
 METRIC = "metric"
 COLUMNS = ("source", "target", "score", "se", "n")
@@ -120,8 +120,10 @@ class FeatureEdges:
         }  # fmt: skip
 
 
-class EdgeColumns(Strict):
+class EdgeColumns(BaseModel):
     """Edges in a circuit file, as `FeatureEdges.columns` writes them."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     meta: dict[str, Any]
     source: list[str]

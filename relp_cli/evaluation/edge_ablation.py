@@ -9,18 +9,9 @@ import torch
 from torch import Tensor
 
 from relp_cli.edges.stream import Written, mean_written, written
-from relp_cli.errors import RelpError, unknown
 from relp_cli.methods.score import position_axis
 from relp_cli.models.model import Model
 from relp_cli.tasks.pairs import PairBatch
-
-EDGE_ABLATIONS = {
-    "mean": "mean over the patch prompts, per position (EAP-IG: mean-positional)",
-    "mean_task": "mean over original and patch prompts, per position",
-    "mean_all": "mean over the patch prompts and all positions (EAP-IG: mean)",
-    "zero": "zero (biases and positional embeddings belong to no writer and stay)",
-    "counterfactual": "the pair's own patch run (EAP-IG: patching)",
-}
 
 
 @dataclass(frozen=True)
@@ -33,11 +24,7 @@ class EdgeAblation:
 
     @classmethod
     def prepare(cls, model: Model, pairs: Sequence[PairBatch], name: str, batch_size: int = 32) -> EdgeAblation:
-        """Compute what does not depend on a circuit. Raises RelpError for an unknown ablation, or missing patch prompts."""
-        if name not in EDGE_ABLATIONS:
-            raise unknown("ablation of edges", name, EDGE_ABLATIONS)
-        if name != "zero" and any(b.patch is None for b in pairs):
-            raise RelpError(f"ablation '{name}' needs patch prompts; these have none (use zero)")
+        """Compute what does not depend on a circuit."""
         if not name.startswith("mean"):
             return cls(name)
         labels = ("*",) if name == "mean_all" else position_axis(pairs)[1]
