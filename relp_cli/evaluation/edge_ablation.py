@@ -11,7 +11,7 @@ from torch import Tensor
 from relp_cli.edges.stream import Written, mean_written, written
 from relp_cli.methods.score import position_axis
 from relp_cli.models.model import Model
-from relp_cli.tasks.pairs import PairBatch
+from relp_cli.tasks.pairs import PairBatch, in_batches
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class EdgeAblation:
         labels = ("*",) if name == "mean_all" else position_axis(pairs)[1]
 
         def runs() -> Iterator[tuple[Written, Tensor]]:
-            for chunk in (c.to(model.device) for b in pairs for c in b.split(batch_size)):
+            for chunk in in_batches(pairs, batch_size, model.device):
                 index = torch.tensor(
                     [0 if name == "mean_all" else labels.index(x) for x in chunk.labels], device=model.device
                 )

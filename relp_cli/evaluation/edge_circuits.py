@@ -16,7 +16,7 @@ from relp_cli.evaluation.evaluate import Ablating
 from relp_cli.models.model import Model
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.graph import Graph
-from relp_cli.tasks.pairs import PairBatch
+from relp_cli.tasks.pairs import PairBatch, in_batches
 
 
 class EdgeAblator:
@@ -25,7 +25,7 @@ class EdgeAblator:
     def __init__(self, model: Model, pairs: Sequence[PairBatch], circuits: Sequence[Circuit], how: Ablating) -> None:
         self.model, self.graph, self.units = model, Graph.of(model.shape), circuits[0].units
         self.counted = self.units.counted(how.exclude)
-        self.chunks = [chunk.to(model.device) for batch in pairs for chunk in batch.split(how.batch_size)]
+        self.chunks = in_batches(pairs, how.batch_size, model.device)
         check_once(model, pairs[0])
         self.ablation = EdgeAblation.prepare(model, pairs, how.ablation, how.batch_size)
 

@@ -25,7 +25,7 @@ from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.features import ERROR, KIND, counted_sites, must_count
 from relp_cli.spaces.sites import Site
 from relp_cli.spaces.units import ANY_POSITION
-from relp_cli.tasks.pairs import PairBatch
+from relp_cli.tasks.pairs import PairBatch, in_batches
 
 Parts = dict[Site, tuple[Tensor, Tensor]]  # features Float[*batch, pos, feature], errors Float[*batch, pos, d_model]
 PROMPTS = {"mean": ("patch",), "mean_task": ("original", "patch")}
@@ -39,7 +39,7 @@ class FeatureAblator:
         self.dictionaries = dictionaries_of(model, circuits, how.dictionary)
         must_count(tuple(self.dictionaries), how.exclude)
         self.sites = counted_sites(tuple(self.dictionaries), how.exclude)
-        self.chunks = [chunk.to(model.device) for batch in pairs for chunk in batch.split(how.batch_size)]
+        self.chunks = in_batches(pairs, how.batch_size, model.device)
         self.labels = position_axis(pairs)[1]
         self.means = self.mean_parts(PROMPTS[how.ablation]) if how.ablation in PROMPTS else None
         # site → its features' and its error term's columns among the units (None: removed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,10 @@ def overlap(circuit: Circuit, reference: Circuit) -> dict[str, Any]:
     """
     if circuit.units.space != reference.units.space:
         raise RelpError(f"a circuit of {circuit.units.space} and one of {reference.units.space} have no node in common")
-    kinds = [k for k in reference.masks if k in circuit.masks]
+    masks, reference_masks = circuit.masks, reference.masks
+    kinds = [k for k in reference_masks if k in masks]
     if not kinds:
-        raise RelpError(f"no node kind in common: {', '.join(circuit.masks)} and {', '.join(reference.masks)}")
+        raise RelpError(f"no node kind in common: {', '.join(masks)} and {', '.join(reference_masks)}")
     for what, name in (("model", "models"), ("dictionary_hash", "dictionaries")):
         named = {c.meta[what] for c in (circuit, reference) if c.meta.get(what)}
         if len(named) > 1:
@@ -34,12 +36,12 @@ def overlap(circuit: Circuit, reference: Circuit) -> dict[str, Any]:
     anywhere = ANY_POSITION in (circuit.labels, reference.labels)
     if not anywhere and circuit.labels != reference.labels:
         raise RelpError("circuits of different positions cannot be compared node by node")
-    mine, theirs = (_flat(c, kinds, anywhere) for c in (circuit, reference))
+    mine, theirs = (_flat(m, kinds, anywhere) for m in (masks, reference_masks))
     if mine.shape != theirs.shape:
         raise RelpError(f"circuits of different shapes: {len(mine)} and {len(theirs)} possible nodes")
     both, either = int((mine & theirs).sum()), int((mine | theirs).sum())
     return {
-        "kinds": next(iter(SPACES[circuit.units.space].kinds), None) or "+".join(kinds),
+        "kinds": SPACES[circuit.units.space].called(kinds),
         "positions": "any" if anywhere else "each",
         "n": int(mine.sum()),
         "n_reference": int(theirs.sum()),
@@ -50,9 +52,8 @@ def overlap(circuit: Circuit, reference: Circuit) -> dict[str, Any]:
     }
 
 
-def _flat(circuit: Circuit, kinds: list[str], anywhere: bool) -> Tensor:
-    masks = [circuit.masks[k].any(1) if anywhere else circuit.masks[k] for k in kinds]
-    return torch.cat([m.flatten() for m in masks])
+def _flat(masks: Mapping[str, Tensor], kinds: list[str], anywhere: bool) -> Tensor:
+    return torch.cat([(masks[k].any(1) if anywhere else masks[k]).flatten() for k in kinds])
 
 
 def stability(scores: Scores, samples: int = 100, seed: int = 0, **selection: Any) -> tuple[float, dict[str, Tensor]]:

@@ -29,7 +29,7 @@ from relp_cli.spaces.nodes import node_blocks, units_of
 from relp_cli.spaces.scores import KindScores, Scores
 from relp_cli.spaces.totals import Totals
 from relp_cli.tasks.metrics import METRICS
-from relp_cli.tasks.pairs import PairBatch
+from relp_cli.tasks.pairs import PairBatch, in_batches
 
 
 def candidates(cheap: Sequence[KindScores], k: int) -> Tensor:
@@ -72,7 +72,7 @@ def exact_scores(
     """Exact scores of the masked nodes (kind → Bool[layer, pos, *unit]), 0 elsewhere; `meta` has metric and direction."""
     axis, labels = position_axis(pairs)
     kinds = tuple(NODE_KINDS[name] for name in masks)
-    chunks = [c.to(model.device) for b in pairs for c in b.split(batch_size)]
+    chunks = in_batches(pairs, batch_size, model.device)
     totals, done = Totals(units_of(model, list(masks)), labels, sum(map(len, chunks)), keep=None), 0
     for chunk in chunks:
         setup = Setup(model, chunk, METRICS[meta["metric"]], kinds, meta["direction"])

@@ -16,7 +16,7 @@ from relp_cli.methods.table import Method, Params
 from relp_cli.models.model import Model
 from relp_cli.nodes.kinds import NodeKind
 from relp_cli.tasks.metrics import METRICS
-from relp_cli.tasks.pairs import PairBatch
+from relp_cli.tasks.pairs import PairBatch, in_batches
 
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, what)
 DIRECTIONS = ("noising", "denoising")
@@ -51,7 +51,7 @@ class Request:
 
     def chunks(self, model: Model, pairs: Sequence[PairBatch]) -> list[PairBatch]:
         """The pairs in batches of at most `batch_size`, on the model's device."""
-        return [small.to(model.device) for batch in pairs for small in batch.split(self.batch_size)]
+        return in_batches(pairs, self.batch_size, model.device)
 
 
 class Account:

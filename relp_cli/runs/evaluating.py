@@ -151,7 +151,7 @@ def evaluate_run(
         notes.append(f"{below} of the circuit's {whole} nodes lie in the first {exclude} layers, which are not ablated")
     first = circuits[0]
     about = {k: first.meta.get(k, scores.meta[k]) for k in ("task", "model", "method", "direction")}
-    about["kind"] = next(iter(SPACES[first.units.space].kinds), None) or "+".join(first.units.kinds)
+    about["kind"] = SPACES[first.units.space].called(first.units.kinds)
     for position, (name, value) in enumerate(about.items()):
         table.insert(position, name, value)
     if file:  # so that a report can tell whether this table is of the circuit that the run has by then

@@ -147,5 +147,5 @@ class Circuit:
 
     @classmethod
     def load(cls, path: str | Path) -> Circuit:
-        """Read what `save` wrote. Raises RelpError for a file that is no circuit, RunFailed for one cut short."""
+        """Read what `save` wrote. Raises RelpError for a file that is no circuit."""
         return load_circuit(path)

@@ -60,7 +60,7 @@ def load_circuit(path: str | Path) -> Circuit:
     ):
         raise RelpError(f"circuit file {path}: expected a relp circuit (schema {SCHEMA})")
     try:
-        head = _Head.model_validate(content)
+        head = validated(_Head, content)
         rest = dict(head.model_extra or {})
         space = space_of_file(head.type)
         _check_texts(head.meta)
@@ -70,21 +70,18 @@ def load_circuit(path: str | Path) -> Circuit:
         circuit = space.read(rest, tuple(head.labels), with_tau(head.meta))
         if circuit.n_nodes != rest[space.count]:
             raise RelpError(f"{space.count} says {rest[space.count]}, but there are {circuit.n_nodes}")
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise RelpError(f"circuit file {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     except RelpError as error:
         raise RelpError(f"circuit file {path}: {error}") from error
     return circuit
 
 
-def validated(form: type[Form], content: Any, where: str) -> Form:
-    """Content of a file as a pydantic model. Raises RelpError that names the key, `where` first."""
+def validated(form: type[Form], content: Any, *where: str) -> Form:
+    """Content of a file as a pydantic model. Raises RelpError that names the key; where: the keys that lead to it."""
     try:
         return form.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        raise RelpError(f"{'.'.join([where, *map(str, first['loc'])])}: {first['msg']}") from error
+        raise RelpError(f"{'.'.join([*where, *map(str, first['loc'])])}: {first['msg']}") from error
 
 
 # What a circuit says of where it came from, and is compared by.
@@ -135,11 +132,7 @@ def save_scores(scores: Scores, path: str | Path) -> None:
     header: dict[str, Any] = {"schema": SCHEMA, "sign": SIGN, "meta": dict(scores.meta), "kinds": {}}
     for key in scores:
         parts, header["kinds"][key] = space.tensors(scores, key)
-        for name, value in parts.items():
-            shared = name in ("n", "present")  # by all kinds, and safetensors wants each to have its own
-            tensors[f"{key}/{name}"] = (
-                value.detach().cpu().contiguous().clone() if shared else value.detach().cpu().contiguous()
-            )
+        tensors |= {f"{key}/{name}": value.detach().cpu().contiguous() for name, value in parts.items()}
     write_atomically(Path(path), save(tensors, metadata={"relp": json.dumps(header)}))
 
 

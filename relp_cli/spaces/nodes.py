@@ -145,7 +145,9 @@ class _Nodes:
 
     def tensors(self, scores: Scores, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         view = self.view(scores, key)
-        tensors = {n: getattr(view, n) for n in ("mean", "variance", "n", "examples", "present")}
+        tensors = {n: getattr(view, n) for n in ("mean", "variance", "examples")}
+        # All kinds share these two, and in a file each has its own.
+        tensors |= {n: None if t is None else t.clone() for n, t in (("n", view.n), ("present", view.present))}
         return {n: t for n, t in tensors.items() if t is not None}, {"labels": list(view.labels), "axis": view.axis}
 
     def from_tensors(self, entries: Entries, meta: Mapping[str, Any]) -> Scores:

@@ -103,10 +103,14 @@ class Scores(Mapping[str, Any]):
         return len(self.labels) * len(self.units)
 
     @property
+    def cells(self) -> Int[Tensor, " column"]:
+        """Every column's cell."""
+        return torch.arange(self.n_nodes) if self.columns is None else self.columns
+
+    @property
     def positions(self) -> Int[Tensor, " column"]:
         """Every column's position."""
-        cells = torch.arange(self.n_nodes) if self.columns is None else self.columns
-        return cells // len(self.units)
+        return self.cells // len(self.units)
 
     def dense(self, values: Float[Tensor, "*example column"]) -> Float[Tensor, "*example pos unit"]:
         """One number per cell from one per column, 0 elsewhere."""
@@ -123,8 +127,7 @@ class Scores(Mapping[str, Any]):
 
     def restricted(self, units: Units, kept: Bool[Tensor, " unit"]) -> Scores:
         """The scores of some units, which are `units`."""
-        cells = torch.arange(self.n_nodes) if self.columns is None else self.columns
-        position, unit = cells // len(self.units), cells % len(self.units)
+        position, unit = self.positions, self.cells % len(self.units)
         chosen = kept[unit]
         columns = None
         if self.columns is not None:

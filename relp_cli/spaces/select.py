@@ -68,8 +68,8 @@ def circuit_of(scores: Scores, chosen: Chosen, how: Mapping[str, Any], **options
     meta = {k: scores.meta[k] for k in KEPT_META if k in scores.meta}
     meta["scores"] = scores.hash
     meta["selection"] = {**how, **chosen.amounts, **options}
-    labels = scores.labels if len(chosen.mask) == len(scores.labels) else ANY_POSITION
-    return Circuit(scores.units, chosen.mask, ANY_POSITION if options.get("aggregate") == "sum" else labels, meta)
+    labels = ANY_POSITION if options["aggregate"] == "sum" else scores.labels
+    return Circuit(scores.units, chosen.mask, labels, meta)
 
 
 def check_how(how: Mapping[str, Any], sign: str, aggregate: str, union: bool) -> None:

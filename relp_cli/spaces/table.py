@@ -105,6 +105,10 @@ class SpaceRow:
     def load_scorer(self) -> Any:
         return _loaded(self.scorer)
 
+    def called(self, kinds: Sequence[str]) -> str:
+        """What tables call units of these kinds: by the name they are asked for together, else by their kinds."""
+        return next(iter(self.kinds), None) or "+".join(kinds)
+
 
 def _loaded(where: str) -> Any:
     module, name = where.split(":")
@@ -116,7 +120,7 @@ for _row in (
     SpaceRow("nodes", "relp_cli.spaces.nodes:NODES", "relp_cli.methods.nodes:Nodes", "relp node circuit"),
     SpaceRow("edges", "relp_cli.spaces.edges:EDGES", "relp_cli.edges.space:Edges", "relp edge circuit", ("edges",),
              ("positions",), noun="edges"),
-    SpaceRow("features", "relp_cli.spaces.features:FEATURES", "relp_cli.features.space:Features", "relp feature circuit",
+    SpaceRow("features", "relp_cli.spaces.feature_space:FEATURES", "relp_cli.features.space:Features", "relp feature circuit",
              ("feature", "feature_error"), ("dictionary",), ("patch", "zero")),
 ):  # fmt: skip
     SPACES.add(_row.name, _row)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
-import torch
 
 from relp_cli.spaces.table import space_of
 
@@ -20,9 +19,9 @@ def top_units(scores: Any, k: int = 10) -> pd.DataFrame:
     scores = scores.whole  # of a view too
     units, space = scores.units, space_of(scores.units)
     sizes = scores.mean.double().abs().nan_to_num(0)
-    cells = torch.arange(scores.n_nodes) if scores.columns is None else scores.columns
+    cells = scores.cells
     # of those that tie, the first in the order of cells
-    by_place = units.rank(cells // len(units), cells % len(units), len(scores.labels)).argsort()
+    by_place = units.rank(scores.positions, cells % len(units), len(scores.labels)).argsort()
     rows = []
     for column in by_place[sizes[by_place].argsort(descending=True, stable=True)[:k]].tolist():
         at, which = divmod(int(cells[column]), len(units))

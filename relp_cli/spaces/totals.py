@@ -15,7 +15,6 @@ from relp_cli.spaces.table import space_of
 from relp_cli.spaces.units import Units
 
 KEEP_LIMIT = 1 << 26  # single examples are kept up to this many numbers, unless asked for
-AT_ONCE = 1 << 22  # beyond, one example at a time is widened: scores of edges by position are as large as activations
 
 
 class Totals:
@@ -47,9 +46,10 @@ class Totals:
                 raise RelpError(f"{block.kind} scores are not finite (dtype too narrow?)")
             span = slice(start, start + block.size)
             values = values.detach().cpu()
-            for one in values.double() if values.numel() <= AT_ONCE else (v.double() for v in values):
-                self.sum[:, span].index_add_(0, index, one)
-                self.squares[:, span].index_add_(0, index, one.square())
+            for example in values:  # one at a time: scores of edges by position are as large as activations
+                wide = example.double()
+                self.sum[:, span].index_add_(0, index, wide)
+                self.squares[:, span].index_add_(0, index, wide.square())
             if self.examples is not None:
                 self.examples[rows, :, span] = torch.zeros(batch, len(self.labels), block.size).index_copy_(
                     1, index, values.to(self.examples.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from relp_cli.errors import RelpError
 from relp_cli.tasks.prompt import PromptPair
 
-__all__ = ["PairBatch", "PromptPair"]
+__all__ = ["PairBatch", "PromptPair", "in_batches"]
 
 
 def _as_sets(values: Int[Tensor, " batch"] | Int[Tensor, "batch k"] | Sequence[object], what: str) -> Tensor:
@@ -99,3 +99,8 @@ class PairBatch:
     def split(self, size: int) -> list[PairBatch]:
         """Consecutive batches of at most `size` pairs."""
         return [self.rows(slice(i, i + size)) for i in range(0, len(self), size)]
+
+
+def in_batches(pairs: Sequence[PairBatch], size: int, device: torch.device | str) -> list[PairBatch]:
+    """The pairs in batches of at most `size`, on a device."""
+    return [chunk.to(device) for batch in pairs for chunk in batch.split(size)]
