@@ -1,4 +1,4 @@
-"""Edges of the residual stream's graph (`edges.graph`), in row-major order of writers × readers."""
+"""Edges of the residual stream's graph (`spaces.graph`), in row-major order of writers × readers."""
 
 from __future__ import annotations
 
