@@ -22,6 +22,7 @@ from relp_cli.cli.common import (
 )
 from relp_cli.errors import RelpError
 from relp_cli.files import check_file_writable
+from relp_cli.spaces.table import SPACES
 
 
 def command(
@@ -133,26 +134,24 @@ def command(
         about = {"circuit": str(path), "n_nodes": circuit.n_nodes, "n_possible": circuit.n_possible, **circuit.meta}
         print_json(about if edge_threshold is None else {**about, "edges": circuit.edges.columns()})
         return
-    out.print(layers_table(circuit))
+    # Above the table, not its title: that would be broken to the width of a narrow table.
+    out.print(
+        f"{circuit.n_nodes} of {circuit.n_possible} {SPACES[circuit.units.space].noun} (τ = {selection['tau']:g})"
+    )
+    out.print(_sites_table(circuit) if circuit.units.space == "features" else _layers_table(circuit))
     if edge_threshold is not None:
         show_edges(spec, prepared, session, circuit, annotations, out)
     log.print(str(path))
 
 
-def layers_table(circuit):  # type: ignore[no-untyped-def]
+def _layers_table(circuit):  # type: ignore[no-untyped-def]
     """Nodes kept per kind and layer."""
     from rich.table import Table
 
-    from relp_cli.spaces.table import SPACES
-
-    tau = circuit.meta.get("selection", {}).get("tau")
-    if circuit.units.space == "features":
-        return _sites_table(circuit, tau)
-    noun = SPACES[circuit.units.space].noun
-    table = Table(title=f"{circuit.n_nodes} of {circuit.n_possible} {noun} (τ = {tau:g})", title_justify="left")
+    table, masks = Table(), circuit.masks
     table.add_column("layer", justify="right")
-    counts = [mask.flatten(1).sum(1).tolist() for mask in circuit.masks.values()]
-    for kind in circuit.masks:
+    counts = [mask.flatten(1).sum(1).tolist() for mask in masks.values()]
+    for kind in masks:
         table.add_column(kind, justify="right")
     for layer, row in enumerate(zip(*counts, strict=True)):
         table.add_row(str(layer), *map(str, row))
@@ -161,13 +160,13 @@ def layers_table(circuit):  # type: ignore[no-untyped-def]
     return table
 
 
-def _sites_table(circuit, tau):  # type: ignore[no-untyped-def]
+def _sites_table(circuit):  # type: ignore[no-untyped-def]
     """Features and error terms kept per site."""
     from rich.table import Table
 
     from relp_cli.spaces.features import feature_masks, sites_of
 
-    table = Table(title=f"{circuit.n_nodes} of {circuit.n_possible} nodes (τ = {tau:g})", title_justify="left")
+    table = Table()
     for name in ("site", "features", "positions", "error terms"):
         table.add_column(name, justify="left" if name == "site" else "right")
     sites = sites_of(circuit.units)
