@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 MOST_SEED = 2**32 - 1  # seeds from 0 to this: what every generator of random numbers takes
+BATCH_SIZE = 32  # pairs per pass, unless asked otherwise
 
 _WHERE = {
     "Circuit": "spaces.circuit",

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -111,6 +111,16 @@ def assignments(items: list[str]) -> dict[str, Any]:
             raise RelpError(f"--set {key.strip()}: given twice")
         out_[key.strip()] = parse(value, Path(f"--set {item}")).values
     return out_
+
+
+def refuse_typed(context: typer.Context, known: Iterable[str], why: str) -> None:
+    """Raises RelpError for an option that was typed and is none of `known` (parameter names): it would do nothing."""
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE" and name not in known:
+            option = max(parameter.opts, key=len)
+            raise RelpError(f"{option} {why}")
 
 
 def note(text: str) -> None:

@@ -9,8 +9,6 @@ import typer
 
 from relp_cli.cli.common import (
     COMPONENTS,
-    DeviceOption,
-    DtypeOption,
     JsonFlag,
     comma,
     count_option,
@@ -19,29 +17,25 @@ from relp_cli.cli.common import (
     output_option,
     print_json,
     progress,
-    seed_option,
+    refuse_typed,
 )
+from relp_cli.cli.options import ScoringOptions, takes
+
+OF_RUNS = ("targets", "reference", "top_k", "seed", "device", "output", "json")  # what is asked of runs that exist
 
 
+@takes(ScoringOptions)
 def command(
+    how: ScoringOptions,
+    context: typer.Context,
     targets: Annotated[list[str], typer.Argument(help="Tasks, or run directories of one task, model and node kinds.")],
     model: Annotated[
         str, typer.Option("--model", "-m", help="Models, comma-separated; of the hub also NAME@REVISION.")
     ] = "tiny-gpt2",
     methods: Annotated[str, typer.Option(help="Methods to compare with the reference.")] = "atp,relp",
-    nodes: Annotated[str, typer.Option(help="Node kinds.")] = COMPONENTS,
-    pairs: Annotated[int, count_option(1, help="How many prompt pairs.")] = 100,
-    seed: Annotated[int, seed_option(help="Draws the pairs and the bootstrap samples.")] = 0,
-    metric: Annotated[str | None, typer.Option(help="Default: the task's.")] = None,
-    direction: Annotated[str, typer.Option(help="noising or denoising.")] = "noising",
+    nodes: Annotated[str, typer.Option(help="Node kinds, or edges.")] = COMPONENTS,
     reference: Annotated[str, typer.Option(help="What estimates are compared with.")] = "act_patch",
     top_k: Annotated[int, count_option(1, help="k of the top-k overlap.")] = 10,
-    dictionary: Annotated[
-        str | None, typer.Option(help="Compare features of these sparse autoencoders: a folder, or tiny-pythia.")
-    ] = None,
-    only_correct: Annotated[bool, typer.Option(help="Keep the pairs that the model gets right.")] = False,
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = None,
     output: Annotated[
         Path | None,
         output_option(help="Folder (default: runs/compare-TASKS-MODELS)."),
@@ -55,20 +49,22 @@ def command(
     from relp_cli.runs.comparing import CompareOptions, compare_runs, compare_tasks
     from relp_cli.runs.rundir import RunDir
 
-    nodes = "feature" if dictionary is not None and nodes == COMPONENTS else nodes
+    nodes = "feature" if how.dictionary is not None and nodes == COMPONENTS else nodes
     options = CompareOptions(
         models=comma(model, "--model"), methods=comma(methods, "--methods"), nodes=comma(nodes, "--nodes"),
-        pairs=pairs, seed=seed, metric=metric, direction=direction, reference=reference, top_k=top_k,
-        only_correct=only_correct, dtype=dtype, dictionary=dictionary,
+        reference=reference, top_k=top_k, params=how.params, common=how.of_spec,
     )  # fmt: skip
+    runs = all(RunDir(Path(t)).exists() for t in targets)
+    if runs:
+        refuse_typed(context, OF_RUNS, "is for comparing methods on tasks; runs were scored already")
     if output is None:
-        names = [*(Path(t).stem for t in targets), *(Path(m).name for m in comma(model, "--model"))]
+        names = [*(Path(t).stem for t in targets), *(Path(m).name for m in options.models if not runs)]
         output = Path("runs") / "-".join(["compare", *names])[:120]
     with progress() as bar:
-        if all(RunDir(Path(t)).exists() for t in targets):
-            result = compare_runs([Path(t) for t in targets], options, output)
+        if runs:
+            result = compare_runs([Path(t) for t in targets], options, output, how.device)
         else:
-            result = compare_tasks(targets, options, output, device, bar)
+            result = compare_tasks(targets, options, output, how.device, bar)
     for line in result.notes:
         note(line)
     if json:

@@ -7,8 +7,6 @@ from typing import Annotated, Any
 import typer
 
 from relp_cli.cli.common import (
-    DeviceOption,
-    DtypeOption,
     JsonFlag,
     RevisionOption,
     at_revision,
@@ -17,11 +15,13 @@ from relp_cli.cli.common import (
     out,
     print_json,
     progress,
-    seed_option,
 )
+from relp_cli.cli.options import PairOptions, takes
 
 
+@takes(PairOptions, pairs=40)
 def command(
+    how: PairOptions,
     task: Annotated[str, typer.Argument(help="A shipped task (relp ls tasks), a task YAML, or a file of pairs.")],
     model: Annotated[
         str, typer.Option("--model", "-m", help="Embedded name, local folder, or hub name.")
@@ -30,16 +30,9 @@ def command(
     method: Annotated[
         str, typer.Option(help="What to diagnose: atp, atp_star, relp, relp+two_point, ig_inputs.")
     ] = "atp",
-    pairs: Annotated[int, count_option(1, help="How many prompt pairs.")] = 40,
-    seed: Annotated[int, seed_option(help="Draws the pairs and the control nodes.")] = 0,
-    split: Annotated[str, typer.Option(help="discovery, heldout or all.")] = "discovery",
-    metric: Annotated[str | None, typer.Option(help="Default: the task's.")] = None,
-    direction: Annotated[str, typer.Option(help="noising or denoising.")] = "noising",
     top: Annotated[int, count_option(1, help="Suspects, and controls, to patch exactly per node kind.")] = 10,
     show: Annotated[int, count_option(0, help="Rows to print per table.")] = 12,
     thorough: Annotated[bool, typer.Option(help="Try ig_activations too (passes per layer and node kind).")] = False,
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Where and why a gradient method fails on a task, checked by exact patching, and which method to use instead.
@@ -48,18 +41,16 @@ def command(
     """
     from relp_cli.runs.checked import score_spec
 
-    spec = score_spec(
-        task=task, model=at_revision(model, revision),
-        pairs=pairs, seed=seed, split=split, metric=metric, direction=direction, dtype=dtype
-    )  # fmt: skip
+    spec = score_spec(task=task, model=at_revision(model, revision), **how.of_spec)
     from relp_cli.evaluation.diagnose import Options, check_candidate, diagnose
     from relp_cli.runs.scoring import Session, prepare
 
     check_candidate(method)
-    prepared = prepare(spec, Session(device))
+    prepared = prepare(spec, Session(how.device))
     with progress() as bar:
         found = diagnose(
-            prepared.model, prepared.pairs, prepared.metric, direction, method, Options(top=top, thorough=thorough), seed, bar
+            prepared.model, prepared.pairs, prepared.metric, how.direction, method,
+            Options(top=top, thorough=thorough), how.seed, bar,
         )  # fmt: skip
     for line in prepared.notes:
         note(line)
@@ -69,14 +60,14 @@ def command(
         about = {
             "task": prepared.task.name,
             "model": prepared.model.name,
-            "direction": direction,
+            "direction": how.direction,
             "metric": prepared.metric,
         }
         print_json(about | {"recommended": found.recommended, "summary": found.summary, "floor": found.floor} | rows)
         return
     from relp_cli.report.tables import show as print_table
 
-    where = f"{prepared.task.name}, {prepared.model.name}, {direction}, {prepared.metric}, {spec.pairs} pairs"
+    where = f"{prepared.task.name}, {prepared.model.name}, {how.direction}, {prepared.metric}, {spec.pairs} pairs"
     out.print(f"{method} on {where}")
     for title, table in tables.values():
         if len(table):

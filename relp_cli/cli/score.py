@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from relp_cli.cli.common import (
     COMPONENTS,
-    BosOption,
-    DeviceOption,
     DryRunFlag,
-    DtypeOption,
     JsonFlag,
     RevisionOption,
-    assignments,
     at_revision,
     comma,
-    count_option,
     log,
     note,
     out,
@@ -26,11 +21,13 @@ from relp_cli.cli.common import (
     print_fields,
     print_json,
     progress,
-    seed_option,
 )  # fmt: skip
+from relp_cli.cli.options import ScoringOptions, takes
 
 
+@takes(ScoringOptions)
 def command(
+    how: ScoringOptions,
     task: Annotated[str, typer.Argument(help="A shipped task (relp ls tasks), a task YAML, or a file of pairs.")],
     model: Annotated[
         str, typer.Option("--model", "-m", help="Embedded name, local folder, or hub name.")
@@ -38,31 +35,12 @@ def command(
     revision: RevisionOption = None,
     method: Annotated[str, typer.Option(help="relp ls methods; `relp+ah` adds a rule.")] = "relp",
     nodes: Annotated[str, typer.Option(help="Node kinds, comma-separated (relp ls nodes).")] = COMPONENTS,
-    pairs: Annotated[int, count_option(1, help="How many prompt pairs.")] = 100,
-    seed: Annotated[int, seed_option(help="Draws the pairs.")] = 0,
-    split: Annotated[str, typer.Option(help="discovery, heldout or all.")] = "discovery",
-    metric: Annotated[str | None, typer.Option(help="logit_diff, prob_diff, kl (default: the task's).")] = None,
-    direction: Annotated[str, typer.Option(help="noising (run the original) or denoising.")] = "noising",
-    baseline: Annotated[str, typer.Option(help="patch, zero or mean: what n(x_p) is.")] = "patch",
-    dictionary: Annotated[
-        str | None,
-        typer.Option(help="Score features (nodes=feature) of these sparse autoencoders: a folder, or tiny-pythia."),
-    ] = None,
     annotations: Annotated[
         Path | None, typer.Option(help="What features mean: JSON lines with site, feature, annotation.")
     ] = None,
-    rules: Annotated[
-        str | None, typer.Option(help="LRP rules, comma-separated (default: the family's preset).")
-    ] = None,
-    settings: Annotated[list[str], typer.Option("--set", help="A parameter of the method: --set steps=20")] = [],  # noqa: B006
-    bos: BosOption = None,
-    only_correct: Annotated[bool, typer.Option(help="Keep the pairs that the model gets right.")] = False,
     per_example: Annotated[
         bool | None, typer.Option(help="Store scores per example (default: where they fit).")
     ] = None,
-    batch_size: Annotated[int, count_option(1, help="Pairs per pass.")] = 32,
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = None,
     output: Annotated[Path | None, output_option(help="Run directory (default: runs/…).")] = None,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
@@ -74,24 +52,18 @@ def command(
     from relp_cli.methods.table import default_nodes
     from relp_cli.runs.checked import score_spec
 
-    params: dict[str, Any] = assignments(settings)
-    if rules is not None:
-        params["rules"] = rules if rules == "auto" else list(comma(rules, "--rules"))
-    if dictionary is not None:
-        params["dictionary"] = dictionary
+    if how.dictionary is not None:
         nodes = "feature" if nodes == COMPONENTS else nodes
     elif nodes == COMPONENTS:
         nodes = ",".join(default_nodes(method, comma(nodes, "--nodes")))
     spec = score_spec(
-        task=task, model=at_revision(model, revision),
-        method=method, nodes=comma(nodes, "--nodes"), pairs=pairs, seed=seed, split=split, metric=metric,
-        direction=direction, baseline=baseline, bos=bos, only_correct=only_correct, dtype=dtype, batch_size=batch_size,
-        keep_examples=per_example, params=params,
+        task=task, model=at_revision(model, revision), method=method, nodes=comma(nodes, "--nodes"),
+        keep_examples=per_example, params=how.params, **how.of_spec,
     )  # fmt: skip
     from relp_cli.runs.cost import describe_cost
     from relp_cli.runs.scoring import Prepared, Session, check_request, prepare, score_run, scoring_notes
 
-    session = Session(device)
+    session = Session(how.device)
     check_request(spec, output)
     if annotations is not None:
         from relp_cli.features.annotations import read_annotations

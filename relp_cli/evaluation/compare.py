@@ -9,13 +9,15 @@ from typing import Any
 import pandas as pd
 import torch
 
+from relp_cli import BATCH_SIZE
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.agreement import agreement
 from relp_cli.methods.request import Progress
-from relp_cli.methods.score import COMPONENTS
+from relp_cli.methods.score import COMPONENTS, shared_params
 from relp_cli.models.model import Model
 from relp_cli.scoring import score
 from relp_cli.spaces.scores import Scores
+from relp_cli.spaces.table import space_for
 from relp_cli.tasks.pairs import PairBatch
 
 
@@ -47,19 +49,25 @@ def run_comparison(
     seed: int = 0,
     progress: Progress | None = None,
     scores: dict[str, Scores] | None = None,
+    baseline: str = "patch",
+    batch_size: int = BATCH_SIZE,
+    **params: Any,
 ) -> Comparison:
     """Score with every method and with the reference, and say how well they agree, per node kind.
+
+    params: of methods and of the space; each goes to all methods that have it.
 
     scores: results that exist already (method → Scores); only the missing ones are computed.
     All methods are compared on the pairs that each of them scored (`relp+auto` sets pairs aside to choose its rules on).
     """
     if top_k < 1:
         raise RelpError(f"top_k: expected at least 1, got {top_k}")
-    reference = exact_method(nodes, reference)
     done = dict(scores or {})
-    for method in dict.fromkeys([reference, *methods]):
-        if method not in done:
-            done[method] = score(model, pairs, method, nodes, metric, direction, keep_examples=True, progress=progress)
+    missing = [method for method in dict.fromkeys([reference, *methods]) if method not in done]
+    for method, given in shared_params(missing, params, space_for(nodes)).items():
+        done[method] = score(
+            model, pairs, method, nodes, metric, direction, baseline, batch_size, True, progress, **given
+        )
     compared = _on_common_pairs(done)
     rows = []
     for method in methods:
@@ -78,11 +86,6 @@ def run_comparison(
                 | {"direction": direction, "metric": metric}
             )
     return Comparison(pd.DataFrame(rows), done)
-
-
-def exact_method(nodes: Sequence[str], reference: str = "act_patch") -> str:
-    """The reference; for edges, exact patching is `edge_patch`."""
-    return "edge_patch" if tuple(nodes) == ("edges",) and reference == "act_patch" else reference
 
 
 def _on_common_pairs(done: Mapping[str, Scores]) -> dict[str, Scores]:

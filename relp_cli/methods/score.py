@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,12 +102,14 @@ def resolve_method(
         )
     _, schema = row.load()
     params = {k: tuple(v.split(",")) if k == "rules" and isinstance(v, str) else v for k, v in params.items()}
-    known = [k for k in schema.model_fields if k not in row.fixed]
+    known = row.parameters()
     for key in params:
         if key not in known:
             raise RelpError(f"method '{name}' has no parameter '{key}'{nearest(key, known) if known else ''}")
     if extra and not row.rules:
         raise RelpError(f"method '{name}' takes no rules, got '{method}'; only relp variants take '+rule'")
+    if extra == ["auto"] and params.get("rules") is not None:
+        raise RelpError(f"rules 'auto' stand alone: give '{method}', or rules by name, not both")
     params = {**row.defaults, **{k: v for k, v in params.items() if v is not None}, **row.fixed}
     if row.rules and (model or extra):
         preset = model.family.rules if model else ()
@@ -120,6 +122,16 @@ def resolve_method(
         raise RelpError(f"method '{name}', parameter '{where}': {first['msg']} (got {first['input']!r})") from error
     _check_rules(name, getattr(parsed, "rules", None), space)
     return row, parsed
+
+
+def shared_params(methods: Sequence[str], params: Mapping[str, Any], space: SpaceRow) -> dict[str, dict[str, Any]]:
+    """Method → those of `params` that it, or the space, has. Raises RelpError for a parameter that no method has."""
+    known = {m: {*METHODS[m.partition("+")[0]].parameters(), *space.options} for m in methods}
+    for key in params:
+        every = sorted(set().union(*known.values()))
+        if key not in every:
+            raise RelpError(f"none of the methods {', '.join(methods)} has a parameter '{key}'{nearest(key, every)}")
+    return {m: {k: v for k, v in params.items() if k in known[m]} for m in methods}
 
 
 def _check_rules(name: str, rules: tuple[str, ...] | None, space: str) -> None:

@@ -51,7 +51,7 @@ class Method:
 
     spaces:    the spaces that it serves. signed: whether scores have a sign. rules: whether it takes LRP rules.
     baselines: those it is defined for (None: what the space allows). each: one forward pass per unit.
-    defaults, fixed: of an alias, parameters that start or stay at another value than the method's own.
+    defaults, fixed: of an alias (`alias_of`), parameters that start or stay at another value than the method's own.
     """
 
     name: str
@@ -68,11 +68,16 @@ class Method:
     each: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    alias_of: str = ""
 
     def load(self) -> tuple[Callable[..., Any], type[Params]]:
         module, function, params = self.where.split(":")
         loaded: Any = importlib.import_module(module)
         return getattr(loaded, function), getattr(loaded, params) if params else Params
+
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that can be given."""
+        return tuple(name for name in self.load()[1].model_fields if name not in self.fixed)
 
 
 METHODS: Registry[Method] = Registry("method")
@@ -125,7 +130,7 @@ def alias(name: str, of: str, space: str, **more: Any) -> Method:
     """Another name for a method on one space; more: fields of the row that differ. Returns the row, registered."""
     given = {**more.get("defaults", {}), **more.get("fixed", {})}
     estimates = ", ".join([f"{of} on {space}", *(f"{k}={v}" for k, v in given.items() if v != ())])
-    return METHODS.add(name, replace(METHODS[of], name=name, spaces=(space,), estimates=estimates, **more))
+    return METHODS.add(name, replace(METHODS[of], name=name, spaces=(space,), estimates=estimates, alias_of=of, **more))
 
 
 JOINT = {"exact": ()}  # a parameter for nodes
@@ -137,6 +142,14 @@ alias("relp_edges_ig", "relp_ig", "edges", defaults={"steps": 5})
 alias("eap_ig_activations", "ig_activations", "edges", defaults={"steps": 5}, fixed=JOINT)
 alias("clean_corrupted", "ig_inputs", "edges", fixed={"steps": 1, "rule": "trapezoid"}, baselines=("patch",),
       cost="4 forward + 2 backward")  # fmt: skip
+
+
+def same_method(one: str, other: str) -> bool:
+    """Whether two names are of one method: the same, or one an alias without parameters of its own of the other."""
+    plain = [METHODS[name] for name in (one, other) if "+" not in name]
+    return one == other or (
+        len(plain) == 2 and len({row.alias_of or row.name for row in plain}) == 1 and not any(r.fixed for r in plain)
+    )
 
 
 def default_nodes(method: str, nodes: tuple[str, ...]) -> tuple[str, ...]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from relp_cli.errors import RelpError
-from relp_cli.evaluation.compare import exact_method, run_comparison
+from relp_cli.evaluation.compare import run_comparison
 from relp_cli.files import check_writable
 from relp_cli.methods.request import Progress
+from relp_cli.methods.score import shared_params
+from relp_cli.methods.table import same_method
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.report.figures import heatmaps
 from relp_cli.report.tables import write_table
@@ -27,31 +29,42 @@ from relp_cli.runs.scoring import (
     prepare,
     prepare_again,
     score_run,
+    scoring_notes,
 )
 from relp_cli.runs.spec import ScoreSpec
 from relp_cli.spaces.scores import Scores
+from relp_cli.spaces.table import space_for
 
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What `relp compare` takes besides its tasks."""
+    """What `relp compare` takes besides its tasks.
+
+    params: of methods and spaces; each goes to all methods that have it. common: the fields of `ScoreSpec` besides.
+    """
 
     models: tuple[str, ...]
     methods: tuple[str, ...]
     nodes: tuple[str, ...]
-    pairs: int
-    seed: int
-    metric: str | None
-    direction: str
     reference: str
     top_k: int
-    only_correct: bool
-    dtype: str
-    dictionary: str | None = None
+    params: dict[str, Any]
+    common: dict[str, Any]
 
     @property
-    def params(self) -> dict[str, Any]:
-        return {"dictionary": self.dictionary} if self.dictionary is not None else {}
+    def all_methods(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([self.reference, *self.methods]))
+
+    def specs(self, task: str, model: str) -> dict[str, ScoreSpec]:
+        """Method → its scoring of a task on a model. Raises RelpError for what no method could be scored with."""
+        params = shared_params(self.all_methods, self.params, space_for(self.nodes))
+        return {
+            method: score_spec(
+                task=task, model=model, method=method, nodes=self.nodes, keep_examples=True, params=params[method],
+                **self.common,
+            )
+            for method in self.all_methods
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,32 +82,35 @@ def compare_tasks(
     """Score every task × model with every method and the reference; write compare.csv and heatmaps per task × model."""
     for what, names in (("task", tasks), ("method", options.methods), ("node kind", options.nodes)):
         distinct(what, names)
-    options = replace(options, reference=exact_method(options.nodes, options.reference))
     labels = model_labels(options.models)
     session = Session(device)
     distinct("task name", [session.task(t).name for t in tasks])  # a misspelt one is found before the first is scored
-    specs = [_spec(task, model, options) for task in tasks for model in options.models]
+    cells = [options.specs(task, model) for task in tasks for model in options.models]
+    for spec in (spec for specs in cells for spec in specs.values()):
+        check_request(spec)
     check_writable(folder)
     tables, files, notes = [], [], []
-    for spec in specs:
+    for specs in cells:
+        spec = specs[options.reference]
         prepared = prepare(spec, session)
         label = labels[spec.model]
         notes += [f"{label}, {prepared.task.name}: {line}" for line in prepared.notes]
-        scores = {m: _scores(spec, m, prepared, session, folder, progress) for m in _all_methods(options)}
+        scores = {method: _scores(one, prepared, session, folder, progress) for method, one in specs.items()}
+        notes += [f"{label}, {m}: {line}" for m, of_method in scores.items() for line in scoring_notes(of_method)]
         result = run_comparison(
-            prepared.model, prepared.pairs, options.methods, options.nodes, prepared.metric, options.direction,
-            options.reference, options.top_k, seed=options.seed, scores=scores,
+            prepared.model, prepared.pairs, options.methods, options.nodes, prepared.metric, spec.direction,
+            options.reference, options.top_k, seed=spec.seed, scores=scores,
         )  # fmt: skip
         result.table.insert(0, "task", prepared.task.name)
         tables.append(result.table.assign(model=label))
-        files += _figure(prepared, label, scores, options, folder)
+        files += _figure(prepared, label, scores, spec, folder)
     table = pd.concat(tables, ignore_index=True)
     path = folder / "compare.csv"
     write_table(table, path)
     return Compared(table, (path, *files), tuple(notes))
 
 
-def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path) -> Compared:
+def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path, device: str | None = None) -> Compared:
     """Compare runs that exist; one of them must be of the reference method."""
     distinct("run", [str(path.resolve()) for path in paths])
     runs = [open_run(path) for path in paths]
@@ -107,26 +123,25 @@ def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path) -
         for path, (_, _, scores) in zip(paths, runs, strict=True):
             if scores.meta.get(what) != runs[0][2].meta.get(what):
                 raise RelpError(f"runs {paths[0]} and {path} cannot be compared: they are of different {noun} ({what})")
-    options = replace(options, reference=exact_method(specs[0].nodes, options.reference))
     names = [spec.method for _, spec, _ in runs]
-    if names.count(options.reference) > 1:
-        raise RelpError(
-            f"{names.count(options.reference)} of these runs are of the reference '{options.reference}'; give one"
-        )
+    references = [name for name in names if same_method(name, options.reference)]
+    if len(references) > 1:
+        raise RelpError(f"{len(references)} of these runs are of the reference '{options.reference}'; give one")
     by_method = {
         name if names.count(name) == 1 else f"{name} ({path})": scores
         for name, path, (_, _, scores) in zip(names, paths, runs, strict=True)
     }
-    if options.reference not in by_method:
+    if not references:
         raise RelpError(f"no run of '{options.reference}' among these; score one, or choose another --reference")
-    methods = [m for m in by_method if m != options.reference]
+    reference = references[0]
+    methods = [m for m in by_method if m != reference]
     if not methods:
         raise RelpError("only the reference run was given; expected at least one other method")
-    prepared = prepare_again(specs[0].model_copy(update={"method": methods[0]}), runs[0][2], Session())
+    prepared = prepare_again(specs[0].model_copy(update={"method": methods[0]}), runs[0][2], Session(device))
     first = runs[0][2].meta
     result = run_comparison(
         prepared.model, prepared.pairs, methods, tuple(runs[0][2]), first["metric"], first["direction"],
-        options.reference, options.top_k, seed=options.seed, scores=by_method,
+        reference, options.top_k, seed=options.common["seed"], scores=by_method,
     )  # fmt: skip
     result.table.insert(0, "task", first["task"])
     path = folder / "compare.csv"
@@ -134,38 +149,21 @@ def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path) -
     return Compared(result.table, (path,), prepared.notes)
 
 
-def _spec(task: str, model: str, options: CompareOptions) -> ScoreSpec:
-    for method in _all_methods(options):
-        check_request(score_spec(task=task, method=method, nodes=options.nodes, params=options.params))
-    return score_spec(
-        task=task, model=model, nodes=options.nodes, pairs=options.pairs, seed=options.seed, metric=options.metric,
-        direction=options.direction, only_correct=options.only_correct, dtype=options.dtype, keep_examples=True,
-        params=options.params,
-    )  # fmt: skip
-
-
-def _all_methods(options: CompareOptions) -> tuple[str, ...]:
-    return tuple(dict.fromkeys([options.reference, *options.methods]))
-
-
-def _scores(
-    spec: ScoreSpec, method: str, prepared: Prepared, session: Session, folder: Path, progress: Progress | None
-) -> Scores:
-    one = spec.model_copy(update={"method": method})
-    run_folder = default_folder(one, digest_of(one, prepared, session), folder / "scores")
-    return score_run(one, session, run_folder, progress, prepared=prepared)[1]
+def _scores(spec: ScoreSpec, prepared: Prepared, session: Session, folder: Path, progress: Progress | None) -> Scores:
+    run_folder = default_folder(spec, digest_of(spec, prepared, session), folder / "scores")
+    return score_run(spec, session, run_folder, progress, prepared=prepared)[1]
 
 
 def _figure(
-    prepared: Prepared, model: str, scores: dict[str, Scores], options: CompareOptions, folder: Path
+    prepared: Prepared, model: str, scores: dict[str, Scores], reference: ScoreSpec, folder: Path
 ) -> list[Path]:
-    kinds = [k for k in options.nodes if k in NODE_KINDS and NODE_KINDS[k].split == "vector"]
+    kinds = [k for k in reference.nodes if k in NODE_KINDS and NODE_KINDS[k].split == "vector"]
     if not kinds:
         return []
     task = prepared.task.name
-    path = folder / f"heatmaps-{file_label(task)}-{file_label(model)}-{options.direction}.png"
-    title = f"{task}, {model}, {options.direction}"
-    heatmaps(scores, kinds, path, title, example_tokens(prepared, scores[options.reference]))
+    path = folder / f"heatmaps-{file_label(task)}-{file_label(model)}-{reference.direction}.png"
+    title = f"{task}, {model}, {reference.direction}"
+    heatmaps(scores, kinds, path, title, example_tokens(prepared, scores[reference.method]))
     return [path]
 
 
