@@ -14,7 +14,8 @@ from torch import Tensor
 
 from relp_cli.edges.reads import project, projections, reads
 from relp_cli.edges.stream import ungrouped
-from relp_cli.methods.setup import Setup
+from relp_cli.methods.patching import effects, every_pair
+from relp_cli.methods.setup import Setup, fitting
 from relp_cli.models.model import Hook
 from relp_cli.spaces.graph import QKV, Graph
 
@@ -42,7 +43,7 @@ class Patcher:
         layer, within = divmod(reader, 3 * graph.n_heads + 1)
         writers = graph.mask[:, reader].nonzero()[:, 0].tolist()
         cells = [(slot, u) for slot in range(len(self.slots)) for u in writers]
-        rows = max(1, self.chunk_tokens // setup.run.numel())
+        rows = fitting(setup.run.numel(), self.chunk_tokens)
         for part in (cells[i : i + rows] for i in range(0, len(cells), rows)):
             slot, u = (torch.tensor(x, device=self.deltas.device) for x in zip(*part, strict=True))
             changes = self.deltas[u] * self.slots[slot][:, None, :, None]
@@ -54,11 +55,9 @@ class Patcher:
             else:
                 kind, head = divmod(within, graph.n_heads)
                 hook = (f"blocks.{layer}.attn.{QKV[kind]}.hook_out", self._projected(changes, layer, kind, head))
-            with torch.no_grad(), ungrouped(setup.model), setup.model.hooks([hook]):
-                logits = setup.model.logits(setup.run.repeat(len(part), 1))
-            setup.passes.forward += len(part)
-            effects = setup.value(logits).unflatten(0, (len(part), -1)) - setup.prompt_value("run")
-            self.out[:, slot, u, reader] = effects.T.to(self.out.dtype)
+            with ungrouped(setup.model):
+                found = effects(setup, [hook], every_pair(setup, len(part)))
+            self.out[:, slot, u, reader] = found.T.to(self.out.dtype)
 
     def _added(self, changes: Tensor) -> Hook:
         return lambda value: (value + changes.flatten(0, 1)).to(value.dtype)

@@ -16,8 +16,8 @@ from relp_cli.edges.stream import Recorder, Written, keeping, mean_written, writ
 from relp_cli.errors import RelpError, unknown
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import position_axis
-from relp_cli.methods.setup import Passes, Setup
-from relp_cli.methods.space import CHUNK_TOKENS, Batch, Place, Point, added, of_point, together
+from relp_cli.methods.setup import CHUNK_TOKENS, Passes, Setup
+from relp_cli.methods.space import Batch, Place, Point, added, of_point, together
 from relp_cli.methods.table import Result
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import EMBEDDED

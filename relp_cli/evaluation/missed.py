@@ -22,15 +22,14 @@ from scipy import stats
 from torch import Tensor
 
 from relp_cli.errors import RelpError
+from relp_cli.methods.patching import every_pair, patch_sets
 from relp_cli.methods.score import position_axis
-from relp_cli.methods.setup import Setup
-from relp_cli.models.model import Hook, Model
-from relp_cli.nodes.access import split, units
+from relp_cli.methods.setup import CHUNK_TOKENS, Setup, fitting
+from relp_cli.models.model import Model
+from relp_cli.nodes.access import units
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
-
-CHUNK_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -164,28 +163,13 @@ def _subset_effects(
         setup = Setup(model, chunk, METRICS[metric], tuple(NODE_KINDS[k] for k in masks), direction)  # type: ignore[arg-type]
         source = setup.source_activations()
         at = torch.tensor([labels.index(label) for label in chunk.labels])
-        here = {kind: mask[:, :, at].to(model.device) for kind, mask in masks.items()}
-        rows = max(1, CHUNK_TOKENS // setup.run.numel())
-        for i in range(0, n, rows):
-            part = {kind: mask[i : i + rows] for kind, mask in here.items()}
-            size = len(next(iter(part.values())))
-            hooks: list[tuple[str, Hook]] = [
-                (kind.point(layer), _patch(setup, kind.name, layer, part[kind.name], source[kind.name][layer]))
-                for kind in setup.kinds
-                for layer in range(model.shape.n_layers)
-            ]
-            with torch.no_grad(), model.hooks(hooks):
-                value = setup.value(model.logits(setup.run.repeat(size, 1))).unflatten(0, (size, -1))
-            total[i : i + size] += (value - setup.prompt_value("run")).sum(1).double().cpu()
+        here = {
+            (kind.name, layer): masks[kind.name][:, layer, at].view(n, len(at), -1).to(model.device)
+            for kind in setup.kinds
+            for layer in range(model.shape.n_layers)
+        }
+        size = fitting(setup.run.numel(), CHUNK_TOKENS)
+        for part in torch.arange(n).split(size):
+            sets = {where: mask[part] for where, mask in here.items()}
+            total[part] += patch_sets(setup, source, sets, every_pair(setup, len(part))).sum(1).double().cpu()
     return total / n_pairs
-
-
-def _patch(setup: Setup, kind: str, layer: int, masks: Tensor, source: Tensor) -> Hook:
-    where = masks[:, layer][:, None]
-    where = where[..., None, None] if NODE_KINDS[kind].split == "vector" else where[..., None]
-
-    def hook(value: Tensor) -> Tensor:
-        current = split(setup.model, NODE_KINDS[kind], value).unflatten(0, (len(masks), -1))
-        return torch.where(where, split(setup.model, NODE_KINDS[kind], source), current).reshape(value.shape)
-
-    return hook

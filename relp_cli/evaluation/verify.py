@@ -17,11 +17,12 @@ from torch import Tensor
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.agreement import top
 from relp_cli.features.load import Dictionaries
-from relp_cli.methods.act_patch import ActPatchParams, patch_effects
+from relp_cli.methods.patching import patch_each
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import position_axis, score_units
 from relp_cli.methods.setup import Setup
 from relp_cli.models.model import Model
+from relp_cli.nodes.access import Activations
 from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.features import sites_of, with_errors
@@ -77,7 +78,7 @@ def exact_scores(
     for chunk in chunks:
         setup = Setup(model, chunk, METRICS[meta["metric"]], kinds, meta["direction"])
         source = setup.source_activations()
-        effects = {k.name: _effects(setup, k, masks[k.name], labels, source[k.name]) for k in kinds}
+        effects = {k.name: _effects(setup, k, masks[k.name], labels, source) for k in kinds}
         totals.add(node_blocks(effects, list(masks)), setup.labels)
         done += len(chunk)
         if progress:
@@ -118,7 +119,7 @@ def confirmed(
     return replace(circuit, mask=circuit.mask & confirmed_, edges=None, meta=note)
 
 
-def _effects(setup: Setup, kind: NodeKind, mask: Tensor, labels: tuple[str, ...], source: Sequence[Tensor]) -> Tensor:
+def _effects(setup: Setup, kind: NodeKind, mask: Tensor, labels: tuple[str, ...], source: Activations) -> Tensor:
     """Float[batch, layer, slot, *unit]: exact effects of the candidates at this batch's positions, 0 elsewhere."""
     here = mask[:, [labels.index(label) for label in setup.labels]]
     here = here[..., None] if kind.split == "vector" else here
@@ -126,9 +127,7 @@ def _effects(setup: Setup, kind: NodeKind, mask: Tensor, labels: tuple[str, ...]
         len(setup.batch), *here.shape, device=setup.model.device, dtype=setup.prompt_value("run").dtype
     )
     for layer in range(setup.model.shape.n_layers):
-        nodes = [(slot, unit) for slot, unit in here[layer].nonzero().tolist()]
-        if nodes:
-            slots, unit_index = zip(*nodes, strict=True)
-            found = patch_effects(setup, kind, layer, nodes, source[layer], ActPatchParams().chunk_tokens)
-            effects[:, layer, list(slots), list(unit_index)] = found
+        nodes = here[layer].nonzero()
+        if len(nodes):
+            effects[:, layer, nodes[:, 0], nodes[:, 1]] = patch_each(setup, source, (kind, layer), nodes).T
     return effects[..., 0] if kind.split == "vector" else effects

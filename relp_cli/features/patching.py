@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from relp_cli.features.dictionary import Dictionary
-from relp_cli.methods.setup import Setup
+from relp_cli.methods.patching import effects
+from relp_cli.methods.setup import Setup, fitting
+from relp_cli.methods.space import added
 from relp_cli.precision import wide
 from relp_cli.spaces.sites import Site
 
@@ -28,20 +30,13 @@ def patch_features(
     moved = torch.einsum("sp,bpd->bsd", by_slot, (delta_e != 0).to(delta_e.dtype)).sum(-1).nonzero()
     features = delta_f.new_zeros(len(delta_f), n_slots, d.n_features)
     errors = delta_f.new_zeros(len(delta_f), n_slots)
-    size = max(1, chunk_tokens // setup.batch.n_pos)
+    size = fitting(setup.batch.n_pos, chunk_tokens)
     for part in active.split(size) if len(active) else ():
         example, slot, unit = part.unbind(1)
         change = (delta_f[example, :, unit] * by_slot[slot])[..., None] * wide(d.w_dec[unit])[:, None]
-        features[example, slot, unit] = effects(setup, site, example, change)
+        features[example, slot, unit] = effects(setup, added({site.point: change}), example)
     for part in moved.split(size) if len(moved) else ():
         example, slot = part.unbind(1)
-        errors[example, slot] = effects(setup, site, example, delta_e[example] * by_slot[slot][..., None])
+        change = delta_e[example] * by_slot[slot][..., None]
+        errors[example, slot] = effects(setup, added({site.point: change}), example)
     return features, errors, len(active) + len(moved)
-
-
-def effects(setup: Setup, site: Site, example: Tensor, change: Tensor) -> Tensor:
-    """L(run | x ← x + change) − L(run) Float[rows], row r on prompt example[r]; change: Float[rows, pos, d_model]."""
-    with torch.no_grad(), setup.model.hooks({site.point: lambda x: (x + change).to(x.dtype)}):
-        logits = setup.model.logits(setup.run[example])
-    setup.passes.forward += len(example) / len(setup.batch)
-    return setup.value(logits, example) - setup.prompt_value("run")[example]

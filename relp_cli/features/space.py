@@ -24,8 +24,8 @@ from relp_cli.methods.core import Gradients
 from relp_cli.methods.nodes import NodeBatch, NodesAt
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import position_axis
-from relp_cli.methods.setup import Passes, Setup
-from relp_cli.methods.space import CHUNK_TOKENS, Place, Point
+from relp_cli.methods.setup import CHUNK_TOKENS, Passes, Setup
+from relp_cli.methods.space import Place, Point
 from relp_cli.methods.table import Result
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import Activations

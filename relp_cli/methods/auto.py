@@ -21,19 +21,19 @@ import torch
 from torch import Tensor
 
 from relp_cli.errors import RelpError
+from relp_cli.methods.patching import patch_each
 from relp_cli.methods.points import RelpParams
 from relp_cli.methods.request import Request
 from relp_cli.methods.score import mean_activations, score_units, with_extra_rules
-from relp_cli.methods.setup import Passes, Setup
+from relp_cli.methods.setup import Passes
 from relp_cli.models.model import Model
-from relp_cli.nodes.access import split, units
-from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
+from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.spaces.scores import KindScores, Scores, whole_of
 from relp_cli.tasks.pairs import PairBatch
 
 Rules = tuple[str, ...]
 Cells = dict[str, np.ndarray]  # node kind → Int[cell, (pair, layer, label, unit)]
-LEAST_PAIRS, DRAWS, ROWS = 8, 2000, 128
+LEAST_PAIRS, DRAWS = 8, 2000
 
 
 def candidates(model: Model, nodes: Sequence[str], baseline: str = "patch") -> dict[str, Rules]:
@@ -172,49 +172,25 @@ def exact_cells(
     cells index (pair, layer, label, unit) as the scores `like` of the same pairs do.
     """
     out = {kind: np.zeros(len(c)) for kind, c in cells.items()}
-    first = forwards = 0
     kinds = tuple(NODE_KINDS[k] for k in cells)
-    means = None
-    if request.baseline == "mean":
-        means = mean_activations(model, pairs, kinds)
+    means = mean_activations(model, pairs, kinds) if request.baseline == "mean" else None
+    first, forwards = 0, 0.0 if means is None else float(sum(map(len, pairs)))
     for batch in (b.to(model.device) for b in pairs):
         setup = request.setup(model, batch, kinds, Passes(), None if means is None else means.at(batch))
-        source, before = setup.source_activations(), setup.prompt_value("run")
+        source, index = setup.source_activations(), {label: i for i, label in enumerate(setup.labels)}
         for kind in kinds:
-            mine = cells[kind.name]
-            here = (mine[:, 0] >= first) & (mine[:, 0] < first + len(batch))
-            for layer in np.unique(mine[here, 1]):
-                at = np.flatnonzero(here & (mine[:, 1] == layer))
-                for part in np.array_split(at, -(-len(at) // ROWS)):
-                    rows = torch.from_numpy(mine[part, 0] - first).to(model.device)
-                    places = [(like[kind.name].labels[label], unit) for label, unit in mine[part, 2:]]
-                    value = _patched(setup, kind, int(layer), rows, places, source[kind.name][layer])
-                    out[kind.name][part] = (value - before[rows]).double().cpu().numpy()
-                    forwards += len(part)
-        forwards += 2 * len(batch)
+            pair, layers, label, unit = torch.from_numpy(cells[kind.name]).unbind(1)
+            slot = torch.tensor([index.get(label, -1) for label in like[kind.name].labels])
+            here = (pair >= first) & (pair < first + len(batch))
+            for layer in layers[here].unique().tolist():
+                at = (here & (layers == layer)).nonzero()[:, 0]
+                nodes = torch.stack([slot[label[at]], unit[at]], 1)
+                rows = (pair[at, None] - first).to(model.device)
+                found = patch_each(setup, source, (kind, layer), nodes, rows)
+                out[kind.name][at.numpy()] = found[:, 0].double().cpu().numpy()
+        forwards += setup.passes.forward * len(batch)
         first += len(batch)
-    return out, forwards
-
-
-def _patched(
-    setup: Setup, kind: NodeKind, layer: int, rows: Tensor, places: Sequence[tuple[str, int]], source: Tensor
-) -> Tensor:
-    """L of the run's pairs `rows`, each with one node (label, unit) of a layer replaced: Float[row]."""
-    model, batch = setup.model, setup.batch.rows(rows)
-    where = torch.zeros(len(rows), batch.n_pos, units(model, kind), dtype=torch.bool, device=model.device)
-    for i, (label, unit) in enumerate(places):
-        for pos, here in enumerate(batch.labels):
-            where[i, pos, unit] = here == label
-
-    def patch(value: Tensor) -> Tensor:
-        put = torch.where(where[..., None], split(model, kind, source[rows]), split(model, kind, value))
-        return put.reshape(value.shape)
-
-    one = replace(setup, batch=batch, seen={})
-    with torch.no_grad():
-        with model.hooks({kind.point(layer): patch}):
-            logits = model.logits(one.run)
-        return one.value(logits)
+    return out, round(forwards)
 
 
 def _compare(

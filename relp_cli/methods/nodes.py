@@ -11,8 +11,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from relp_cli.errors import RelpError
-from relp_cli.methods.act_patch import patch_nodes
 from relp_cli.methods.core import Gradients, differences, gradients, products
+from relp_cli.methods.patching import patch_each
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import mean_activations, position_axis
 from relp_cli.methods.setup import Passes
@@ -144,7 +144,17 @@ class NodeBatch(Batch):
         yield (of.kind.name, of.layer), grad
 
     def patch(self) -> Result:
-        return Result(patch_nodes(self.setup, self.source, self.chunk_tokens))
+        return Result({kind.name: self._patched(kind) for kind in self.setup.kinds})
+
+    def _patched(self, kind: NodeKind) -> Tensor:
+        """c(n) of every node of a kind: Float[batch, layer, slot, *unit]."""
+        shape = (len(self.labels), units(self.model, kind))
+        nodes = torch.cartesian_prod(*(torch.arange(n) for n in shape))
+        layers = [
+            patch_each(self.setup, self.source, (kind, layer), nodes, chunk_tokens=self.chunk_tokens).T
+            for layer in range(self.model.shape.n_layers)
+        ]
+        return torch.stack(layers, 1).unflatten(-1, shape[:1] if kind.split == "vector" else shape)
 
 
 def _masked(model: Model, kind: NodeKind, value: Tensor, mask: Bool[Tensor, "pos unit"]) -> Tensor:

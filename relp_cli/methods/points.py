@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import Field
 
-from relp_cli.methods.space import CHUNK_TOKENS, Batch, Point
+from relp_cli.methods.setup import CHUNK_TOKENS
+from relp_cli.methods.space import Batch, Point
 from relp_cli.methods.table import Params
 from relp_cli.nodes.access import EMBEDDED
 

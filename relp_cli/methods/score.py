@@ -13,8 +13,8 @@ from torch import Tensor
 from relp_cli.errors import RelpError, nearest
 from relp_cli.lrp.rules import RULES, TWO_POINT, parse_rules
 from relp_cli.methods.request import Account, Progress, Request
-from relp_cli.methods.setup import Means
-from relp_cli.methods.space import CHUNK_TOKENS, Batch, Scorer
+from relp_cli.methods.setup import CHUNK_TOKENS, Means
+from relp_cli.methods.space import Batch, Scorer
 from relp_cli.methods.table import METHODS, Method, Params, Result, methods_for
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import activations

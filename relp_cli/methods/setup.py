@@ -21,6 +21,12 @@ from relp_cli.tasks.pairs import PairBatch
 Direction = Literal["noising", "denoising"]
 Baseline = Literal["patch", "zero", "mean"]
 Means = Mapping[str, list[Tensor]]  # node kind → one Float[pos, width] per layer
+CHUNK_TOKENS = 16384  # that one pass holds, by default
+
+
+def fitting(tokens: int, chunk_tokens: int) -> int:
+    """How many copies of `tokens` tokens one pass of at most `chunk_tokens` holds; at least one."""
+    return max(1, chunk_tokens // tokens)
 
 
 @dataclass

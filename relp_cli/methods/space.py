@@ -20,13 +20,11 @@ from relp_cli.errors import RelpError
 from relp_cli.lrp.context import Recorded, recording
 from relp_cli.lrp.rules import parse_rules
 from relp_cli.methods.request import Progress
-from relp_cli.methods.setup import Passes, Setup
+from relp_cli.methods.setup import CHUNK_TOKENS, Passes, Setup, fitting
 from relp_cli.methods.table import Result
 from relp_cli.models.model import Hook, Model
 from relp_cli.spaces.units import Units
 from relp_cli.tasks.pairs import PairBatch
-
-CHUNK_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ class Batch(ABC):
 
     def passes(self, points: Iterable[Point]) -> Iterator[tuple[Point, Any]]:
         """Every point and what its pass gave (`At`); points that follow each other share passes as far as they can."""
-        for group in _groups(points, max(1, self.chunk_tokens // self.setup.run.numel())):
+        for group in _groups(points, fitting(self.setup.run.numel(), self.chunk_tokens)):
             found = self.gradients(group)
             if not group[0].moved:
                 self._read.setdefault("run", found[0].values)
@@ -133,7 +131,7 @@ class Batch(ABC):
 
     def readings(self, points: Iterable[Point]) -> Iterator[Any]:
         """The run's values at every point, without gradients; passes are shared as `passes` does."""
-        for group in _groups(points, max(1, self.chunk_tokens // self.setup.run.numel())):
+        for group in _groups(points, fitting(self.setup.run.numel(), self.chunk_tokens)):
             yield from self.read_at(group)
 
     @abstractmethod
