@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from relp_cli import BATCH_SIZE
 from relp_cli.cli.common import (
     DeviceOption,
     DryRunFlag,
@@ -19,18 +20,25 @@ from relp_cli.cli.common import (
     print_fields,
     print_json,
     progress,
+    refuse_typed,
     seed_option,
 )
 from relp_cli.errors import RelpError
 
+OF_JOBS = ("target", "batch_size", "device", "output", "override", "engine", "dry_run", "json")
+
 
 def command(
+    context: typer.Context,
     target: Annotated[str, typer.Argument(help="A run directory, or a batch job (JOB.yaml, or a shipped job's name).")],
     sweep: Annotated[
         str | None,
         typer.Option(help="log:1e-4:1:15 (thresholds), or counts:1,10,100. Default: circuit.json, else log:1e-4:1:15."),
     ] = None,
     circuit: Annotated[Path | None, typer.Option(help="Evaluate this circuit file instead.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Evaluate on another task, or file of pairs (evaluation-TASK.csv): transfer.")
+    ] = None,
     ablation: Annotated[
         str, typer.Option(help="mean, mean_task, zero, counterfactual; nodes: resample, corpus.")
     ] = "mean",
@@ -50,6 +58,9 @@ def command(
     errors: Annotated[
         str | None, typer.Option(help="Error terms of feature circuits: all, residual (not of attention, MLP), none.")
     ] = None,
+    batch_size: Annotated[
+        int | None, count_option(1, help=f"Pairs per pass (default: {BATCH_SIZE}, or the job's).")
+    ] = None,
     device: DeviceOption = None,
     output: Annotated[
         Path | None,
@@ -67,9 +78,12 @@ def command(
     Example: relp evaluate runs/ioi --sweep log:1e-4:1:15
     """
     if target.endswith((".yaml", ".yml")) or not Path(target).exists():
-        from relp_cli.cli.job import run_job
+        from relp_cli.cli.job import named_job, run_job
 
-        run_job(target, override, output, engine, device, dry_run, json)
+        size = [] if batch_size is None else [f"batch_size={batch_size}"]
+        job = named_job(target, [*override, *size])
+        refuse_typed(context, OF_JOBS, f"is for runs; '{target}' is a job, whose keys --override changes")
+        run_job(job, output, engine, device, dry_run, json)
         return
     if override or engine != "local":
         raise RelpError(f"{'--override' if override else '--engine'} is for jobs; '{target}' is a run")
@@ -81,22 +95,22 @@ def command(
         return
     from relp_cli.cli.tables import show_evaluation
     from relp_cli.report.tables import show
-    from relp_cli.runs.evaluating import evaluate_run, minimality_of_run
+    from relp_cli.runs.evaluating import Evaluation, evaluate_run, minimality_of_run, ready
     from relp_cli.runs.scoring import Session
 
-    how: dict[str, Any] = {
-        "circuit": circuit, "ablation": ablation, "exclude_layers": exclude_layers, "metric": metric, "pairs": pairs,
-        "seed": seed, "session": Session(device), "corpus": corpus, "errors": errors,
-    }  # fmt: skip
+    asked = Evaluation(
+        sweep=sweep, circuit=circuit, task=task, metric=metric, pairs=pairs, seed=seed, errors=errors, ablation=ablation,
+        corpus=corpus, exclude_layers=exclude_layers, batch_size=batch_size or BATCH_SIZE,
+        minimality=minimality,
+    )  # fmt: skip
+    at = ready(Path(target), asked, Session(device), output)
     with progress() as bar:
-        path, table, notes = evaluate_run(
-            Path(target), sweep=sweep, random_circuits=random, output=output, progress=bar, **how
-        )
+        path, table = evaluate_run(at, random, output, bar)
     dropped = None
     if minimality:
         with progress() as bar:
-            dropped, losses = minimality_of_run(Path(target), progress=bar, **how)
-    for line in notes:
+            dropped, losses = minimality_of_run(at, bar)
+    for line in at.notes:
         note(line)
     if json:
         more = {"minimality": losses.to_dict("records")} if dropped else {}

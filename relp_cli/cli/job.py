@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from json import dumps as to_json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,9 @@ from relp_cli.cli.common import (
 )
 from relp_cli.errors import RelpError, unknown
 
+if TYPE_CHECKING:
+    from relp_cli.runs.job import JobSpec
+
 
 def reproduce(
     what: Annotated[str, typer.Argument(help="table5 or figure3")],
@@ -37,12 +40,20 @@ def reproduce(
     if what not in ("table5", "figure3"):
         raise unknown("experiment", what, ("table5", "figure3"))
     overrides = [] if models is None else [f"models={to_json(comma(models, '--models'))}"]
-    run_job(what, overrides, output, "local", device, False, json, lenient=True)
+    run_job(named_job(what, overrides), output, "local", device, False, json, lenient=True)
+
+
+def named_job(name: str, overrides: list[str]) -> JobSpec:
+    """A shipped job, or a file. Raises RelpError for what is neither."""
+    from relp_cli.runs.job import load_job
+
+    if not Path(name).exists() and "/" in name and not name.endswith((".yaml", ".yml")):
+        raise RelpError(f"run '{name}' does not exist; `relp ls runs` lists runs, `relp score` makes one")
+    return load_job(name, overrides)
 
 
 def run_job(
-    name: str,
-    overrides: list[str],
+    job: JobSpec,
     output: Path | None,
     engine: str,
     device: str | None,
@@ -50,15 +61,11 @@ def run_job(
     json: bool,
     lenient: bool = False,
 ) -> None:
-    """Load, run, collect, write tables and figures, print a summary. Exit code 1 where a cell failed (`lenient`: where all
+    """Run, collect, write tables and figures, print a summary. Exit code 1 where a cell failed (`lenient`: where all
     of them did, for experiments whose models are not expected to be all there)."""
-    from relp_cli.runs.job import cells, load_job
-
-    if not Path(name).exists() and "/" in name and not name.endswith((".yaml", ".yml")):
-        raise RelpError(f"run '{name}' does not exist; `relp ls runs` lists runs, `relp score` makes one")
+    from relp_cli.runs.job import cells
     from relp_cli.runs.jobrun import check_job, collect
 
-    job = load_job(name, overrides)
     check_job(job)
     folder = output or Path("runs") / job.name
     if dry_run:

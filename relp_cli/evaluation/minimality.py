@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from relp_cli import BATCH_SIZE
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.evaluate import Ablating, check_circuit, evaluate, excluded_layers
 from relp_cli.evaluation.node_circuits import NodeAblator
@@ -33,11 +34,12 @@ def minimality(
     progress: Progress | None = None,
     dictionary: Any = None,
     corpus: Path | None = None,
+    batch_size: int = BATCH_SIZE,
 ) -> pd.DataFrame:
     """Drop each counted node (of edge circuits: edge) of the circuit on its own: F(C) − F(C∖n), absolute and in
     faithfulness.
 
-    dictionary, corpus: as for `evaluate`.
+    dictionary, corpus, batch_size: as for `evaluate`.
     Returns one row per node (kind, layer, position, unit, loss, loss_faithfulness; "layer" of a feature is its site, "unit"
     of an edge its name), largest loss first; a circuit is minimal where every loss is positive.
     Raises: RelpError for circuits of more than 2,000 counted nodes.
@@ -51,7 +53,7 @@ def minimality(
         )
     table = evaluate(
         model, pairs, [circuit, *(circuit.without(*cell) for cell in drops)], ablation, exclude, metric, seed, bootstrap=100,
-        corpus=corpus, progress=progress, dictionary=dictionary,
+        corpus=corpus, progress=progress, dictionary=dictionary, batch_size=batch_size,
     )  # fmt: skip
     whole, space = table.iloc[0], space_of(circuit.units)
     rows = [

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from relp_cli import BATCH_SIZE
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.agreement import top
 from relp_cli.features.load import Dictionaries
@@ -47,6 +48,7 @@ def rescore(
     cheap: Sequence[Mapping[str, KindScores]],
     k: int,
     progress: Progress | None = None,
+    batch_size: int = BATCH_SIZE,
 ) -> Scores:
     """Exact scores of the top-k candidates per kind (union over the `cheap` results), 0 elsewhere.
 
@@ -59,7 +61,7 @@ def rescore(
         if different or theirs["baseline"] != "patch":
             raise RelpError(f"cheap scores to verify differ in {', '.join(different) or 'baseline'}")
     masks = {name: candidates([c[name] for c in cheap], k) for name in cheap[0]}
-    return exact_scores(model, pairs, masks, {**meta, "params": {"candidates": k}}, progress)
+    return exact_scores(model, pairs, masks, {**meta, "params": {"candidates": k}}, progress, batch_size)
 
 
 def exact_scores(
@@ -68,7 +70,7 @@ def exact_scores(
     masks: Mapping[str, Tensor],
     meta: Mapping[str, Any],
     progress: Progress | None = None,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
 ) -> Scores:
     """Exact scores of the masked nodes (kind → Bool[layer, pos, *unit]), 0 elsewhere; `meta` has metric and direction."""
     axis, labels = position_axis(pairs)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from relp_cli import BATCH_SIZE
 from relp_cli.edges.exchange import import_circuit, is_eap_ig
 from relp_cli.errors import RelpError, unknown
 from relp_cli.evaluation.ablation_table import ablation_row
@@ -20,9 +22,9 @@ from relp_cli.files import check_writable, lines_of
 from relp_cli.methods.request import Progress
 from relp_cli.models.model import Model
 from relp_cli.report.tables import write_table
-from relp_cli.runs.checked import score_spec
+from relp_cli.runs.checked import file_label, score_spec
 from relp_cli.runs.rundir import RunDir
-from relp_cli.runs.scoring import Session, open_run, prepare_again
+from relp_cli.runs.scoring import Prepared, Session, open_run, prepare_again
 from relp_cli.runs.spec import ScoreSpec
 from relp_cli.selection import select
 from relp_cli.spaces.circuit import Circuit
@@ -97,90 +99,155 @@ def held_out(spec: ScoreSpec, pairs: int, seed: int, metric: str | None = None) 
     return score_spec(**spec.model_dump() | {"split": split, "pairs": pairs, "seed": seed, "metric": metric})
 
 
-def evaluate_run(
-    path: Path,
-    *,
-    sweep: str | None = None,
-    circuit: Path | None = None,
-    pairs: int = 100,
-    seed: int = 0,
-    metric: str | None = None,
-    session: Session,
-    errors: str | None = None,
-    output: Path | None = None,
-    progress: Progress | None = None,
-    **options: Any,
-) -> tuple[Path, pd.DataFrame, tuple[str, ...]]:
-    """Evaluate a run's circuit.json (or a given circuit, or a sweep) and write evaluation.csv into the run, or `output`.
+@dataclass(frozen=True)
+class Evaluation:
+    """What `relp evaluate RUN` was asked for. task: another than the run's (transfer); the rest is `evaluate`'s."""
 
-    Returns the file, the table, and notes for people. Raises RelpError for circuits of another model or task.
+    sweep: str | None = None
+    circuit: Path | None = None
+    task: str | None = None
+    metric: str | None = None
+    pairs: int = 100
+    seed: int = 0
+    errors: str | None = None
+    ablation: str = "mean"
+    corpus: Path | None = None
+    exclude_layers: int | None = None
+    batch_size: int = BATCH_SIZE
+    minimality: bool = False
+
+    def check(self, scores: Scores) -> None:
+        """Raises RelpError for what can be known to be wrong before a model is loaded."""
+        if self.sweep is not None and self.circuit is not None:
+            raise RelpError("give --sweep or --circuit, not both")
+        if self.errors is not None and SCORED not in scores:
+            raise RelpError("--errors is for feature circuits; this run scored " + ", ".join(scores))
+        if self.errors is not None and self.errors not in ERRORS:
+            raise unknown("choice of error terms", self.errors, ERRORS)
+        if self.metric is not None:
+            METRICS[self.metric]
+        ablation_row(self.ablation, scores.units.space)
+        if self.corpus is not None:
+            lines_of(self.corpus, "corpus")
+        if self.circuit is not None:
+            read_circuit(self.circuit, self.errors)
+        if self.sweep is not None:
+            sweep_points(self.sweep)
+
+    def how(self, exclude: int, dictionary: Any) -> dict[str, Any]:
+        """Keywords of `evaluate` and `minimality`."""
+        return {"ablation": self.ablation, "exclude_layers": exclude, "seed": self.seed, "corpus": self.corpus,
+                "batch_size": self.batch_size, "dictionary": dictionary}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run, the held-out pairs to evaluate it on, and its circuits. file: the one that they are of (None: a sweep)."""
+
+    asked: Evaluation
+    run: RunDir
+    scores: Scores
+    prepared: Prepared
+    circuits: list[Circuit]
+    file: Path | None
+    exclude: int
+    dictionary: Any
+    transfer: bool
+
+    @property
+    def stem(self) -> str:
+        """What names the tables of this evaluation: those on another task do not replace the run's own."""
+        return "" if not self.transfer else f"-{file_label(self.prepared.task.name)}"
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The first columns of a table: what was evaluated, and on which task."""
+        first = self.circuits[0]
+        about = {k: first.meta.get(k, self.scores.meta[k]) for k in ("task", "model", "method", "direction")}
+        kind = SPACES[first.units.space].called(first.units.kinds)
+        return {"task": about.pop("task"), "evaluated_on": self.prepared.task.name, **about, "kind": kind}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines for people."""
+        notes, about = list(self.prepared.notes), self.about
+        if about["task"] != about["evaluated_on"]:
+            notes.append(f"transfer: circuits of task {about['task']}, evaluated on {about['evaluated_on']}")
+        if self.file and (below := self.circuits[0].n_nodes - self.circuits[0].counted(self.exclude)):
+            notes.append(
+                f"{below} of the circuit's {self.circuits[0].n_nodes} nodes lie in the first {self.exclude} layers, "
+                "which are not ablated"
+            )
+        return tuple(notes)
+
+
+def ready(path: Path, asked: Evaluation, session: Session, output: Path | None = None) -> Ready:
+    """Open a run, draw the pairs, and read its circuit.json (or a given circuit), or select the circuits of a sweep.
+
+    Raises: RelpError for what was asked wrongly, and for circuits of another model, or of a task that was not asked for.
     """
     run, spec, scores = open_run(path)
-    if sweep is not None and circuit is not None:
-        raise RelpError("give --sweep or --circuit, not both")
-    check_evaluation(scores, circuit, errors, metric, options.get("ablation", "mean"), options.get("corpus"))
+    asked.check(scores)
     if output is not None and (output.is_dir() or output.suffix != ".csv"):
         raise RelpError(f"--output {output}: expected the name of a .csv file for a run's evaluation")
     check_writable(output or run.path)
-    if sweep is not None:
-        sweep_points(sweep)  # found to be wrong before a model is loaded
-    file = circuit or (run.circuit if run.circuit.is_file() and sweep is None else None)
-    prepared = prepare_again(held_out(spec, pairs, seed, metric), scores, session, at_most=True)
-    exclude = excluded_layers(scores.units.space, prepared.model.shape.n_layers, options.get("exclude_layers"))
-    more = {"errors": errors} if errors else {}
+    file = asked.circuit or (run.circuit if run.circuit.is_file() and asked.sweep is None else None)
+    if asked.minimality and not (file and file.is_file()):
+        why = "a sweep has none" if asked.sweep else f"run `relp circuit {path} --threshold …`"
+        raise RelpError(f"run '{path}' has no circuit to drop nodes of; {why}")
+    transfer = asked.task is not None and session.task(asked.task).hash != scores.meta.get("task_hash")
+    if transfer:  # a run of all pairs has scored none of the other task
+        split = "discovery" if spec.split == "all" else spec.split
+        spec = spec.model_copy(update={"task": asked.task, "split": split})
+    spec = held_out(spec, asked.pairs, asked.seed, asked.metric)
+    prepared = prepare_again(spec, scores, session, at_most=True, same_task=not transfer)
+    exclude = excluded_layers(scores.units.space, prepared.model.shape.n_layers, asked.exclude_layers)
     if file:
-        read = (
-            read_circuit(file, errors, prepared.model) if circuit else own_circuit(run, scores, errors, prepared.model)
-        )
-        circuits = [read]
+        own = asked.circuit is None
+        circuits = [
+            own_circuit(run, scores, asked.errors, prepared.model)
+            if own
+            else read_circuit(file, asked.errors, prepared.model)
+        ]
     else:
-        circuits = circuits_of(scores, sweep or DEFAULT_SWEEP, exclude, **more)
-    for what in ("task", "dictionary_hash"):
+        more = {"errors": asked.errors} if asked.errors else {}
+        circuits = circuits_of(scores, asked.sweep or DEFAULT_SWEEP, exclude, **more)
+    for what in ("dictionary_hash",) if asked.task is not None else ("task", "dictionary_hash"):
         theirs = circuits[0].meta.get(what)
         if theirs is not None and theirs != scores.meta.get(what):
+            hint = f"; --task {spec.task} evaluates it there all the same" if what == "task" else ""
             raise RelpError(
-                f"circuit {file} was found with {what.replace('_', ' ')} '{theirs}', not '{scores.meta.get(what)}'"
+                f"circuit {file} was found with {what.replace('_', ' ')} '{theirs}', not '{scores.meta.get(what)}'{hint}"
             )
+    return Ready(asked, run, scores, prepared, circuits, file, exclude, spec.params.get("dictionary"), transfer)
+
+
+def evaluate_run(
+    at: Ready, random_circuits: int = 3, output: Path | None = None, progress: Progress | None = None
+) -> tuple[Path, pd.DataFrame]:
+    """Evaluate the circuits and write evaluation.csv into the run, or `output`. Returns the file and the table."""
     table = evaluate(
-        prepared.model, prepared.pairs, circuits, metric=prepared.metric, seed=seed, progress=progress,
-        dictionary=spec.params.get("dictionary"), **options,
+        at.prepared.model, at.prepared.pairs, at.circuits, metric=at.prepared.metric, random_circuits=random_circuits,
+        progress=progress, **at.asked.how(at.exclude, at.dictionary),
     )  # fmt: skip
-    notes, whole = list(prepared.notes), circuits[0].n_nodes
-    if file and whole > table.n_nodes[0]:
-        below = whole - table.n_nodes[0]
-        notes.append(f"{below} of the circuit's {whole} nodes lie in the first {exclude} layers, which are not ablated")
-    first = circuits[0]
-    about = {k: first.meta.get(k, scores.meta[k]) for k in ("task", "model", "method", "direction")}
-    about["kind"] = SPACES[first.units.space].called(first.units.kinds)
-    for position, (name, value) in enumerate(about.items()):
+    for position, (name, value) in enumerate(at.about.items()):
         table.insert(position, name, value)
-    if file:  # so that a report can tell whether this table is of the circuit that the run has by then
-        table["circuit"] = first.hash
-    out = output or run.path / "evaluation.csv"
+    if at.file:  # so that a report can tell whether this table is of the circuit that the run has by then
+        table["circuit"] = at.circuits[0].hash
+    out = output or at.run.path / f"evaluation{at.stem}.csv"
     write_table(table, out)
-    return out, table, tuple(notes)
+    return out, table
 
 
-def check_evaluation(
-    scores: Scores,
-    circuit: Path | None,
-    errors: str | None,
-    metric: str | None,
-    ablation: str,
-    corpus: Path | None,
-) -> None:
-    """Raises RelpError for what can be known to be wrong before a model is loaded."""
-    if errors is not None and SCORED not in scores:
-        raise RelpError("--errors is for feature circuits; this run scored " + ", ".join(scores))
-    if errors is not None and errors not in ERRORS:
-        raise unknown("choice of error terms", errors, ERRORS)
-    if metric is not None:
-        METRICS[metric]
-    ablation_row(ablation, scores.units.space)
-    if corpus is not None:
-        lines_of(corpus, "corpus")
-    if circuit is not None:
-        read_circuit(circuit, errors)
+def minimality_of_run(at: Ready, progress: Progress | None = None) -> tuple[Path, pd.DataFrame]:
+    """Drop the nodes of a run's circuit one by one and write minimality.csv into the run."""
+    table = minimality(
+        at.prepared.model, at.prepared.pairs, at.circuits[0], metric=at.prepared.metric, progress=progress,
+        **at.asked.how(at.exclude, at.dictionary),
+    )  # fmt: skip
+    out = at.run.path / f"minimality{at.stem}.csv"
+    write_table(table, out)
+    return out, table
 
 
 def evaluation_cost(path: Path, sweep: str | None, circuit: Path | None, pairs: int, random: int) -> dict[str, Any]:
@@ -229,31 +296,3 @@ def own_circuit(run: RunDir, scores: Scores, errors: str | None = None, model: M
             f"circuit {run.circuit} is of {which} than this run's; select it again: relp circuit {run.path}"
         )
     return circuit
-
-
-def minimality_of_run(
-    path: Path,
-    *,
-    circuit: Path | None = None,
-    pairs: int = 100,
-    seed: int = 0,
-    metric: str | None = None,
-    session: Session,
-    errors: str | None = None,
-    progress: Progress | None = None,
-    **options: Any,
-) -> tuple[Path, pd.DataFrame]:
-    """Drop the nodes of a run's circuit one by one on held-out pairs and write minimality.csv into the run."""
-    run, spec, scores = open_run(path)
-    file = circuit or run.circuit
-    if not file.is_file():
-        raise RelpError(f"run '{path}' has no circuit to drop nodes of; run `relp circuit {path} --threshold …`")
-    prepared = prepare_again(held_out(spec, pairs, seed, metric), scores, session, at_most=True)
-    chosen = read_circuit(file, errors, prepared.model) if circuit else own_circuit(run, scores, errors, prepared.model)
-    table = minimality(
-        prepared.model, prepared.pairs, chosen, metric=prepared.metric, seed=seed,
-        progress=progress, dictionary=spec.params.get("dictionary"), **options,
-    )  # fmt: skip
-    out = run.path / "minimality.csv"
-    write_table(table, out)
-    return out, table

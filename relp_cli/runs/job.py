@@ -24,7 +24,8 @@ from relp_cli.config.paths import find_config
 from relp_cli.errors import RelpError
 from relp_cli.features.kinds import FEATURE_KINDS, SCORED, scored_as
 from relp_cli.files import read_json
-from relp_cli.runs.spec import ScoreSpec
+from relp_cli.methods.table import METHODS
+from relp_cli.runs.spec import Common, ScoreSpec
 
 COSTS = ("forwards_per_pair", "backwards_per_pair", "seconds")  # of a cell's scores, beside every point of its curve
 
@@ -51,8 +52,11 @@ class AgreementSpec(_Strict):
     top_k: int = Field(default=10, ge=1)
 
 
-class JobSpec(_Strict):
-    """A grid. At least one of `evaluate` and `agreement` says what is computed per cell."""
+class JobSpec(Common):
+    """A grid. At least one of `evaluate` and `agreement` says what is computed per cell.
+
+    rules: of every method that takes rules and has none in `params`.
+    """
 
     name: str
     description: str = ""
@@ -62,10 +66,7 @@ class JobSpec(_Strict):
     kinds: tuple[str, ...]
     directions: tuple[Literal["noising", "denoising"], ...] = ("noising",)
     seeds: tuple[Annotated[int, Field(ge=0, le=MOST_SEED)], ...] = (0,)
-    pairs: int = Field(default=100, ge=1)
-    metric: str | None = None
-    only_correct: bool = False
-    dtype: str = "float32"
+    rules: tuple[str, ...] | Literal["auto"] | None = None
     params: dict[str, dict[str, Any]] = Field(default_factory=dict)
     evaluate: EvaluateSpec | None = None
     agreement: AgreementSpec | None = None
@@ -158,11 +159,13 @@ def score_spec_of(job: JobSpec, group: Group, method: str, kind: str | None = No
     """The scoring run of one method in one group: for all of the job's plain node kinds at once, or for one other kind."""
     plain = tuple(k for k in job.kinds if k not in FEATURE_KINDS and "+" not in k)
     nodes = plain if kind in plain or (kind is None and plain) else nodes_of(kind or job.kinds[0])
-    params = job.params.get(method, job.params.get(method.partition("+")[0], {}))
+    name = method.partition("+")[0]
+    params = job.params.get(method, job.params.get(name, {}))
+    if job.rules is not None and METHODS[name].rules:
+        params = {"rules": job.rules if job.rules == "auto" else list(job.rules), **params}
     return ScoreSpec(
-        task=group.task, model=group.model, method=method, nodes=nodes, pairs=job.pairs,
-        seed=group.seed, metric=job.metric, direction=group.direction, only_correct=job.only_correct, dtype=job.dtype,
-        keep_examples=True if job.agreement else None,
+        task=group.task, model=group.model, method=method, nodes=nodes, seed=group.seed, direction=group.direction,
+        keep_examples=True if job.agreement else None, **{name: getattr(job, name) for name in Common.model_fields},
         params={**params, "dictionary": job.dictionary} if nodes == (SCORED,) else params,
     )  # fmt: skip
 

@@ -58,6 +58,10 @@ def check_job(job: JobSpec) -> None:
         raise unknown("dtype", job.dtype, DTYPES)
     if any(_by_candidates(job, method, kind) for method, kind in itertools.product(methods, job.kinds)):
         _cheap_methods(job)
+        if job.baseline != "patch":
+            raise RelpError(
+                f"exact_candidates patches with the patch prompts' values; this job has baseline '{job.baseline}'"
+            )
     if job.evaluate is not None:
         sweep_points(job.evaluate.sweep)
         if job.evaluate.metric is not None:
@@ -142,7 +146,9 @@ class GroupRun:
             assert self.job.exact_candidates is not None
             found = [{kind: self.scores(m, kind)[kind]} for m in _cheap_methods(self.job)]
             p = self.prepared()
-            self._scores[key] = rescore(p.model, p.pairs, found, self.job.exact_candidates)
+            self._scores[key] = rescore(
+                p.model, p.pairs, found, self.job.exact_candidates, batch_size=self.job.batch_size
+            )
         return self._scores[key]
 
     def run(self, cell: Cell) -> list[dict[str, Any]]:
@@ -181,7 +187,7 @@ class GroupRun:
         circuits = circuits_of(mine.only(nodes_of(cell.kind)), options.sweep, exclude, **more)
         table = evaluate(
             held.model, held.pairs, circuits, options.ablation, exclude, held.metric, cell.group.seed,
-            options.random_circuits, dictionary=where,
+            options.random_circuits, dictionary=where, batch_size=self.job.batch_size,
         )  # fmt: skip
         costs = {name: mine.meta[name] for name in COSTS if name in mine.meta}
         return table.assign(**costs).to_dict("records")  # type: ignore[return-value]

@@ -250,13 +250,17 @@ def open_run(path: Path) -> tuple[RunDir, ScoreSpec, Scores]:
     return run, score_spec(f"run record {run.record}: ", **record["spec"]), scores
 
 
-def prepare_again(spec: ScoreSpec, scores: Scores, session: Session, at_most: bool = False) -> Prepared:
-    """`prepare` for a run that exists; `spec` may ask for other pairs of its task.
+def prepare_again(
+    spec: ScoreSpec, scores: Scores, session: Session, at_most: bool = False, same_task: bool = True
+) -> Prepared:
+    """`prepare` for a run that exists; `spec` may ask for other pairs of its task, or, unless `same_task`, for another task.
 
     Raises: RelpError where the task, the model, its tokenizer or the dictionaries are no longer those that were scored.
     """
     prepared = prepare(spec, session, at_most)
     for what, now in _contents(spec, prepared, session).items():
+        if what == "task_hash" and not same_task:
+            continue
         then = scores.meta.get(what)
         if then != now:
             name = {"task_hash": f"task '{spec.task}'", "revision": f"model '{spec.model}'"}.get(

@@ -8,31 +8,36 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from relp_cli import MOST_SEED
+from relp_cli import BATCH_SIZE, MOST_SEED
 from relp_cli.errors import RelpError, unknown
 from relp_cli.methods.table import METHODS, SPACES
 from relp_cli.nodes.kinds import NODE_KINDS
 
 
-class ScoreSpec(BaseModel):
-    """One scoring run. Raises RelpError for names that are in no table (with the nearest one)."""
+class Common(BaseModel):
+    """What a scoring run, a comparison and a job's grid all say once."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pairs: int = Field(default=100, ge=1)
+    metric: str | None = None
+    baseline: Literal["patch", "zero", "mean"] = "patch"
+    bos: bool | None = None
+    only_correct: bool = False
+    dtype: str = "float32"
+    batch_size: int = Field(default=BATCH_SIZE, ge=1)
+
+
+class ScoreSpec(Common):
+    """One scoring run. Raises RelpError for names that are in no table (with the nearest one)."""
 
     task: str
     model: str = "tiny-gpt2"
     method: str = "relp"
     nodes: tuple[str, ...] = ("resid_pre", "attn_out", "mlp_out")
-    pairs: int = Field(default=100, ge=1)
     seed: int = Field(default=0, ge=0, le=MOST_SEED)
     split: Literal["discovery", "heldout", "all"] = "discovery"
-    metric: str | None = None
     direction: Literal["noising", "denoising"] = "noising"
-    baseline: Literal["patch", "zero", "mean"] = "patch"
-    bos: bool | None = None
-    only_correct: bool = False
-    dtype: str = "float32"
-    batch_size: int = Field(default=32, ge=1)
     keep_examples: bool | None = None
     params: dict[str, Any] = Field(default_factory=dict)
 

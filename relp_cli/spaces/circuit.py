@@ -93,7 +93,8 @@ class Circuit:
         missing = [label for label in batch.labels if label not in self.labels]
         if missing:
             raise RelpError(
-                f"the circuit has no position '{missing[0]}' (it has {', '.join(self.labels)}), but the pairs have it"
+                f"the circuit has no position '{missing[0]}' (it has {', '.join(self.labels)}), but the pairs have it; "
+                "`relp circuit --aggregate sum` makes circuits without positions"
             )
         return torch.tensor([self.labels.index(label) for label in batch.labels])
 
