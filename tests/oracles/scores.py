@@ -84,11 +84,14 @@ def ig_inputs(
     α = (k + s)/steps, k = 0..steps−1; s = 0 left, 1 right, ½ midpoint; α = 0 is the base prompt."""
     start, end = (embed(weights, config, ids) for ids in pick(direction, original, patch))
     shift = {"left": 0.0, "right": 1.0, "midpoint": 0.5}[rule]
-    total = {kind: [torch.zeros(())] * config.num_hidden_layers for kind in kinds}
-    for k in range(steps):
-        at = start + (k + shift) / steps * (end - start)
-        for kind, grads in gradients(forward(weights, config, at, rules), metric, kinds).items():
-            total[kind] = [a + g for a, g in zip(total[kind], grads, strict=True)]
+    alphas = (torch.arange(steps, dtype=torch.float64) + shift) / steps
+    at = start + alphas.view(-1, 1, 1, 1) * (end - start)  # every step is a row of one batch: [steps b pos d]
+
+    def summed(logits: Tensor) -> Tensor:
+        return torch.stack([metric(one) for one in logits.unflatten(0, (steps, -1))])
+
+    grads = gradients(forward(weights, config, at.flatten(0, 1), rules), summed, kinds)
+    total = {kind: [g.unflatten(0, (steps, -1)).sum(0) for g in layers] for kind, layers in grads.items()}
     base, other = forward(weights, config, start), forward(weights, config, end)
     return {
         kind: _stack(kind, [(o - n) * g / steps for n, o, g in zip(base[kind], other[kind], total[kind], strict=True)])
