@@ -24,6 +24,8 @@ class Encoder:
         self.tokenizer, self.name, self.bos = tokenizer, model_name, bos
         self.merged: dict[str, str] = {}
         self._singles: dict[tuple[str, str, str], bool] = {}
+        # A prompt is asked for again with each of its answers.
+        self._seen: dict[str, tuple[int, ...]] = {}
 
     @cached_property
     def unk(self) -> int | None:
@@ -40,7 +42,8 @@ class Encoder:
     def encode(self, text: str) -> tuple[tuple[int, ...], Offsets]:
         """Token ids of the text and their character spans, unknown tokens included."""
         encoded = self._call(text, return_offsets_mapping=True)
-        return tuple(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
+        ids = self._seen[text] = tuple(encoded["input_ids"])
+        return ids, [tuple(span) for span in encoded["offset_mapping"]]
 
     def pieces(self, ids: Sequence[int]) -> str:
         """The tokens, made visible: `The| athlete`."""
@@ -102,7 +105,9 @@ class Encoder:
         return () if len(ids) != 1 or starts_a_word else ids
 
     def _ids(self, texts: list[str]) -> list[tuple[int, ...]]:
-        return [tuple(ids) for ids in self._call(texts)["input_ids"]]
+        if new := [text for text in dict.fromkeys(texts) if text not in self._seen]:
+            self._seen |= zip(new, map(tuple, self._call(new)["input_ids"]), strict=True)
+        return [self._seen[text] for text in texts]
 
     def _call(self, text: str | list[str], **more: bool) -> Any:
         if self.tokenizer is None:

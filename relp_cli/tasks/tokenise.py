@@ -178,17 +178,20 @@ def _check_aligned(
     raw: RawPair, encoder: Encoder, one: tuple[tuple[int, ...], Offsets], two: tuple[tuple[int, ...], Offsets]
 ) -> None:
     (a, a_spans), (b, b_spans) = one, two
-    shown = f"original {encoder.pieces(a)} ({len(a)}) / patch {encoder.pieces(b)} ({len(b)})"
+
+    def shown() -> str:
+        return f"original {encoder.pieces(a)} ({len(a)}) / patch {encoder.pieces(b)} ({len(b)})"
+
     if len(a) != len(b):
         hint = "; `unusable: drop` in a task YAML leaves such pairs of a file out" if raw.where else ""
-        raise RelpError(f"{raw.where}original and patch have different token lengths: {shown}{hint}")
+        raise RelpError(f"{raw.where}original and patch have different token lengths: {shown()}{hint}")
     if a == b:
         raise RelpError(f"{raw.where}original and patch are the same tokens: {encoder.pieces(a)}")
     if raw.changed is None:
         return
     for x, y, x_span, y_span in zip(a, b, a_spans, b_spans, strict=True):
         if x != y and not any(_touches(x_span, old) and _touches(y_span, new) for old, new in raw.changed):
-            raise RelpError(f"{raw.where}original and patch differ where the pairing rule changes nothing: {shown}")
+            raise RelpError(f"{raw.where}original and patch differ where the pairing rule changes nothing: {shown()}")
 
 
 def _touches(token: tuple[int, int], span: tuple[int, int]) -> bool:
