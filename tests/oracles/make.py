@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.machinery import SourceFileLoader
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -30,25 +31,41 @@ MOE: dict[str, dict[str, Any]] = {  # mixtures of experts; what each adds to gro
 
 
 FLOAT, DOUBLE, FLOAT32 = torch.Tensor.float, torch.Tensor.double, torch.float32
+LOAD = SourceFileLoader.exec_module
 
 
-class exact_float64(TorchFunctionMode):
-    """Replace every request for float32 by float64.
+class exact_float64:
+    """Whoever asks for float32 gets float64: `torch.float32` is float64, `Tensor.float` is `Tensor.double`.
 
     HF hard-codes float32 in RMSNorm, in the softmax of NeoX/Qwen2/Llama/Gemma-2 and in the rotary tables, so that a
     "float64" model has float32 islands (errors of 1e-7 to 1e-6 in the logits). Use around whatever runs such a model.
+    Names, not calls, are replaced: a mode that sees every operation would cost as much as the operations.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is FLOAT:
-            func = DOUBLE
-        for a in args:  # loops: every operation and every look at a shape comes through here
-            if a is FLOAT32:
-                args = tuple(torch.float64 if x is FLOAT32 else x for x in args)
-                break
-        if not kwargs:
-            return func(*args)
-        return func(*args, **{k: torch.float64 if x is FLOAT32 else x for k, x in kwargs.items()})
+    depth = 0
+
+    def __enter__(self) -> None:
+        exact_float64.depth += 1
+        _exact(True)
+
+    def __exit__(self, *_: object) -> None:
+        exact_float64.depth -= 1
+        _exact(exact_float64.depth > 0)
+
+
+def _exact(on: bool) -> None:
+    torch.float32 = torch.float = torch.float64 if on else FLOAT32
+    torch.Tensor.float = DOUBLE if on else FLOAT  # type: ignore[method-assign]
+    SourceFileLoader.exec_module = _load if on else LOAD  # type: ignore[method-assign]
+
+
+def _load(loader: SourceFileLoader, module: ModuleType) -> None:
+    """A module first imported in the meantime keeps its constants and defaults beyond it: they are what is written."""
+    _exact(False)
+    try:
+        LOAD(loader, module)
+    finally:
+        _exact(True)
 
 
 def _config(shape: str, layers: int) -> PreTrainedConfig:
