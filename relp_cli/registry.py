@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from relp_cli.errors import RelpError, unknown
 
@@ -39,3 +40,9 @@ class Registry(Generic[T]):
 
     def items(self) -> list[tuple[str, T]]:
         return list(self._rows.items())
+
+
+def load(where: str) -> Any:
+    """What a row names as `module:object`, imported."""
+    module, name = where.split(":")
+    return getattr(importlib.import_module(module), name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from relp_cli import BATCH_SIZE
 from relp_cli.methods.auto import score_auto
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import COMPONENTS, resolve_method, score_units
@@ -23,7 +24,7 @@ def score(
     metric: str = "logit_diff",
     direction: str = "noising",
     baseline: str = "patch",
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
     keep_examples: bool | None = None,
     progress: Progress | None = None,
     **params: Any,

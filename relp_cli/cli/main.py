@@ -93,7 +93,7 @@ def _typed() -> str:
     return f"relp {' '.join(sys.argv[1:])}"
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a signal handler
+def _interrupt(_: int, frame: FrameType | None) -> None:
     """KeyboardInterrupt, but at once while a module is imported: modules of others catch whatever is raised in them."""
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":

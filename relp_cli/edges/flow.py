@@ -19,7 +19,7 @@ from relp_cli.methods.table import Params, Result
 from relp_cli.precision import wide
 
 
-def information_flow(on: EdgeBatch, params: Params) -> Result:  # noqa: ARG001 - it has no parameters
+def information_flow(on: EdgeBatch, _: Params) -> Result:
     """1 forward pass for all edges."""
     graph, batch = on.graph, on.setup.batch
     layers = range(graph.n_layers)

@@ -47,18 +47,19 @@ class Edges:
         self.about = {"positions": positions, "n_edges": self.graph.n_edges, "d_model": model.shape.d_model}
         self.means: tuple[Written, tuple[str, ...]] | None = None
 
-    def prepare(self, chunks: Sequence[PairBatch], passes: Passes) -> None:  # noqa: ARG002 - means are of the originals
+    def prepare(self, chunks: Sequence[PairBatch], passes: Passes) -> None:
         """What every writer writes on average over all originals, per position label; and that edges know this model."""
         if self.request.baseline == "mean":
             _, labels = position_axis(chunks)
-            index = ((c, torch.tensor([labels.index(x) for x in c.labels], device=self.model.device)) for c in chunks)
-            self.means = mean_written(((written(self.model, c.original)[0], i) for c, i in index), len(labels)), labels
+            runs = ((written(self.model, c.original)[0], c.index(labels).to(self.model.device)) for c in chunks)
+            self.means = mean_written(runs, len(labels)), labels
+            passes.forward += len(chunks)
         check_once(self.model, chunks[0])
 
     def batch(self, chunk: PairBatch, passes: Passes, chunk_tokens: int, tick: Progress | None) -> EdgeBatch:
         means = None
         if self.means is not None:
-            index = torch.tensor([self.means[1].index(x) for x in chunk.labels], device=self.model.device)
+            index = chunk.index(self.means[1]).to(self.model.device)
             means = self.means[0].map(lambda t: t[index])
         setup = self.request.setup(self.model, chunk, (), passes, {} if means else None)
         return EdgeBatch(setup, self.graph, self.positions, means, chunk_tokens, tick)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from relp_cli.errors import RelpError
 from relp_cli.lrp.sites import centred, linear_parameters
+from relp_cli.methods.means import label_means
 from relp_cli.models.model import Hook, Model
 from relp_cli.precision import wide
 
@@ -194,17 +195,6 @@ def mean_written(runs: Iterable[tuple[Written, Int[Tensor, " pos"]]], n_labels: 
     """Mean per position label over prompts, accumulated in float64: fields Float[label, width]. runs: what a batch of
     prompts writes, and the label of each of its positions.
     """
-    counts: Tensor | None = None
-    total: Written | None = None
-    dtype = torch.float32
-    for run, index in runs:
-        if total is None or counts is None:
-            dtype = run.input.dtype
-            counts = torch.zeros(n_labels, dtype=torch.float64, device=run.input.device)
-            total = run.map(lambda t: t.new_zeros(n_labels, t.shape[-1], dtype=torch.float64))
-        counts.index_add_(0, index, counts.new_full((len(index),), len(run.input)))
-        total.zip(lambda t, value, i=index: t.index_add_(0, i, value.double().sum(0)), run)  # type: ignore[misc]
-    assert total is not None, "callers refuse an empty list of prompts"
-    assert counts is not None
-    seen = counts[:, None]
-    return total.map(lambda t: (t / seen).to(dtype))
+    first, *rest = label_means((((w.input, *w.heads, *w.mlps), index) for w, index in runs), n_labels)
+    half = len(rest) // 2
+    return Written(first, tuple(rest[:half]), tuple(rest[half:]))

@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from relp_cli import BATCH_SIZE
 from relp_cli.errors import RelpError
+from relp_cli.evaluation.ablation_table import MEAN_OF
 from relp_cli.files import lines_of
-from relp_cli.methods.score import MeanActivations, mean_activations
+from relp_cli.methods.means import MeanActivations, mean_activations
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import Activations, activations
 from relp_cli.nodes.kinds import NodeKind
@@ -36,6 +38,7 @@ class Ablation:
         kinds: Sequence[NodeKind],
         seed: int = 0,
         corpus: Path | None = None,
+        batch_size: int = BATCH_SIZE,
     ) -> Ablation:
         """Compute what does not depend on a circuit: means over `pairs`, or over the lines of a `corpus` file.
 
@@ -46,9 +49,8 @@ class Ablation:
         means = None
         if corpus is not None:
             means = mean_activations(model, read_corpus(model, corpus), kinds)
-        if name in ("mean", "mean_task"):
-            prompt = "patch" if name == "mean" else "both"
-            means = mean_activations(model, pairs, kinds, prompt=prompt)
+        if name in MEAN_OF:
+            means = mean_activations(model, pairs, kinds, batch_size, MEAN_OF[name])
         return cls(name, tuple(kinds), means, seed)
 
     def values(

@@ -33,6 +33,10 @@ ABLATIONS = {
 }
 
 
+# mean ablation → the prompts that its means are over
+MEAN_OF = {"mean": ("patch",), "mean_task": ("original", "patch"), "mean_all": ("patch",)}
+
+
 def ablation_row(name: str, space: str) -> AblationRow:
     """Raises RelpError for an ablation that does not exist, or not for the units of this space."""
     known = [row.name for row in ABLATIONS.values() if space in row.spaces]

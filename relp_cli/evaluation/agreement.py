@@ -9,6 +9,7 @@ from scipy import stats
 
 from relp_cli.errors import RelpError
 from relp_cli.spaces.scores import KindScores
+from relp_cli.statistics import interval, pearson, resample_counts
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,6 @@ def top(scores: np.ndarray, k: int) -> list[int]:
     return np.argsort(-np.abs(scores), kind="stable")[:k].tolist()
 
 
-def pearson(a: np.ndarray, b: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
-    """Pearson correlation along the last axis, over the entries where `weight` is 1."""
-    w = np.ones_like(a) if weight is None else weight
-    total = w.sum(-1, keepdims=True)
-    a = w * (a - (w * a).sum(-1, keepdims=True) / total)
-    b = w * (b - (w * b).sum(-1, keepdims=True) / total)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
-
-
 def _constant(x: np.ndarray) -> bool:
     return bool(np.ptp(x) <= 1e-9 * max(np.abs(x).max(), 1e-30))
 
@@ -104,7 +95,7 @@ def _over_pairs(
     w = here.reshape(n, -1).numpy().astype(np.float32)
     with np.errstate(invalid="ignore"):
         own = pearson(x, np.abs(y) if unsigned else y, w)
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=bootstrap).astype(np.float32)
+    draws = resample_counts(n, bootstrap, seed).astype(np.float32)
     resampled = []
     for part in np.array_split(draws, max(1, bootstrap * x.shape[1] // (1 << 24))):
         count = part @ w
@@ -114,5 +105,5 @@ def _over_pairs(
     center = pearson(n_x, np.abs(n_y) if unsigned else n_y, (w.sum(0) > 0).astype(np.float32))
     edge = 1 - 1e-7  # atanh(1) is infinite: an estimate equal to the reference keeps the interval [1, 1]
     z, zs = (np.arctanh(np.clip(v, -edge, edge)) for v in (center, np.concatenate(resampled)))
-    low, high = np.nanquantile(zs, [0.025, 0.975])
+    low, high = interval(zs)
     return float(np.tanh(2 * z - high)), float(np.tanh(2 * z - low)), float(np.nanmean(own))

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError
 from relp_cli.models.model import Model
-from relp_cli.tasks.metrics import METRICS, Metric, NotFinite
+from relp_cli.tasks.formulas import NotFinite
+from relp_cli.tasks.metrics import METRICS, Metric
 from relp_cli.tasks.pairs import PairBatch
 
 

@@ -27,6 +27,7 @@ from relp_cli.methods.score import position_axis
 from relp_cli.models.model import Model
 from relp_cli.scoring import score
 from relp_cli.spaces.scores import Scores
+from relp_cli.statistics import interval, resample_counts
 from relp_cli.tasks.pairs import PairBatch
 
 KINDS = ("query", "key", "value", "attn_out", "mlp_out", "resid_pre")
@@ -221,12 +222,12 @@ def _methods(nodes: pd.DataFrame, estimates: Mapping[str, Scores], seed: int, dr
         raise RelpError("diagnose: no patched node has any effect; the patch changes nothing that the metric sees")
     wrong = np.stack([(patched[name] - patched.exact).abs() for name in estimates], 1)  # [node, method]
     size, suspect = patched.exact.abs().to_numpy(), (patched.reason != "").to_numpy()
-    weights = np.random.default_rng(seed).multinomial(len(patched), np.full(len(patched), 1 / len(patched)), draws)
+    weights = resample_counts(len(patched), draws, seed)
     resampled = (weights @ wrong) / np.maximum(weights @ size, 1e-300)[:, None]
     errors = wrong.sum(0) / size.sum()
     best = int(errors.argmin())
-    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
-    gap = np.quantile(resampled - resampled[:, [best]], 0.025, axis=0)
+    low, high = interval(resampled)
+    gap, _ = interval(resampled - resampled[:, [best]])
     rows = []
     for i, (name, scores) in enumerate(estimates.items()):
         part: dict[str, Any] = {what: wrong[m, i].sum() / size[m].sum() if size[m].sum() > 0 else float("nan")

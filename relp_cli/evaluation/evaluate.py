@@ -10,7 +10,6 @@ What is ablated how is the space's own affair (`ABLATORS`).
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from relp_cli import BATCH_SIZE
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.ablation_table import ablation_row
 from relp_cli.evaluation.ratios import Values, ratio_table, tau_of
 from relp_cli.methods.request import Progress
 from relp_cli.models.model import Model
+from relp_cli.registry import load
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.table import space_of
 from relp_cli.tasks.metrics import METRICS, Metric
@@ -41,7 +42,7 @@ class Ablating:
     seed: int = 0
     corpus: Path | None = None
     dictionary: Any = None
-    batch_size: int = 32
+    batch_size: int = BATCH_SIZE
 
 
 class Ablator(Protocol):
@@ -90,8 +91,7 @@ def ablator(model: Model, pairs: Sequence[PairBatch], circuits: Sequence[Circuit
         raise RelpError("ablation 'corpus' and a corpus file go together: --ablation corpus --corpus FILE")
     if row.needs_patch and any(b.patch is None for b in pairs):
         raise RelpError(f"ablation '{how.ablation}' needs patch prompts; these have none (use zero)")
-    module, name = ABLATORS[space][0].split(":")
-    made: Ablator = getattr(importlib.import_module(module), name)(model, pairs, circuits, how)
+    made: Ablator = load(ABLATORS[space][0])(model, pairs, circuits, how)
     return made
 
 
@@ -108,7 +108,7 @@ def evaluate(
     corpus: Path | None = None,
     progress: Progress | None = None,
     dictionary: Any = None,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
 ) -> pd.DataFrame:
     """Evaluate one circuit, or a sweep of them that share ablation values and the F(M), F(∅) runs.
 

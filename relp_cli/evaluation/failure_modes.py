@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from relp_cli import BATCH_SIZE
 from relp_cli.methods.atp_star import layer_drop_gradients
 from relp_cli.methods.core import differences, products
 from relp_cli.methods.nodes import NodeBatch
@@ -27,7 +28,7 @@ from relp_cli.spaces.nodes import node_blocks, units_of
 from relp_cli.spaces.scores import KindScores
 from relp_cli.spaces.totals import Totals
 from relp_cli.tasks.metrics import METRICS
-from relp_cli.tasks.pairs import PairBatch
+from relp_cli.tasks.pairs import PairBatch, in_batches
 
 WRITERS = ("attn_out", "mlp_out")
 
@@ -89,10 +90,10 @@ class FlatGradients:
 
 
 def setups(
-    model: Model, pairs: Sequence[PairBatch], metric: str, direction: str, kinds: Sequence[str], size: int = 32
+    model: Model, pairs: Sequence[PairBatch], metric: str, direction: str, kinds: Sequence[str], size: int = BATCH_SIZE
 ) -> Iterator[Setup]:
     """The pairs in chunks, ready for scoring."""
-    for chunk in (c.to(model.device) for b in pairs for c in b.split(size)):
+    for chunk in in_batches(pairs, size, model.device):
         yield Setup(model, chunk, METRICS[metric], tuple(NODE_KINDS[k] for k in kinds), direction)  # type: ignore[arg-type]
 
 

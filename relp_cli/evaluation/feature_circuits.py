@@ -16,8 +16,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from relp_cli.evaluation.ablation_table import MEAN_OF
 from relp_cli.evaluation.evaluate import Ablating
 from relp_cli.features.load import dictionaries_of
+from relp_cli.methods.means import label_means, prompts
 from relp_cli.methods.score import position_axis
 from relp_cli.models.model import Hook, Model
 from relp_cli.nodes.access import capture
@@ -28,7 +30,6 @@ from relp_cli.spaces.units import ANY_POSITION
 from relp_cli.tasks.pairs import PairBatch, in_batches
 
 Parts = dict[Site, tuple[Tensor, Tensor]]  # features Float[*batch, pos, feature], errors Float[*batch, pos, d_model]
-PROMPTS = {"mean": ("patch",), "mean_task": ("original", "patch")}
 
 
 class FeatureAblator:
@@ -41,7 +42,7 @@ class FeatureAblator:
         self.sites = counted_sites(tuple(self.dictionaries), how.exclude)
         self.chunks = in_batches(pairs, how.batch_size, model.device)
         self.labels = position_axis(pairs)[1]
-        self.means = self.mean_parts(PROMPTS[how.ablation]) if how.ablation in PROMPTS else None
+        self.means = self.mean_parts(MEAN_OF[how.ablation]) if how.ablation in MEAN_OF else None
         # site → its features' and its error term's columns among the units (None: removed)
         self.spans: dict[str, dict[str, slice]] = {}
         for block, start in zip(self.units.blocks, self.units.starts, strict=False):
@@ -73,33 +74,25 @@ class FeatureAblator:
             self.model.logits(tokens)
         return {s: self.dictionaries[s].split(seen[s.node_kind.name][s.at]) for s in self.sites}
 
-    def mean_parts(self, prompts: Sequence[str]) -> Parts:
+    def mean_parts(self, which: Sequence[str]) -> Parts:
         """Means over prompts per label, accumulated in float64: Float[label, feature], Float[label, d_model] per site."""
-        labels, dtype = self.labels, torch.float64
-        device = self.model.device
-        counts = torch.zeros(len(labels), dtype=dtype, device=device)
-        width = self.model.shape.d_model
-        sums = {
-            s: (torch.zeros(len(labels), self.dictionaries[s].n_features, dtype=dtype, device=device),
-                torch.zeros(len(labels), width, dtype=dtype, device=device))
-            for s in self.sites
-        }  # fmt: skip
-        for chunk in self.chunks:
-            index = torch.tensor([labels.index(label) for label in chunk.labels], device=device)
-            for prompt in prompts:
-                counts.index_add_(0, index, torch.full((len(index),), float(len(chunk)), dtype=dtype, device=device))
-                for site, values in self.parts(getattr(chunk, prompt)).items():
-                    for total, value in zip(sums[site], values, strict=True):
-                        total.index_add_(0, index, value.double().sum(0))
-        n = counts[:, None]
-        return {s: tuple((v / n).to(self.dictionaries[s].w_dec.dtype) for v in both) for s, both in sums.items()}  # type: ignore[misc]
+
+        def runs() -> Iterator[tuple[list[Tensor], Tensor]]:
+            for chunk in self.chunks:
+                for tokens in prompts(chunk, which):
+                    parts = self.parts(tokens)
+                    yield [v for s in self.sites for v in parts[s]], chunk.index(self.labels).to(self.model.device)
+
+        found = iter(label_means(runs(), len(self.labels)))
+        dtypes = {site: self.dictionaries[site].w_dec.dtype for site in self.sites}
+        return {site: (next(found).to(dtype), next(found).to(dtype)) for site, dtype in dtypes.items()}
 
     @cached_property
     def active(self) -> dict[Site, Tensor]:
         """Bool[label, feature] per site: the features that are active in some original or patch prompt."""
         seen = {s: torch.zeros(len(self.labels), self.dictionaries[s].n_features, dtype=torch.long) for s in self.sites}
         for chunk in self.chunks:
-            index = torch.tensor([self.labels.index(label) for label in chunk.labels])
+            index = chunk.index(self.labels)
             for tokens in (chunk.original, chunk.patch):
                 for site, (f, _) in (self.parts(tokens) if tokens is not None else {}).items():
                     seen[site].index_add_(0, index, (f != 0).sum(0).cpu())
@@ -108,7 +101,7 @@ class FeatureAblator:
     def ablated(self, chunk: PairBatch) -> Parts:
         """Ablation values at a batch's positions, with or without a batch axis."""
         if self.means is not None:
-            index = torch.tensor([self.labels.index(label) for label in chunk.labels], device=self.model.device)
+            index = chunk.index(self.labels).to(self.model.device)
             return {site: (f[index], e[index]) for site, (f, e) in self.means.items()}
         if self.ablation == "counterfactual":
             assert chunk.patch is not None

@@ -21,6 +21,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from relp_cli import BATCH_SIZE
 from relp_cli.errors import RelpError
 from relp_cli.methods.patching import every_pair, patch_sets
 from relp_cli.methods.score import position_axis
@@ -29,7 +30,7 @@ from relp_cli.models.model import Model
 from relp_cli.nodes.access import units
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.tasks.metrics import METRICS
-from relp_cli.tasks.pairs import PairBatch
+from relp_cli.tasks.pairs import PairBatch, in_batches
 
 
 @dataclass(frozen=True)
@@ -159,10 +160,10 @@ def _subset_effects(
     """c(S) of every subset, averaged over pairs: Float64[subset]."""
     n = len(next(iter(masks.values())))
     total, n_pairs = torch.zeros(n, dtype=torch.float64), sum(len(b) for b in pairs)
-    for chunk in (c.to(model.device) for b in pairs for c in b.split(32)):
+    for chunk in in_batches(pairs, BATCH_SIZE, model.device):
         setup = Setup(model, chunk, METRICS[metric], tuple(NODE_KINDS[k] for k in masks), direction)  # type: ignore[arg-type]
         source = setup.source_activations()
-        at = torch.tensor([labels.index(label) for label in chunk.labels])
+        at = chunk.index(labels)
         here = {
             (kind.name, layer): masks[kind.name][:, layer, at].view(n, len(at), -1).to(model.device)
             for kind in setup.kinds

@@ -22,7 +22,7 @@ class NodeAblator:
     def __init__(self, model: Model, pairs: Sequence[PairBatch], circuits: Sequence[Circuit], how: Ablating) -> None:
         self.model, self.pairs, self.how, self.units = model, pairs, how, circuits[0].units
         self.kinds = tuple(NODE_KINDS[kind] for kind in self.units.kinds)
-        self.ablation = Ablation.prepare(model, pairs, how.ablation, self.kinds, how.seed, how.corpus)
+        self.ablation = Ablation.prepare(model, pairs, how.ablation, self.kinds, how.seed, how.corpus, how.batch_size)
 
     def batches(self) -> Iterator[tuple[PairBatch, Activations | None]]:
         size = self.how.batch_size

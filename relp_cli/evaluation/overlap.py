@@ -15,6 +15,7 @@ from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.table import SPACES
 from relp_cli.spaces.units import ANY_POSITION
+from relp_cli.statistics import resample_counts
 
 
 def overlap(circuit: Circuit, reference: Circuit) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def stability(scores: Scores, samples: int = 100, seed: int = 0, **selection: An
         raise RelpError("stability needs per-example scores; score again with --per-example")
     full = select(scores, **selection)
     n = len(scores.present)
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=samples)
+    draws = resample_counts(n, samples, seed)
     kept = {kind: torch.zeros_like(mask, dtype=torch.float64) for kind, mask in full.masks.items()}
     jaccards = []
     for draw in draws:

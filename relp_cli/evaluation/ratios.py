@@ -10,6 +10,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from relp_cli.statistics import interval, resample_counts
+
 COLUMNS = (
     "tau", "n_nodes", "n_possible", "faithfulness", "faithfulness_lo", "faithfulness_hi",
     "completeness", "completeness_lo", "completeness_hi", "random_faithfulness", "random_completeness",
@@ -23,7 +25,7 @@ def ratio_table(
     """One row per circuit: its ratios, `about` it, and the mean ratios of its random circuits, which stand in `values`
     after all circuits, `random_circuits` each.
     """
-    draws = np.random.default_rng(seed).multinomial(values.n, np.full(values.n, 1 / values.n), size=bootstrap)
+    draws = resample_counts(values.n, bootstrap, seed)
     rows = []
     for i, more in enumerate(about):
         out = ratio_row(values, i, draws)
@@ -78,11 +80,12 @@ def ratio_row(values: Values, i: int, draws: np.ndarray) -> dict[str, Any]:
     if abs(gap) <= 1e-6 * max(abs(full.mean()), abs(empty.mean()), 1e-12):
         out["note"] = "ill-posed: F(M) = F(∅)"
         return out | {f"{n}{end}": float("nan") for n in parts for end in ("", "_lo", "_hi")}
-    if np.quantile(gaps, 0.025) <= 0 <= np.quantile(gaps, 0.975):
+    low, high = interval(gaps)
+    if low <= 0 <= high:
         out["note"] = "F(M) − F(∅) is not distinguishable from 0"
     for name, part in parts.items():
         out[name] = (part.mean() - empty.mean()) / gap
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = (draws @ (part - empty) / len(full)) / gaps
-        out[f"{name}_lo"], out[f"{name}_hi"] = (float(np.nanquantile(ratios, q)) for q in (0.025, 0.975))
+        out[f"{name}_lo"], out[f"{name}_hi"] = map(float, interval(ratios))
     return out

@@ -32,6 +32,7 @@ from relp_cli.models.catalog import embedded_names
 from relp_cli.models.load import load_model
 from relp_cli.scoring import score
 from relp_cli.spaces.scores import KindScores
+from relp_cli.statistics import interval, resample_picks
 from relp_cli.tasks.spec import list_tasks
 from relp_cli.tasks.task import load_task
 
@@ -109,12 +110,12 @@ def summarise(rows: pd.DataFrame, depth: str = "all", draws: int = 4000, seed: i
             if "preset" not in common:
                 continue
             groups = [g for _, g in common.groupby(level=["model", "task"])]
-            picks = np.random.default_rng(seed).integers(len(groups), size=(draws, len(groups)))
+            picks = resample_picks(len(groups), draws, seed)
             for rule_set in common:
                 gaps = [(g[rule_set] - g["preset"]).dropna().to_numpy() for g in groups]
                 sums, counts = np.array([g.sum() for g in gaps]), np.array([len(g) for g in gaps])
                 mean = sums[picks].sum(1) / np.maximum(counts[picks].sum(1), 1)
-                low, high = np.quantile(mean, [0.025, 0.975])
+                low, high = interval(mean)
                 both = common[common[rule_set].notna()]
                 out.append(
                     {"kind": kind, "direction": direction, "rules": rule_set, "cells": len(both),

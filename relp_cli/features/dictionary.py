@@ -89,7 +89,7 @@ class Dictionary:
         return replace(self, **moved)
 
 
-def _relu(pre: Tensor, d: Dictionary) -> Tensor:  # noqa: ARG001
+def _relu(pre: Tensor, _: Dictionary) -> Tensor:
     return pre > 0
 
 

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from relp_cli import BATCH_SIZE
 from relp_cli.errors import RelpError
 from relp_cli.features.dictionary import Dictionary
 from relp_cli.features.load import Dictionaries, dictionaries_of
@@ -54,7 +55,7 @@ def feature_edges(
     metric: str | None = None,
     direction: str | None = None,
     baseline: str | None = None,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
     progress: Progress | None = None,
     **params: Any,
 ) -> FeatureEdges:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from relp_cli.errors import RelpError
-from relp_cli.lrp.rules import ActiveRule, parse_rules
+from relp_cli.lrp.rules import parse_rules
 from relp_cli.lrp.sites import RuleSite, build_sites, replace
 from relp_cli.models.checks import TOLERANCE
 from relp_cli.models.model import Hook, Model
@@ -120,8 +120,3 @@ def _reads(sites: list[RuleSite], inputs: dict[str, dict[str, Tensor]]) -> list[
         return lambda value: inputs[site.name].__setitem__(key, value)
 
     return [(point, read(site, key)) for site in sites for key, point in site.reads.items()]
-
-
-def describe(active: Sequence[ActiveRule]) -> list[str]:
-    """Rule names with their parameters, as written into outputs."""
-    return [str(a) for a in active]

@@ -15,6 +15,6 @@ class ActPatchParams(Params):
     chunk_tokens: int = Field(default=CHUNK_TOKENS, gt=0)
 
 
-def act_patch(on: Batch, params: ActPatchParams) -> Result:  # noqa: ARG001 - chunk_tokens is the batch's
+def act_patch(on: Batch, _: ActPatchParams) -> Result:
     """Patch every unit on its own; positions that share a label are patched jointly."""
     return on.patch()

@@ -21,14 +21,16 @@ import torch
 from torch import Tensor
 
 from relp_cli.errors import RelpError
+from relp_cli.methods.means import mean_activations
 from relp_cli.methods.patching import patch_each
 from relp_cli.methods.points import RelpParams
 from relp_cli.methods.request import Request
-from relp_cli.methods.score import mean_activations, score_units, with_extra_rules
+from relp_cli.methods.score import score_units, with_extra_rules
 from relp_cli.methods.setup import Passes
 from relp_cli.models.model import Model
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.spaces.scores import KindScores, Scores, whole_of
+from relp_cli.statistics import TAIL, interval, pearson, resample_picks
 from relp_cli.tasks.pairs import PairBatch
 
 Rules = tuple[str, ...]
@@ -173,7 +175,7 @@ def exact_cells(
     """
     out = {kind: np.zeros(len(c)) for kind, c in cells.items()}
     kinds = tuple(NODE_KINDS[k] for k in cells)
-    means = mean_activations(model, pairs, kinds) if request.baseline == "mean" else None
+    means = mean_activations(model, pairs, kinds, request.batch_size) if request.baseline == "mean" else None
     first, forwards = 0, 0.0 if means is None else float(sum(map(len, pairs)))
     for batch in (b.to(model.device) for b in pairs):
         setup = request.setup(model, batch, kinds, Passes(), None if means is None else means.at(batch))
@@ -199,29 +201,21 @@ def _compare(
     """One row per candidate (PCC over cells, 95 % bootstrap interval, margin over the preset), and the candidate taken."""
     names = list(values)
     estimates = np.stack([values[name] for name in names])
-    draws = np.random.default_rng(seed).integers(len(exact), size=(DRAWS, len(exact)))
-    pcc = _pearson(estimates, exact)
-    resampled = np.stack([_pearson(estimates[:, d], exact[d]) for d in draws])  # [draw, candidate]
-    tail = 0.025 / (len(names) - 1)  # any of the others may turn out best
+    draws = resample_picks(len(exact), DRAWS, seed)
+    pcc = pearson(estimates, exact)
+    resampled = pearson(estimates[:, draws], exact[draws]).T  # [draw, candidate]
+    tail = TAIL / (len(names) - 1)  # any of the others may turn out best
     margins = resampled - resampled[:, [0]]
-    low, high = np.nanquantile(margins, [tail, 1 - tail], axis=0)
+    low, high = interval(margins, tail)
     best = int(np.nanargmax(pcc)) if not np.isnan(pcc).all() else 0
     taken = names[best] if low[best] > 0 else names[0]
-    limits = np.nanquantile(resampled, [0.025, 0.975], axis=0)
+    limits = interval(resampled)
     rows = [
         {"kind": kind, "candidate": name, "pcc": pcc[i], "lo": limits[0, i], "hi": limits[1, i], "margin": pcc[i] - pcc[0],
          "margin_lo": low[i], "margin_hi": high[i], "taken": name == taken, "cells": len(exact)}
         for i, name in enumerate(names)
     ]  # fmt: skip
     return [{k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()} for row in rows], taken
-
-
-def _pearson(estimates: np.ndarray, exact: np.ndarray) -> np.ndarray:
-    """Correlation of each row with `exact`; NaN where one is constant."""
-    a = estimates - estimates.mean(-1, keepdims=True)
-    b = exact - exact.mean()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (a @ b) / np.sqrt((a * a).sum(-1) * (b * b).sum())
 
 
 def _with_gaps(scores: Scores, keep: Tensor) -> Scores:

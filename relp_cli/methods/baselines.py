@@ -16,7 +16,7 @@ class RandomParams(Params):
     seed: int = 0
 
 
-def delta(on: Batch, params: Params) -> Result:  # noqa: ARG001 - it has no parameters
+def delta(on: Batch, _: Params) -> Result:
     """‖n(source) − n(run)‖₂ of each node."""
     d = differences(on.source, on.run)
     return Result({k: v.sqrt() for k, v in products(on.setup, d, d).items()})

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError
 from relp_cli.methods.core import Gradients, differences, gradients, products
+from relp_cli.methods.means import mean_activations
 from relp_cli.methods.patching import patch_each
 from relp_cli.methods.request import Progress, Request
-from relp_cli.methods.score import mean_activations, position_axis
+from relp_cli.methods.score import position_axis
 from relp_cli.methods.setup import Passes
 from relp_cli.methods.space import Batch, Place, Point, added, of_point, together
 from relp_cli.methods.table import Result

@@ -74,7 +74,7 @@ def quadrature(rule: QuadratureRule, steps: int) -> tuple[Float[np.ndarray, " po
     return (np.arange(steps) + shift) / steps, np.full(steps, 1 / steps)
 
 
-def atp(on: Batch, params: Params) -> Iterable[Point]:  # noqa: ARG001 - it has no parameters
+def atp(_: Batch, __: Params) -> Iterable[Point]:
     """2 forward + 1 backward for all units."""
     return [Point()]
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from relp_cli import BATCH_SIZE
 from relp_cli.errors import unknown
 from relp_cli.methods.setup import Means, Passes, Setup
 from relp_cli.methods.table import Method, Params
@@ -30,7 +31,7 @@ class Request:
     metric: str = "logit_diff"
     direction: str = "noising"
     baseline: str = "patch"
-    batch_size: int = 32
+    batch_size: int = BATCH_SIZE
     keep_examples: bool | None = None
     progress: Progress | None = None
 

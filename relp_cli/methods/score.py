@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from pydantic import ValidationError
-from torch import Tensor
 
 from relp_cli.errors import RelpError, nearest
 from relp_cli.lrp.rules import RULES, TWO_POINT, parse_rules
 from relp_cli.methods.request import Account, Progress, Request
-from relp_cli.methods.setup import CHUNK_TOKENS, Means
+from relp_cli.methods.setup import CHUNK_TOKENS
 from relp_cli.methods.space import Batch, Scorer
 from relp_cli.methods.table import METHODS, Method, Params, Result, methods_for
 from relp_cli.models.model import Model
-from relp_cli.nodes.access import activations
-from relp_cli.nodes.kinds import NodeKind
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.table import SpaceRow, space_for
 from relp_cli.spaces.totals import Totals
@@ -200,42 +195,3 @@ def merge_labels(sequences: Sequence[Sequence[str]]) -> tuple[str, ...]:
                 after += 1
                 merged.insert(after, label)
     return tuple(merged)
-
-
-@dataclass(frozen=True)
-class MeanActivations:
-    """Mean activation of every kind per label, over all given prompts: Float[label, width] per layer."""
-
-    labels: tuple[str, ...]
-    values: dict[str, list[Tensor]]
-
-    def at(self, batch: PairBatch) -> Means:
-        """The means at a batch's positions: Float[pos, width] per layer."""
-        index = torch.tensor([self.labels.index(r) for r in batch.labels])
-        return {kind: [v[index.to(v.device)] for v in layers] for kind, layers in self.values.items()}
-
-
-def mean_activations(
-    model: Model, pairs: Sequence[PairBatch], kinds: Sequence[NodeKind], batch_size: int = 32, prompt: str = "original"
-) -> MeanActivations:
-    """Mean over prompts (`prompt`: "original", "patch" or "both") per position label, accumulated in float64."""
-    _, labels = position_axis(pairs)
-    sums: dict[str, list[Tensor]] = {}
-    counts = torch.zeros(len(labels), dtype=torch.float64, device=model.device)
-    for batch in pairs:
-        index = torch.tensor([labels.index(r) for r in batch.labels], device=model.device)
-        for chunk in (c.to(model.device) for c in batch.split(batch_size)):
-            for tokens in [chunk.original, chunk.patch] if prompt == "both" else [getattr(chunk, prompt)]:
-                if tokens is None:
-                    raise RelpError("these prompts have no patch prompt to take means over")
-                counts.index_add_(
-                    0, index, torch.full((len(index),), float(len(tokens)), dtype=torch.float64, device=model.device)
-                )
-                for name, layers in activations(model, tokens, kinds).items():
-                    totals = sums.setdefault(
-                        name, [v.new_zeros(len(labels), v.shape[-1], dtype=torch.float64) for v in layers]
-                    )
-                    for total, value in zip(totals, layers, strict=True):
-                        total.index_add_(0, index, value.double().sum(0))
-    means = {name: [(t / counts[:, None]).to(model.dtype) for t in layers] for name, layers in sums.items()}
-    return MeanActivations(labels, means)

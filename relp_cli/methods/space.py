@@ -51,16 +51,6 @@ class Place:
     of: Any
 
 
-class At(Protocol):
-    """One point's forward and backward pass, as a space reads it: values (see `Batch.read`), applied (rule → layers)."""
-
-    @property
-    def values(self) -> Any: ...
-
-    @property
-    def applied(self) -> dict[str, int]: ...
-
-
 class Batch(ABC):
     """One batch of pairs as one space reads it: all that an estimator is given. Readings are made once.
 
@@ -121,7 +111,7 @@ class Batch(ABC):
         return other
 
     def passes(self, points: Iterable[Point]) -> Iterator[tuple[Point, Any]]:
-        """Every point and what its pass gave (`At`); points that follow each other share passes as far as they can."""
+        """Every point and what its pass gave (`gradients`); points that follow each other share passes as far as they can."""
         for group in _groups(points, fitting(self.setup.run.numel(), self.chunk_tokens)):
             found = self.gradients(group)
             if not group[0].moved:
@@ -157,7 +147,10 @@ class Batch(ABC):
 
     @abstractmethod
     def gradients(self, points: Sequence[Point]) -> Sequence[Any]:
-        """`At` per point. The points move the same hook points under the same rules: 1 forward + 1 backward of all."""
+        """Per point what its pass gave: .values (as `read_run`), .applied (rule → layers), and the space's own gradients.
+
+        The points move the same hook points under the same rules: 1 forward + 1 backward of all.
+        """
 
     @abstractmethod
     def product(self, start: Any, end: Any, at: Any) -> Mapping[str, Tensor]:

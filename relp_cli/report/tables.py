@@ -171,7 +171,7 @@ def _tex_row(row: Sequence[str]) -> str:
     return " & ".join(row) + r" \\"
 
 
-def _csv(table: pd.DataFrame, digits: int) -> str:  # noqa: ARG001 - full precision
+def _csv(table: pd.DataFrame, _: int) -> str:
     return table.map(_harmless).to_csv(index=False)
 
 
@@ -180,7 +180,7 @@ def _harmless(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
-def _parquet(table: pd.DataFrame, digits: int) -> bytes:  # noqa: ARG001 - full precision
+def _parquet(table: pd.DataFrame, _: int) -> bytes:
     stream = io.BytesIO()
     try:
         table.to_parquet(stream, index=False, engine="pyarrow")

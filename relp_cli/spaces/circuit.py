@@ -96,7 +96,7 @@ class Circuit:
                 f"the circuit has no position '{missing[0]}' (it has {', '.join(self.labels)}), but the pairs have it; "
                 "`relp circuit --aggregate sum` makes circuits without positions"
             )
-        return torch.tensor([self.labels.index(label) for label in batch.labels])
+        return batch.index(self.labels)
 
     def complement(self) -> Circuit:
         return replace(self, mask=~self.mask, edges=None)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from relp_cli.registry import Registry
+from relp_cli.registry import Registry, load
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,20 +98,15 @@ class SpaceRow:
     noun: str = "nodes"
 
     def load(self) -> Space:
-        space: Space = _loaded(self.where)
+        space: Space = load(self.where)
         return space
 
     def load_scorer(self) -> Any:
-        return _loaded(self.scorer)
+        return load(self.scorer)
 
     def called(self, kinds: Sequence[str]) -> str:
         """What tables call units of these kinds: by the name they are asked for together, else by their kinds."""
         return next(iter(self.kinds), None) or "+".join(kinds)
-
-
-def _loaded(where: str) -> Any:
-    module, name = where.split(":")
-    return getattr(importlib.import_module(module), name)
 
 
 SPACES: Registry[SpaceRow] = Registry("space")

@@ -77,6 +77,10 @@ class PairBatch:
         """One label per position: the roles, or the positions' numbers."""
         return self.roles or tuple(str(i) for i in range(self.n_pos))
 
+    def index(self, labels: Sequence[str]) -> Int[Tensor, " pos"]:
+        """Position → number of its label in `labels`, which has them all."""
+        return torch.tensor([labels.index(label) for label in self.labels])
+
     def to(self, device: torch.device | str) -> PairBatch:
         return replace(
             self,

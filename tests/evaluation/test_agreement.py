@@ -7,10 +7,11 @@ from oracles.wrapped import case
 from scipy import stats
 
 from relp_cli.errors import RelpError
-from relp_cli.evaluation.agreement import agreement, pearson, top
+from relp_cli.evaluation.agreement import agreement, top
 from relp_cli.evaluation.compare import compare, run_comparison
 from relp_cli.scoring import score
 from relp_cli.spaces.scores import KindScores
+from relp_cli.statistics import pearson
 
 
 def scores(examples, kind="mlp_out", present=None, mean=None):

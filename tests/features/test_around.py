@@ -13,7 +13,6 @@ from oracles.wrapped import case, close, double_by_default, pairs, run
 from torch import Tensor
 
 from relp_cli.errors import RelpError
-from relp_cli.evaluation.agreement import pearson
 from relp_cli.evaluation.compare import compare
 from relp_cli.evaluation.evaluate import Ablating, evaluate
 from relp_cli.evaluation.feature_circuits import FeatureAblator
@@ -27,6 +26,7 @@ from relp_cli.selection import select
 from relp_cli.spaces.features import FeatureScores, feature_circuit, feature_masks
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.sites import Site
+from relp_cli.statistics import pearson
 
 from .folders import write_all_sites
 

@@ -9,7 +9,7 @@ from oracles.make import SHAPES, exact_float64
 from oracles.wrapped import GATED, case, hook_count, run
 
 from relp_cli.errors import RelpError
-from relp_cli.lrp.context import describe, lrp, recording
+from relp_cli.lrp.context import lrp, recording
 from relp_cli.lrp.rules import RULES, TWO_POINT, parse_rules
 from relp_cli.models.families import ACTIVATIONS
 from relp_cli.tasks.metrics import METRICS
@@ -62,7 +62,7 @@ def test_counts_are_in_the_scores_and_together_count_as_alone():
     assert got.meta["rules"] == {"ln": 13, "identity": 3, "half": 3, "ah": 3, "softcap": 4}
     got = run(case("gpt2"), "relp+gamma=0.5", ["resid_pre"])
     assert got.meta["rules"] == {"ln": 7, "identity": 3, "gamma=0.5": 18}
-    assert describe(parse_rules(["ln", "epsilon"])) == ["ln", "epsilon=0.01"]
+    assert [str(rule) for rule in parse_rules(["ln", "epsilon"])] == ["ln", "epsilon=0.01"]
 
 
 @pytest.mark.parametrize(

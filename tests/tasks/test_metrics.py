@@ -1,14 +1,14 @@
 """Metric values against sums written out by hand, in float64."""
 
 import math
-import typing
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from relp_cli.errors import RelpError
 from relp_cli.tasks.metrics import METRICS
-from relp_cli.tasks.spec import MetricName
+from relp_cli.tasks.spec import TaskSpec
 
 LOGITS = torch.tensor(
     [[math.log(1), math.log(2), math.log(3), math.log(4)], [1.0, 0.0, -1.0, 5.0]], dtype=torch.float64
@@ -71,4 +71,7 @@ def test_accuracy_survives_probabilities_that_underflow():
 
 
 def test_the_yaml_knows_exactly_the_metrics_of_the_table():
-    assert list(typing.get_args(MetricName)) == list(METRICS)
+    for name in METRICS:
+        assert TaskSpec(name="a", metric=name, pairs="a.jsonl").metric == name
+    with pytest.raises(ValidationError, match="did you mean 'prob_diff'"):
+        TaskSpec(name="a", metric="probdiff", pairs="a.jsonl")

@@ -299,7 +299,11 @@ MISTAKES = {
     "foil needed": ("{A: B, B: A}", "{S2: A}", r"foil: missing"),
     "balance": ("[A, B]", "[A, C]", r"balance: unknown slot 'C'"),
     "balance lists": ("[A, B]", "[A, PLACE]", r"balance: .* same word list"),
-    "metric": ("name: swap", "name: swap\nmetric: logitdiff", r"swap\.yaml:2: metric: expected 'logit_diff'"),
+    "metric": (
+        "name: swap",
+        "name: swap\nmetric: logitdiff",
+        r"swap\.yaml:2: metric: unknown metric 'logitdiff'; did you mean 'logit_diff'",
+    ),
     "key": ("answer:", "anser:", r"swap\.yaml:11: anser: unknown key; did you mean 'answer'"),
     "no answer": ('answer: "{A}"', "", r"answer: missing"),
     "slot form": ('answer: "{A}"', 'answer: "{A.plural}"', r"answer: 'people.txt' has no form 'plural'"),
