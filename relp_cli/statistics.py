@@ -29,5 +29,9 @@ def resample_picks(n: int, draws: int, seed: int) -> Int[np.ndarray, "draws n"]:
 
 
 def interval(values: np.ndarray, tail: float = TAIL) -> np.ndarray:
-    """(low, high) along the first axis: what a share `tail` of the resampled values is below, and above. NaN are left out."""
+    """(low, high) along the first axis: what a share `tail` of the resampled values is below, and above. NaN are left out;
+    without any draw there is none.
+    """
+    if not len(values):
+        return np.full((2, *values.shape[1:]), np.nan)
     return np.nanquantile(values, [tail, 1 - tail], axis=0)

@@ -22,18 +22,19 @@ Runs = Iterable[tuple[Sequence[Float[Tensor, "batch pos _"]], Int[Tensor, " pos"
 
 
 def label_means(runs: Runs, n_labels: int) -> list[Float[Tensor, "label _"]]:
-    """The mean of each tensor over prompts and positions of one label, in float64. runs: what a batch of prompts has, and the
-    label of each of its positions.
+    """The mean of each tensor over prompts and positions of one label, accumulated in float64, in the tensor's dtype.
+
+    runs: what a batch of prompts has, and the label of each of its positions.
     """
-    counts, totals = torch.zeros(0), list[Tensor]()
+    counts, totals, dtypes = torch.zeros(0), list[Tensor](), list[torch.dtype]()
     for values, index in runs:
         if not totals:
             totals = [v.new_zeros(n_labels, v.shape[-1], dtype=torch.float64) for v in values]
-            counts = totals[0].new_zeros(n_labels)
+            counts, dtypes = totals[0].new_zeros(n_labels), [v.dtype for v in values]
         counts.index_add_(0, index, counts.new_full((len(index),), len(values[0])))
         for total, value in zip(totals, values, strict=True):
             total.index_add_(0, index, value.double().sum(0))
-    return [total / counts[:, None] for total in totals]
+    return [(total / counts[:, None]).to(dtype) for total, dtype in zip(totals, dtypes, strict=True)]
 
 
 def prompts(chunk: PairBatch, which: Sequence[str]) -> Iterator[Tensor]:

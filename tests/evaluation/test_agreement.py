@@ -11,7 +11,7 @@ from relp_cli.evaluation.agreement import agreement, top
 from relp_cli.evaluation.compare import compare, run_comparison
 from relp_cli.scoring import score
 from relp_cli.spaces.scores import KindScores
-from relp_cli.statistics import pearson
+from relp_cli.statistics import interval, pearson, resample_counts, resample_picks
 
 
 def scores(examples, kind="mlp_out", present=None, mean=None):
@@ -173,3 +173,16 @@ def test_compare_tabulates_every_method_and_kind():
     assert unsigned.pcc == pytest.approx(np.corrcoef(a, b.ravel())[0, 1])
     reused = compare(c.model, [c.batch], ["atp"], nodes=kinds, scores=done.scores, bootstrap=50)
     assert reused.pcc.tolist() == done.table[done.table.method == "atp"].pcc.tolist()
+
+
+def test_resamples_and_their_intervals():
+    counts, picks = resample_counts(5, 4000, 0), resample_picks(5, 4000, 0)
+    values = np.arange(5.0)
+    for means in (counts @ values / 5, values[picks].mean(1)):
+        low, high = interval(means)
+        assert 0.02 < (means < low).mean() <= 0.025
+        assert 0.02 < (means > high).mean() <= 0.025
+        assert abs(means.std() - np.sqrt(2 / 5)) < 0.02  # σ/√n, σ² of 0 … 4 is 2
+    assert (counts.sum(1) == 5).all()
+    assert np.isnan(interval(np.zeros((0, 3)))).all()
+    assert interval(np.zeros((0, 3))).shape == (2, 3)
