@@ -126,7 +126,7 @@ for _row in (
 ):
     RULES.add(_row.name, _row)
 
-TWO_POINT = ("ln2", "act2", "gate2", "attn2")
+TWO_POINT = tuple(name for name, row in RULES.items() if row.two_point)
 
 
 @dataclass(frozen=True)

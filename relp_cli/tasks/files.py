@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from relp_cli.errors import RelpError, nearest
+from relp_cli.registry import Registry
 from relp_cli.tasks.generate import side
 from relp_cli.tasks.prompt import PromptPair, RawPair
 from relp_cli.tasks.records import read_records
@@ -20,27 +21,43 @@ from relp_cli.tasks.records import read_records
 
 @dataclass(frozen=True)
 class Form:
-    """A file format: the keys that it needs and those that it may have."""
+    """A file format: its name for people, and the keys of a record, by what they hold.
+
+    original, patch: the two prompts. answer, foil: texts or, with `ids`, token ids. tokens: the prompts are token ids too.
+    others: keys that a record may have beside these. Of the former, those in `may` may be missing.
+    """
 
     name: str
-    required: frozenset[str]
-    optional: frozenset[str] = frozenset()
+    original: str
+    patch: str
+    answer: str
+    foil: str
+    others: tuple[str, ...] = ("split",)
+    may: tuple[str, ...] = ()
+    ids: bool = False
+    tokens: bool = False
+
+    @property
+    def required(self) -> frozenset[str]:
+        return frozenset((self.original, self.patch, self.answer, self.foil)) - {"", *self.may}
+
+    @property
+    def optional(self) -> frozenset[str]:
+        return frozenset((*self.may, *self.others))
 
 
-def _form(name: str, required: str, optional: str = "") -> Form:
-    return Form(name, frozenset(required.split()), frozenset(optional.split()))
-
-
-FORMS = (
-    _form("text", "original answer foil", "patch roles split join"),
-    _form("text with token-id answers", "original answer_id foil_id", "patch roles split"),
-    _form("token ids", "original_ids answer_id foil_id", "patch_ids roles split"),
-    _form("single prompts", "prompt answer", "foil roles split join"),
-    _form("feature-circuits", "clean_prefix patch_prefix clean_answer patch_answer", "split join"),
-    _form("EAP-IG", "clean corrupted correct_idx incorrect_idx", "split"),
-    _form("auto-circuit", "clean corrupt answers wrong_answers", "split join"),
-)
-_ALL_KEYS = frozenset().union(*(form.required | form.optional for form in FORMS))
+FORMS: Registry[Form] = Registry("pair format")  # where several fit a record, the first is meant
+MARKED, JOINED = ("roles", "split"), ("split", "join")
+for _row in (
+    Form("text", "original", "patch", "answer", "foil", (*MARKED, "join"), ("patch",)),
+    Form("text with token-id answers", "original", "patch", "answer_id", "foil_id", MARKED, ("patch",), ids=True),
+    Form("token ids", "original_ids", "patch_ids", "answer_id", "foil_id", MARKED, ("patch_ids",), True, True),
+    Form("single prompts", "prompt", "", "answer", "foil", (*MARKED, "join"), ("foil",)),
+    Form("feature-circuits", "clean_prefix", "patch_prefix", "clean_answer", "patch_answer", JOINED),
+    Form("EAP-IG", "clean", "corrupted", "correct_idx", "incorrect_idx", ids=True),
+    Form("auto-circuit", "clean", "corrupt", "answers", "wrong_answers", JOINED),
+):
+    FORMS.add(_row.name, _row)
 
 
 def read_pairs(path: Path) -> list[RawPair]:
@@ -114,8 +131,9 @@ def _prompts(raw: RawPair) -> tuple[object, object | None]:
 def _recognise(values: dict[str, Any], where: str) -> Form:
     """The format whose keys these are. Raises: RelpError on missing, mixed, or misspelt keys."""
     keys = set(values)
-    fitting = [form for form in FORMS if form.required <= keys]
-    best = fitting[0] if fitting else max(FORMS, key=lambda form: len(keys & (form.required | form.optional)))
+    forms = [form for _, form in FORMS.items()]
+    fitting = [form for form in forms if form.required <= keys]
+    best = fitting[0] if fitting else max(forms, key=lambda form: len(keys & (form.required | form.optional)))
     missing = sorted(best.required - keys)
     strange = sorted(keys - best.required - best.optional)
     if missing:
@@ -123,7 +141,7 @@ def _recognise(values: dict[str, Any], where: str) -> Form:
         hints = "".join(f" ('{key}':{hint[1:]})" for key, hint in near.items() if "did you mean" in hint)
         raise RelpError(f"{where}missing key {', '.join(map(repr, missing))} of the {best.name} format{hints}")
     for key in strange:
-        if key in _ALL_KEYS:
+        if any(key in form.required | form.optional for form in forms):
             raise RelpError(f"{where}key '{key}' does not belong to the {best.name} format: mixed keys")
         if "did you mean" in nearest(key, best.optional):
             raise RelpError(f"{where}unknown key '{key}'{nearest(key, best.optional)}")
@@ -141,30 +159,19 @@ def _pair(form: Form, values: dict[str, Any], where: str) -> RawPair:
     ids = outcome_ids = None
     answer: tuple[str, ...] = ()
     foil: tuple[str, ...] = ()
-    if form.name == "token ids":
-        two = _ids(values, "patch_ids", where) if "patch_ids" in values else None
-        ids = (_ids(values, "original_ids", where), two)
+    if form.tokens:
+        two = _ids(values, form.patch, where) if form.patch in values else None
+        ids = (_ids(values, form.original, where), two)
         original = " ".join(map(str, ids[0]))
         patch = None if two is None else " ".join(map(str, two))
     else:
-        one_key, two_key = {
-            "single prompts": ("prompt", ""),
-            "feature-circuits": ("clean_prefix", "patch_prefix"),
-            "EAP-IG": ("clean", "corrupted"),
-            "auto-circuit": ("clean", "corrupt"),
-        }.get(form.name, ("original", "patch"))
-        original = _string(values, one_key, where)
-        patch = _string(values, two_key, where) if two_key in values else None
-    if "answer_id" in form.required or form.name == "EAP-IG":
-        right, wrong = ("correct_idx", "incorrect_idx") if form.name == "EAP-IG" else ("answer_id", "foil_id")
-        outcome_ids = (_ids(values, right, where), _ids(values, wrong, where))
+        original = _string(values, form.original, where)
+        patch = _string(values, form.patch, where) if form.patch in values else None
+    if form.ids:
+        outcome_ids = (_ids(values, form.answer, where), _ids(values, form.foil, where))
     else:
-        right, wrong = {
-            "feature-circuits": ("clean_answer", "patch_answer"),
-            "auto-circuit": ("answers", "wrong_answers"),
-        }.get(form.name, ("answer", "foil"))
-        answer = _strings(values, right, where)
-        foil = _strings(values, wrong, where) if wrong in values else ()
+        answer = _strings(values, form.answer, where)
+        foil = _strings(values, form.foil, where) if form.foil in values else ()
     roles, labels = _roles(values.get("roles"), original, where)
     pair = PromptPair(original, patch, answer, foil, roles)
     return RawPair(pair, join=join, ids=ids, outcome_ids=outcome_ids, labels=labels, split=split, where=where)

@@ -1,8 +1,6 @@
-"""One table of estimators over spaces: aliases, refusals, estimators on spaces that are new to them, and rows from outside."""
+"""One table of estimators over spaces: aliases, refusals, and estimators on spaces that are new to them."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import pytest
 import torch
@@ -12,9 +10,7 @@ from oracles.wrapped import Case, case, close, run
 from torch import Tensor
 
 from relp_cli.errors import RelpError
-from relp_cli.methods.space import Batch, Point
-from relp_cli.methods.table import METHODS, Method, Params, Result, methods_for
-from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
+from relp_cli.methods.table import METHODS
 
 ALIASES = [
     ("eap", "atp", {}),
@@ -96,38 +92,3 @@ def test_conductance_of_edges(shape: str) -> None:
     fine = run(c, "conductance", ["edges"], steps=60)["edges"]
     runs = [c.metric(oracle.run(weights, config, ids).logits) for ids in (original, patch)]
     close(fine.mean[:, -1].sum(), (runs[1] - runs[0]).mean(), 1e-2)
-
-
-def halfway(on: Batch, params: Params) -> Iterable[Point]:  # noqa: ARG001
-    """An estimator that the package does not know: the gradient with embeddings halfway to the source."""
-    return [Point(moved={"blocks.0.hook_in": on.embedding_change / 2})]
-
-
-def ones(on: Batch, params: Params) -> Result:  # noqa: ARG001
-    return Result({k: torch.ones_like(v) for k, v in on.attribute([Point()]).scores.items()})
-
-
-def test_estimators_can_be_registered_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(METHODS, "_rows", dict(METHODS._rows))
-    METHODS.add(
-        "halfway", Method("halfway", f"{__name__}:halfway:", "c(n)", "3 forward + 1 backward", "—", "this test")
-    )
-    METHODS.add("ones", Method("ones", f"{__name__}:ones:", "1", "2 forward", "—", "—", ("nodes",), by="batch"))
-    c = case("gpt2")
-    for kind in ("mlp_neuron", "edges"):
-        close(run(c, "halfway", [kind])[kind].mean, run(c, "ig_inputs", [kind], steps=1)[kind].mean)
-    assert (run(c, "ones", ["head"])["head"].mean == 1).all()
-    assert "halfway" in methods_for("features")
-    assert "ones" not in methods_for("features")
-
-
-def test_a_node_kind_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """AtP* and act_patch ask the row, not the name, how many units there are and whether layers contain them."""
-    monkeypatch.setattr(NODE_KINDS, "_rows", dict(NODE_KINDS._rows))
-    NODE_KINDS.add("stream", NodeKind("stream", "blocks.{l}.hook_in", "vector", "resid_pre again", between_layers=True))
-    NODE_KINDS.add("hidden", NodeKind("hidden", "blocks.{l}.mlp.out.hook_in", "unit", "neurons again", width="d_mlp"))
-    c = case("pythia")
-    for method in ("atp_star", "atp"):
-        got = run(c, method, ["stream", "hidden", "resid_pre", "mlp_neuron"])
-        assert torch.equal(got["stream"].mean, got["resid_pre"].mean)
-        assert torch.equal(got["hidden"].mean, got["mlp_neuron"].mean)
