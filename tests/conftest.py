@@ -18,7 +18,7 @@ from jaxtyping import install_import_hook
 
 # The tree of commands is built once in a process, not for every call of `relp`.
 typer.main.get_command = cache(typer.main.get_command)
-jaxtyping.jaxtyped = typed.where_named
+jaxtyping.jaxtyped = typed.shapes
 # Before anything of the package is imported. The modules that name shapes alone: the hook makes every function slower.
 _PACKAGE = Path(__file__).parents[1] / "relp_cli"
 _NAMED = [path for path in _PACKAGE.rglob("*.py") if "from jaxtyping" in path.read_text()]

@@ -4,31 +4,44 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from inspect import isfunction
+from dataclasses import is_dataclass
+from functools import wraps
+from inspect import isclass, isfunction
 from typing import Any
 
 from beartype import BeartypeConf, beartype
-from jaxtyping import jaxtyped
+from beartype.roar import BeartypeCallHintViolation
+from jaxtyping import TypeCheckError, jaxtyped
 
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
-def shapes(function: Callable) -> Callable:
-    """The function, checked where its annotations name shapes."""
-    return _check(function) if any("jaxtyping." in str(a) for a in function.__annotations__.values()) else function
+def shapes(*, typechecker: Any) -> Callable[[Any], Any]:  # noqa: ARG001 - the import hook names one
+    """In place of `jaxtyped`, as the import hook calls it: around those functions alone whose annotations name shapes, and
+    with one check for arguments and result: its own wrapper costs more than most functions."""
+    return _checked
 
 
-def where_named(*, typechecker: Any) -> Callable[[Any], Any]:
-    """In place of `jaxtyped`, as the import hook calls it: around those functions alone whose annotations name shapes, as
-    its wrapper costs more than most functions. Not around hooks: they are made anew at every pass."""
+def _checked(item: Any) -> Any:
+    if isclass(item) and is_dataclass(item):
+        item.__init__ = _checked(item.__init__)  # type: ignore[misc]
+    if not isfunction(item) or not _named(item):
+        return item
+    checked = _check(item)
 
-    def decorate(item: Any) -> Any:
-        return item if isfunction(item) and not _named(item) else jaxtyped(item, typechecker=typechecker)
+    @wraps(item)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with jaxtyped("context"):  # axes of one name are of one size in one call
+            try:
+                return checked(*args, **kwargs)
+            except BeartypeCallHintViolation as error:
+                raise TypeCheckError(str(error)) from error
 
-    return decorate
+    return call
 
 
 def _named(function: Any) -> bool:
+    """Whether its annotations name shapes. Hooks' do not count: they are made anew at every pass."""
     words = set(re.findall(r"\w+", " ".join(map(str, function.__annotations__.values()))))
     known = function.__globals__
     return "<locals>" not in function.__qualname__ and any("jaxtyping." in str(known.get(word)) for word in words)
