@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import cache
 
 import numpy as np
 import pandas as pd
 import pytest
 
 import relp_cli
+from relp_cli.runs import bench
 
 
 def test_help_and_import_load_no_torch():
@@ -183,7 +185,8 @@ def test_verify_keeps_exactly_what_patching_confirms(relp, tmp_path):
     assert (circuit.masks["head"] == ((cheap.abs() > 0.05) & (exact.abs() > 0.05))).all()
 
 
-def test_bench_reports_ratios_of_one_run(relp):
+def test_bench_reports_ratios_of_one_run(relp, monkeypatch):
+    monkeypatch.setattr("relp_cli.runs.bench.fixture", cache(bench.fixture))
     done = relp("bench", "--layers", 1, "--rounds", 1, "--only", "circuit", "--json")
     assert done.code == 0, done.err
     row = json.loads(done.out)[0]

@@ -62,7 +62,7 @@ def test_edge_patch_equals_path_patching_edge_by_edge(shape: str, direction: str
     c = case(shape)
     want = oracle.edge_patch(*c.prompts, c.metric, direction)
     compare(score(c, "edge_patch", direction=direction), want)
-    compare(score(c, "edge_patch", direction=direction, chunk_tokens=150), want)
+    compare(score(c, "edge_patch", direction=direction, chunk_tokens=400), want)
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "gemma2"])

@@ -25,7 +25,6 @@ SMALL = [
     "pairs=6",
     "evaluate.heldout=6",
     "evaluate.sweep=counts:1,5,20",
-    "evaluate.random_circuits=1",
 ]
 
 
@@ -53,7 +52,7 @@ def pythia_shape(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_figure3_on_tiny_pythia(tmp_path: Path) -> None:
-    job = load_job("figure3_features_tiny", SMALL)
+    job = load_job("figure3_features_tiny", [*SMALL, "evaluate.random_circuits=1"])
     rows, files, computed = run(job, tmp_path)
     assert computed == len(cells(job)) == 10
     assert tmp_path / "figure3-tiny-pythia.png" in files
@@ -69,7 +68,15 @@ def test_figure3_on_tiny_pythia(tmp_path: Path) -> None:
 def test_figure3_on_the_shape_of_the_real_thing(pythia_shape: tuple[Path, Path], tmp_path: Path) -> None:
     model, dictionaries = pythia_shape
     job = load_job(
-        "figure3_features", [*SMALL, f"models=[{model}]", f"dictionary={dictionaries}", "params.ig_activations.steps=2"]
+        "figure3_features",  # no random circuits
+        [
+            *SMALL,
+            "pairs=3",
+            "evaluate.sweep=counts:1,20",
+            f"models=[{model}]",
+            f"dictionary={dictionaries}",
+            "params.ig_activations.steps=2",
+        ],
     )
     rows, files, _ = run(job, tmp_path)
     assert set(rows.kind) == {*FEATURE_KINDS, "mlp_neuron", "attn_dim+mlp_dim+resid_dim"}

@@ -83,7 +83,7 @@ def test_the_default_is_the_family_preset(shape):
 def test_act_patch_equals_the_oracle(shape, direction):
     c = case(shape)
     kinds = S.KINDS if direction == "noising" else S.KINDS[:-1]
-    got = run(c, "act_patch", kinds, direction=direction, batch_size=3, chunk_tokens=1000)
+    got = run(c, "act_patch", kinds, direction=direction, batch_size=3, chunk_tokens=4000)
     must_equal(got, S.act_patch(*c.prompts, c.metric, kinds, direction), kinds)
 
 

@@ -11,8 +11,11 @@ from relp_cli.models.training import corpus, train
 from relp_cli.models.training.shapes import SHAPES
 from relp_cli.tasks.generate import Vocabulary, generate
 from relp_cli.tasks.spec import list_tasks, read_task
+from relp_cli.tasks.task import Task
 
 MUST_SOLVE = ("ioi", "ioi_s2", "ioi_abba", "sva_simple", "sva_within_rc", "sva_across_rc", "sva_across_pp")
+
+DRAWN = {}
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,21 @@ def test_training_is_seeded_and_writes_a_loadable_folder(tmp_path, monkeypatch, 
     assert card["heldout"]["ioi"]["accuracy"] < 0.95  # three steps solve nothing: the card measures, it does not claim
 
 
+@pytest.fixture
+def drawn_once(monkeypatch):
+    """Pairs are drawn once for all models whose tokenizers are the same to the letter."""
+    draw = Task.pairs
+
+    def pairs(task, model, **how):
+        key = (task.hash, model.tokenizer.backend_tokenizer.to_str(), model.bos, *how.items())
+        if key not in DRAWN:
+            DRAWN[key] = draw(task, model, **how)
+        return DRAWN[key]
+
+    monkeypatch.setattr(Task, "pairs", pairs)
+
+
+@pytest.mark.usefixtures("drawn_once")
 @pytest.mark.parametrize("name", SHAPES)
 def test_shipped_models_solve_what_their_card_says(name):
     folder = EMBEDDED / name

@@ -102,7 +102,7 @@ def ig_inputs(
 @torch.no_grad()
 def act_patch(
     weights: Weights, config: Any, original: Tensor, patch: Tensor, metric: Metric, kinds: Sequence[str] = KINDS,
-    direction: str = "noising", chunk: int = 64,
+    direction: str = "noising", chunk: int = 512,
 ) -> Scores:  # fmt: skip
     """L(base with one (layer, pos, unit) at n(other)) − L(base), exactly; `chunk` interventions share a forward."""
     ids, other_ids = pick(direction, original, patch)
