@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,25 @@ from torch import Tensor
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from relp_cli.errors import RelpError
+from relp_cli.evaluation.ablation_table import ABLATIONS, AblationRow
 from relp_cli.evaluation.evaluate import evaluate
+from relp_cli.evaluation.overlap import overlap
 from relp_cli.lrp.rules import RULES, Rule
+from relp_cli.methods.nodes import Nodes
 from relp_cli.methods.space import Batch, Point
 from relp_cli.methods.table import METHODS, Method, Params, Result, methods_for
 from relp_cli.models.families import FAMILIES, Family
 from relp_cli.models.load import load_model
 from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
 from relp_cli.registry import Registry
+from relp_cli.runs.spec import ScoreSpec
 from relp_cli.scoring import score
 from relp_cli.selection import select
+from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.nodes import NODES
 from relp_cli.spaces.scores import Scores
+from relp_cli.spaces.table import SPACES, SpaceRow
+from relp_cli.spaces.units import Units
 from relp_cli.tasks.files import FORMS, Form
 from relp_cli.tasks.metrics import METRICS, Metric
 from relp_cli.tasks.pairs import PairBatch
@@ -180,3 +189,100 @@ def test_a_task_format(add: Add, tmp_path: Path) -> None:
     (tmp_path / "mixed.jsonl").write_text(json.dumps(records[0]) + "\n" + json.dumps(other[1]) + "\n")
     with pytest.raises(RelpError, match="mixes formats in one file: interchange, text"):
         load_task(str(tmp_path / "mixed.jsonl"))
+
+
+def swapped(pairs: PairBatch, seed: int) -> Tensor:
+    """Neighbours' patch prompts."""
+    assert seed >= 0
+    assert pairs.patch is not None
+    return pairs.patch.flip(0)
+
+
+def test_an_ablation(add: Add) -> None:
+    """By the run of other prompts, and by a mean over other prompts, of nodes and of edges."""
+    add(ABLATIONS, AblationRow("swapped", "the patch run of a neighbour", prompts=f"{__name__}:swapped"))
+    add(ABLATIONS, AblationRow("mean_original", "mean over the originals", needs_patch=False, means=("original",)))
+    c = case("pythia")
+    flipped = replace(c.batch, patch=c.batch.patch.flip(0))
+    originals = replace(c.batch, patch=c.batch.original)
+    for kind in ("head", "edges"):
+        circuit = select(run(c, "atp", [kind]), top_k=12)
+        for mine, known, pairs in (("swapped", "counterfactual", flipped), ("mean_original", "mean", originals)):
+            for size in (32, 3):
+                got, want = (
+                    evaluate(c.model, [batch], circuit, ablation, 1, bootstrap=10, batch_size=size).iloc[0]
+                    for batch, ablation in ((c.batch, mine), (pairs, known))
+                )
+                assert got.ablation == mine
+                for column in ("F_M", "F_empty", "F_C", "F_complement", "faithfulness"):
+                    assert got[column] == pytest.approx(want[column], rel=1e-9)
+            assert pytest.approx(evaluate(c.model, [c.batch], circuit, known, 1, bootstrap=10).iloc[0].F_C) != got.F_C
+    with pytest.raises(RelpError, match="did you mean 'swapped'"):
+        evaluate(c.model, [c.batch], circuit, "swaped")
+
+
+ATTENTION = "attn_out"
+
+
+def as_attention(found: Any) -> Any:
+    return replace(found, units=replace(found.units, space="attention"))
+
+
+class AttentionSpace(type(NODES)):  # type: ignore[misc]
+    """Attention's outputs as units of their own: asked for by another name, and in files of their own type."""
+
+    def keys(self, units: Units) -> tuple[str, ...]:
+        return ("attention",)
+
+    def view(self, scores: Scores, key: str) -> Any:
+        return super().view(scores, ATTENTION)
+
+    table = view
+
+    def from_tensors(self, entries: Any, meta: Any) -> Scores:
+        return as_attention(super().from_tensors({ATTENTION: entries["attention"]}, meta))
+
+    def read(self, content: Any, labels: Any, meta: Any) -> Circuit:
+        return as_attention(super().read(content, labels, meta))
+
+
+ATTENTIONS = AttentionSpace()
+
+
+class AttentionScorer(Nodes):
+    def __init__(self, model: Any, pairs: Any, nodes: Any, request: Any, options: Any) -> None:
+        assert nodes == ["attention"]
+        super().__init__(model, pairs, [ATTENTION], request, options)
+        self.units = replace(self.units, space="attention")
+
+
+def test_a_space(add: Add, tmp_path: Path) -> None:
+    """Scored by every method that serves any space, selected, saved, loaded and evaluated."""
+    here = f"{__name__}:"
+    add(SPACES, SpaceRow("attention", f"{here}ATTENTIONS", f"{here}AttentionScorer", "attention circuit",
+                         "relp_cli.evaluation.node_circuits:NodeAblator", kinds=("attention",)))  # fmt: skip
+    c = case("gpt2")
+    methods = methods_for("attention")
+    assert {"atp", "relp", "act_patch", "conductance"} <= set(methods)
+    assert not {"eap", "atp_star", "acdc"} & set(methods)
+    for method in ("atp", "relp", "act_patch", "ig_activations"):
+        assert torch.equal(run(c, method, ["attention"])["attention"].mean, run(c, method, [ATTENTION])[ATTENTION].mean)
+    scores, nodes = run(c, "atp", ["attention"]), run(c, "atp", [ATTENTION])
+    scores.save(tmp_path / "scores.safetensors")
+    loaded = Scores.load(tmp_path / "scores.safetensors")
+    assert loaded.units == scores.units
+    assert torch.equal(loaded.mean, scores.mean)
+    circuit, known = (select(found, top_k=5) for found in (loaded, nodes))
+    circuit.save(tmp_path / "circuit.json")
+    assert json.loads((tmp_path / "circuit.json").read_text())["type"] == "attention circuit"
+    again = Circuit.load(tmp_path / "circuit.json")
+    assert again.units == scores.units
+    assert torch.equal(again.mask, known.mask)
+    mine, theirs = (evaluate(c.model, [c.batch], x, bootstrap=10, random_circuits=2) for x in (again, known))
+    assert mine.equals(theirs)
+    assert mine.exclude_layers.tolist() == [1]
+    assert ScoreSpec(task="ioi", nodes=("attention",)).nodes == ("attention",)
+    with pytest.raises(RelpError, match="a circuit of attention and one of nodes have no node in common"):
+        overlap(again, known)
+    with pytest.raises(RelpError, match="'atp_star' does not score attention"):
+        run(c, "atp_star", ["attention"])

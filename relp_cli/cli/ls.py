@@ -47,7 +47,7 @@ def _methods() -> list[dict[str, Any]]:
     from relp_cli.methods.table import METHODS
 
     return [
-        {"method": m.name, "for": ", ".join(m.spaces), "estimates": m.estimates, "cost": m.cost, "addresses": m.addresses,
+        {"method": m.name, "for": ", ".join(m.serves), "estimates": m.estimates, "cost": m.cost, "addresses": m.addresses,
          "source": m.source}
         for _, m in METHODS.items()
     ]  # fmt: skip

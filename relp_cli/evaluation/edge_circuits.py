@@ -16,7 +16,7 @@ from relp_cli.evaluation.evaluate import Ablating
 from relp_cli.models.model import Model
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.graph import Graph
-from relp_cli.tasks.pairs import PairBatch, in_batches
+from relp_cli.tasks.pairs import PairBatch
 
 
 class EdgeAblator:
@@ -25,13 +25,13 @@ class EdgeAblator:
     def __init__(self, model: Model, pairs: Sequence[PairBatch], circuits: Sequence[Circuit], how: Ablating) -> None:
         self.model, self.graph, self.units = model, Graph.of(model.shape), circuits[0].units
         self.counted = self.units.counted(how.exclude)
-        self.chunks = in_batches(pairs, how.batch_size, model.device)
+        self.chunks = how.batches(pairs, model.device)
         check_once(model, pairs[0])
         self.ablation = EdgeAblation.prepare(model, pairs, how.ablation, how.batch_size)
 
     def batches(self) -> Iterator[tuple[PairBatch, Written]]:
-        for batch in self.chunks:
-            yield batch, self.ablation.values(self.model, batch)
+        for batch, tokens in self.chunks:
+            yield batch, self.ablation.values(self.model, batch, tokens)
 
     def logits(self, batch: PairBatch, keep: Tensor | None, ablated: Written) -> Tensor:
         cut = self.counted[None] if keep is None else ~keep & self.counted

@@ -5,7 +5,7 @@
 3. F(C), F(M∖C): every unit outside, inside the circuit ablated, exactly at its site; everything downstream recomputes.
 4. faithfulness = (F(C) − F(∅)) / (F(M) − F(∅)), completeness = the same of the complement: ratios of means over prompts,
    with bootstrap intervals over prompts.
-What is ablated how is the space's own affair (`ABLATORS`).
+What is ablated how is the space's own affair (`SpaceRow.ablator`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from torch import Tensor
 
 from relp_cli import BATCH_SIZE
 from relp_cli.errors import RelpError
-from relp_cli.evaluation.ablation_table import ablation_row
+from relp_cli.evaluation.ablation_table import ABLATIONS, ablation_row
+from relp_cli.evaluation.donors import with_donors
 from relp_cli.evaluation.ratios import Values, ratio_table, tau_of
 from relp_cli.methods.request import Progress
 from relp_cli.models.model import Model
 from relp_cli.registry import load
 from relp_cli.spaces.circuit import Circuit
-from relp_cli.spaces.table import space_of
+from relp_cli.spaces.table import SPACES, space_of
 from relp_cli.tasks.metrics import METRICS, Metric
 from relp_cli.tasks.pairs import PairBatch
 
@@ -43,6 +44,10 @@ class Ablating:
     corpus: Path | None = None
     dictionary: Any = None
     batch_size: int = BATCH_SIZE
+
+    def batches(self, pairs: Sequence[PairBatch], device: torch.device | str) -> list[tuple[PairBatch, Tensor | None]]:
+        """The pairs in batches, and the token ids that the ablated values come from."""
+        return with_donors(ABLATIONS[self.ablation], list(pairs), self.seed, self.batch_size, device)
 
 
 class Ablator(Protocol):
@@ -64,17 +69,9 @@ class Ablator(Protocol):
         """What random circuits are drawn from; None: all counted units."""
 
 
-# space → its ablator, and how many first layers are excluded unless asked: all there is, or a third (paper A.2)
-ABLATORS = {
-    "nodes": ("relp_cli.evaluation.node_circuits:NodeAblator", 3),
-    "edges": ("relp_cli.evaluation.edge_circuits:EdgeAblator", None),
-    "features": ("relp_cli.evaluation.feature_circuits:FeatureAblator", 3),
-}
-
-
 def excluded_layers(space: str, n_layers: int, asked: int | None) -> int:
     """How many first layers an evaluation leaves out. Raises RelpError for a number that leaves none in."""
-    part = ABLATORS[space][1]
+    part = SPACES[space].spared
     exclude = (n_layers // part if part else 0) if asked is None else asked
     if not 0 <= exclude < n_layers:
         raise RelpError(f"exclude_layers must be from 0 to {n_layers - 1}, got {exclude}")
@@ -91,7 +88,7 @@ def ablator(model: Model, pairs: Sequence[PairBatch], circuits: Sequence[Circuit
         raise RelpError("ablation 'corpus' and a corpus file go together: --ablation corpus --corpus FILE")
     if row.needs_patch and any(b.patch is None for b in pairs):
         raise RelpError(f"ablation '{how.ablation}' needs patch prompts; these have none (use zero)")
-    made: Ablator = load(ABLATORS[space][0])(model, pairs, circuits, how)
+    made: Ablator = load(SPACES[space].ablator)(model, pairs, circuits, how)
     return made
 
 

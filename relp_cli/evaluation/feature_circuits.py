@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from relp_cli.evaluation.ablation_table import MEAN_OF
+from relp_cli.evaluation.ablation_table import ABLATIONS
 from relp_cli.evaluation.evaluate import Ablating
 from relp_cli.features.load import dictionaries_of
 from relp_cli.methods.means import label_means, prompts
@@ -27,7 +27,7 @@ from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.features import ERROR, KIND, counted_sites, must_count
 from relp_cli.spaces.sites import Site
 from relp_cli.spaces.units import ANY_POSITION
-from relp_cli.tasks.pairs import PairBatch, in_batches
+from relp_cli.tasks.pairs import PairBatch
 
 Parts = dict[Site, tuple[Tensor, Tensor]]  # features Float[*batch, pos, feature], errors Float[*batch, pos, d_model]
 
@@ -36,22 +36,24 @@ class FeatureAblator:
     """`evaluation.evaluate.Ablator` of features and error terms."""
 
     def __init__(self, model: Model, pairs: Sequence[PairBatch], circuits: Sequence[Circuit], how: Ablating) -> None:
-        self.model, self.ablation, self.units = model, how.ablation, circuits[0].units
+        self.model, self.units = model, circuits[0].units
         self.dictionaries = dictionaries_of(model, circuits, how.dictionary)
         must_count(tuple(self.dictionaries), how.exclude)
         self.sites = counted_sites(tuple(self.dictionaries), how.exclude)
-        self.chunks = in_batches(pairs, how.batch_size, model.device)
+        self.donors = how.batches(pairs, model.device)
+        self.chunks = [batch for batch, _ in self.donors]
         self.labels = position_axis(pairs)[1]
-        self.means = self.mean_parts(MEAN_OF[how.ablation]) if how.ablation in MEAN_OF else None
+        which = ABLATIONS[how.ablation].means
+        self.means = self.mean_parts(which) if which else None
         # site → its features' and its error term's columns among the units (None: removed)
         self.spans: dict[str, dict[str, slice]] = {}
         for block, start in zip(self.units.blocks, self.units.starts, strict=False):
             self.spans.setdefault(block.name, {})[block.kind] = slice(start, start + block.size)
 
     def batches(self) -> Iterator[tuple[PairBatch, Parts]]:
-        for batch in self.chunks:
+        for batch, tokens in self.donors:
             with torch.no_grad():
-                ablated = self.ablated(batch)
+                ablated = self.ablated(batch, tokens)
             yield batch, ablated
 
     def logits(self, batch: PairBatch, keep: Tensor | None, ablated: Parts) -> Tensor:
@@ -98,14 +100,13 @@ class FeatureAblator:
                     seen[site].index_add_(0, index, (f != 0).sum(0).cpu())
         return {site: count > 0 for site, count in seen.items()}
 
-    def ablated(self, chunk: PairBatch) -> Parts:
-        """Ablation values at a batch's positions, with or without a batch axis."""
+    def ablated(self, chunk: PairBatch, tokens: Tensor | None) -> Parts:
+        """Ablation values at a batch's positions, with or without a batch axis; tokens: what runs to give them."""
         if self.means is not None:
             index = chunk.index(self.labels).to(self.model.device)
             return {site: (f[index], e[index]) for site, (f, e) in self.means.items()}
-        if self.ablation == "counterfactual":
-            assert chunk.patch is not None
-            return self.parts(chunk.patch)
+        if tokens is not None:
+            return self.parts(tokens)
         width = self.model.shape.d_model
         zeros = torch.zeros((), dtype=self.model.dtype, device=self.model.device)
         return {

@@ -12,6 +12,7 @@ import torch
 
 from relp_cli import BATCH_SIZE
 from relp_cli.errors import RelpError
+from relp_cli.evaluation.ablation_table import ABLATIONS
 from relp_cli.evaluation.evaluate import Ablating, check_circuit, evaluate, excluded_layers
 from relp_cli.evaluation.node_circuits import NodeAblator
 from relp_cli.methods.request import Progress
@@ -87,6 +88,8 @@ def applied(
     donors = list(pairs) if pairs is not None else [batch]
     run = NodeAblator(model, donors, [circuit], Ablating(ablation, exclude_layers))
     with torch.no_grad():
-        hooks = run.hooks(circuit.mask[circuit.slots(batch)], run.ablation.values(model, batch, batch))
+        hooks = run.hooks(
+            circuit.mask[circuit.slots(batch)], run.ablation.values(model, batch, ABLATIONS[ablation].tokens(batch, 0))
+        )
         with model.hooks(hooks):
             yield model

@@ -20,18 +20,16 @@ class NodeAblator:
     """`evaluation.evaluate.Ablator` of nodes."""
 
     def __init__(self, model: Model, pairs: Sequence[PairBatch], circuits: Sequence[Circuit], how: Ablating) -> None:
-        self.model, self.pairs, self.how, self.units = model, pairs, how, circuits[0].units
+        self.model, self.how, self.units = model, how, circuits[0].units
+        self.chunks = how.batches(pairs, model.device)
         self.kinds = tuple(NODE_KINDS[kind] for kind in self.units.kinds)
-        self.ablation = Ablation.prepare(model, pairs, how.ablation, self.kinds, how.seed, how.corpus, how.batch_size)
+        self.ablation = Ablation.prepare(model, pairs, how.ablation, self.kinds, how.corpus, how.batch_size)
 
     def batches(self) -> Iterator[tuple[PairBatch, Activations | None]]:
-        size = self.how.batch_size
-        for number, donors in enumerate(self.pairs):
-            for i, chunk in enumerate(donors.split(size)):
-                batch = chunk.to(self.model.device)
-                with torch.no_grad():
-                    ablated = self.ablation.values(self.model, batch, donors, number, i * size)
-                yield batch, ablated
+        for batch, tokens in self.chunks:
+            with torch.no_grad():
+                ablated = self.ablation.values(self.model, batch, tokens)
+            yield batch, ablated
 
     def logits(self, batch: PairBatch, keep: Tensor | None, ablated: Activations | None) -> Tensor:
         with self.model.hooks(self.hooks(keep, ablated)):

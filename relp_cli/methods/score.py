@@ -90,10 +90,10 @@ def resolve_method(
     """
     name, *extra = method.split("+")
     row = METHODS[name]
-    if space not in row.spaces:
+    if space not in row.serves:
         raise RelpError(
             f"method '{name}' does not score {space}; methods for {space}: {', '.join(methods_for(space))} "
-            f"('{name}' scores {', '.join(row.spaces)})"
+            f"('{name}' scores {', '.join(row.serves)})"
         )
     _, schema = row.load()
     params = {k: tuple(v.split(",")) if k == "rules" and isinstance(v, str) else v for k, v in params.items()}

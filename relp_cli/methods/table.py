@@ -42,14 +42,13 @@ class Params(BaseModel):
 
 
 NODES, EDGES = ("nodes",), ("edges",)
-EVERY = ("nodes", "edges", "features")
 
 
 @dataclass(frozen=True)
 class Method:
     """One row of `relp ls methods`. `where` is `module:function:params class`, imported when the method is used.
 
-    spaces:    the spaces that it serves. signed: whether scores have a sign. rules: whether it takes LRP rules.
+    spaces:    the spaces that it serves (none: all). signed: whether scores have a sign. rules: whether it takes LRP rules.
     baselines: those it is defined for (None: what the space allows). each: one forward pass per unit.
     defaults, fixed: of an alias (`alias_of`), parameters that start or stay at another value than the method's own.
     """
@@ -60,7 +59,7 @@ class Method:
     cost: str
     addresses: str
     source: str
-    spaces: tuple[str, ...] = EVERY
+    spaces: tuple[str, ...] = ()
     by: Literal["points", "batch", "all"] = "points"
     signed: bool = True
     rules: bool = False
@@ -69,6 +68,10 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     alias_of: str = ""
+
+    @property
+    def serves(self) -> tuple[str, ...]:
+        return self.spaces or tuple(SPACES)
 
     def load(self) -> tuple[Callable[..., Any], type[Params]]:
         module, function, params = self.where.split(":")
@@ -155,9 +158,9 @@ def same_method(one: str, other: str) -> bool:
 def default_nodes(method: str, nodes: tuple[str, ...]) -> tuple[str, ...]:
     """What a method scores by default: `nodes`, or what its space is asked for by where it serves no nodes (`eap`: edges)."""
     row = METHODS[method.partition("+")[0]]
-    return nodes if "nodes" in row.spaces else SPACES[row.spaces[0]].kinds[:1]
+    return nodes if "nodes" in row.serves else SPACES[row.serves[0]].kinds[:1]
 
 
 def methods_for(space: str) -> list[str]:
     """Names of the estimators that serve a space."""
-    return [name for name, row in METHODS.items() if space in row.spaces]
+    return [name for name, row in METHODS.items() if space in row.serves]

@@ -106,7 +106,7 @@ def _edge_point(f: Fixture) -> None:
 def _prepared_edges(f: Fixture) -> Any:
     graph = Graph.of(f.model.shape)
     drawn = torch.rand(graph.mask.shape, generator=torch.Generator().manual_seed(0)) > 0.5
-    values = EdgeAblation.prepare(f.model, [f.batch], "counterfactual").values(f.model, f.batch)
+    values = EdgeAblation.prepare(f.model, [f.batch], "counterfactual").values(f.model, f.batch, f.batch.patch)
     return graph, (drawn & graph.mask)[None], values
 
 

@@ -83,7 +83,10 @@ class Space(Protocol):
 @dataclass(frozen=True)
 class SpaceRow:
     """where:    `module:object` (`Space`), imported when a unit of it is met. file: the `type` of its circuit files.
-    scorer:      `module:class` (`methods.space.Scorer`), which scores it.
+    scorer:      `module:class` (`methods.space.Scorer`), which scores it. ablator: the same (`evaluation.evaluate.Ablator`),
+                 which runs a model with units of it ablated.
+    spared:      unless asked, an evaluation leaves out this part of the layers, the first ones (3: a third, paper A.2; None:
+                 none).
     kinds:       the names by which `nodes=` asks for it (none: all others); its scores are looked up by the first.
     options:     keywords of `relp.score` that are the space's, not the estimator's. noun: for people.
     """
@@ -92,6 +95,8 @@ class SpaceRow:
     where: str
     scorer: str
     file: str
+    ablator: str
+    spared: int | None = 3
     kinds: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     baselines: tuple[str, ...] = ("patch", "zero", "mean")
@@ -111,11 +116,13 @@ class SpaceRow:
 
 SPACES: Registry[SpaceRow] = Registry("space")
 for _row in (
-    SpaceRow("nodes", "relp_cli.spaces.nodes:NODES", "relp_cli.methods.nodes:Nodes", "relp node circuit"),
-    SpaceRow("edges", "relp_cli.spaces.edges:EDGES", "relp_cli.edges.space:Edges", "relp edge circuit", ("edges",),
-             ("positions",), noun="edges"),
+    SpaceRow("nodes", "relp_cli.spaces.nodes:NODES", "relp_cli.methods.nodes:Nodes", "relp node circuit",
+             "relp_cli.evaluation.node_circuits:NodeAblator"),
+    SpaceRow("edges", "relp_cli.spaces.edges:EDGES", "relp_cli.edges.space:Edges", "relp edge circuit",
+             "relp_cli.evaluation.edge_circuits:EdgeAblator", None, ("edges",), ("positions",), noun="edges"),
     SpaceRow("features", "relp_cli.spaces.feature_space:FEATURES", "relp_cli.features.space:Features", "relp feature circuit",
-             ("feature", "feature_error"), ("dictionary",), ("patch", "zero")),
+             "relp_cli.evaluation.feature_circuits:FeatureAblator", 3, ("feature", "feature_error"), ("dictionary",),
+             ("patch", "zero")),
 ):  # fmt: skip
     SPACES.add(_row.name, _row)
 

@@ -62,7 +62,7 @@ def ablated_by_hand(c: Case, name: str) -> dict[str, Tensor]:
     return {u: how[name](x) for u, x in source.items()}
 
 
-@pytest.mark.parametrize("ablation", [a for a, row in ABLATIONS.items() if "edges" in row.spaces])
+@pytest.mark.parametrize("ablation", [a for a, row in ABLATIONS.items() if row.serves("edges")])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_circuits_run_as_the_oracle_says(shape: str, ablation: str) -> None:
     c = case(shape)
@@ -70,7 +70,8 @@ def test_circuits_run_as_the_oracle_says(shape: str, ablation: str) -> None:
     names = {(graph.writers[u], graph.readers[v]) for u, v in kept.nonzero().tolist()}
     w, config, original, _ = c.prompts
     want = oracle.circuit_logits(w, config, original, names, ablated_by_hand(c, ablation))[:, -1]
-    values = outcome(lambda: EdgeAblation.prepare(c.model, [c.batch], ablation).values(c.model, c.batch))
+    tokens = ABLATIONS[ablation].tokens(c.batch, 0)
+    values = outcome(lambda: EdgeAblation.prepare(c.model, [c.batch], ablation).values(c.model, c.batch, tokens))
     close(outcome(lambda: edge_logits(c.model, graph, original, ~kept[None], values)), want, 1e-8)
 
 
@@ -113,7 +114,7 @@ def test_circuits_per_position(shape: str) -> None:
     assert table.F_C[0] == pytest.approx(c.metric(want[:, None]).mean().item(), abs=1e-9)
 
 
-@pytest.mark.parametrize("ablation", [a for a, row in ABLATIONS.items() if "edges" in row.spaces])
+@pytest.mark.parametrize("ablation", [a for a, row in ABLATIONS.items() if row.serves("edges")])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_faithfulness_table(shape: str, ablation: str) -> None:
     c = case(shape)
@@ -164,7 +165,7 @@ def test_pruning_changes_only_what_it_says(shape: str) -> None:
     for share in (0.03, 0.08, 0.2):
         whole = edge_circuit(graph, some(graph, share, seed=int(100 * share)))
         out, both = prune(whole), prune(whole, from_input=True)
-        for name in [a for a, row in ABLATIONS.items() if "edges" in row.spaces]:
+        for name in [a for a, row in ABLATIONS.items() if row.serves("edges")]:
             with exact_float64():
                 table = relp.evaluate(c.model, [c.batch], [whole, out, both], ablation=name, bootstrap=5)
             # Under zero ablation a stream may be 0 up to rounding, which an RMSNorm divides by √eps.

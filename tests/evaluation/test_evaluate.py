@@ -26,7 +26,7 @@ from relp_cli.tasks.pairs import PairBatch
 
 ORACLE = {"mean": "mean", "zero": "zero", "counterfactual": "patch"}
 NUMBERS = ("F_M", "F_C", "F_empty", "F_complement", "faithfulness", "completeness")
-NO_TEXT = [a for a, row in ABLATIONS.items() if "nodes" in row.spaces and a != "corpus"]
+NO_TEXT = [a for a, row in ABLATIONS.items() if row.serves("nodes") and a != "corpus"]
 SHORT = ("bos", "subject", "verb", "end")
 LONG = ("bos", "subject", "that", "noun", "verb", "end")
 
@@ -305,10 +305,10 @@ def test_resampling_takes_another_pairs_patch_prompt():
     assert rows[0] == rows[1]
     assert len(set(rows)) > 2
     kinds = (NODE_KINDS["mlp_out"],)
-    ablation = Ablation.prepare(c.model, [c.batch], "resample", kinds, seed=0)
+    ablation = Ablation.prepare(c.model, [c.batch], "resample", kinds)
     with exact_float64():
-        values = ablation.values(c.model, c.batch, c.batch, 0)["mlp_out"][0]
-        own = Ablation.prepare(c.model, [c.batch], "counterfactual", kinds).values(c.model, c.batch, c.batch, 0)
+        values = ablation.values(c.model, c.batch, ABLATIONS["resample"].tokens(c.batch, 0))["mlp_out"][0]
+        own = Ablation.prepare(c.model, [c.batch], "counterfactual", kinds).values(c.model, c.batch, c.batch.patch)
     match = torch.isclose(values[:, None], own["mlp_out"][0][None]).flatten(2).all(-1)  # [pair, donor]
     assert match.sum(1).tolist() == [1] * 4
     assert not match.diagonal().any()
@@ -322,9 +322,7 @@ def test_resampling_takes_another_pairs_patch_prompt():
 def test_mean_task_is_over_both_prompts():
     c = case("pythia")
     with exact_float64():
-        got = Ablation.prepare(c.model, [c.batch], "mean_task", (NODE_KINDS["head"],)).values(
-            c.model, c.batch, c.batch, 0
-        )
+        got = Ablation.prepare(c.model, [c.batch], "mean_task", (NODE_KINDS["head"],)).values(c.model, c.batch, None)
     traces = [forward(c.weights, c.config, ids)["head"] for ids in (c.batch.original, c.batch.patch)]
     for layer in range(3):
         want = torch.cat([t[layer] for t in traces]).mean(0).flatten(-2).detach()
