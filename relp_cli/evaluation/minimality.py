@@ -88,8 +88,7 @@ def applied(
     donors = list(pairs) if pairs is not None else [batch]
     run = NodeAblator(model, donors, [circuit], Ablating(ablation, exclude_layers))
     with torch.no_grad():
-        hooks = run.hooks(
-            circuit.mask[circuit.slots(batch)], run.ablation.values(model, batch, ABLATIONS[ablation].tokens(batch, 0))
-        )
+        ablated = run.ablation.values(model, batch, ABLATIONS[ablation].tokens(batch, 0))
+        hooks = run.hooks(circuit.mask[circuit.slots(batch)], ablated)
         with model.hooks(hooks):
             yield model
