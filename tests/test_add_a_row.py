@@ -19,7 +19,7 @@ from relp_cli.errors import RelpError
 from relp_cli.evaluation.ablation_table import ABLATIONS, AblationRow
 from relp_cli.evaluation.evaluate import evaluate
 from relp_cli.evaluation.overlap import overlap
-from relp_cli.lrp.rules import RULES, Rule
+from relp_cli.lrp.rules import RULES, NormForm, Rule
 from relp_cli.methods.nodes import Nodes
 from relp_cli.methods.space import Batch, Point
 from relp_cli.methods.table import METHODS, Method, Params, Result, methods_for
@@ -117,7 +117,7 @@ def test_a_node_kind(add: Add) -> None:
 
 
 def test_a_rule(add: Add) -> None:
-    add(RULES, Rule("sigma", "norm", lambda x, inverse, _: x * inverse, "the LN-rule again", "this test"))
+    add(RULES, Rule("sigma", "norm", lambda _x, inverse, *_: NormForm(inverse), "the LN-rule again", "this test"))
     c = case("qwen2")
     mine, known = (run(c, "relp", ["mlp_neuron"], rules=[name, "identity", "half"]) for name in ("sigma", "ln"))
     assert torch.equal(mine.mean, known.mean)

@@ -11,21 +11,21 @@ An MLP that shares the attention's norm is pulled back through it likewise. `edg
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from relp_cli.edges.reads import projections, reads
+from relp_cli.edges.reads import Norm, projections, reads
 from relp_cli.edges.stream import Recorder, Written, ungrouped
 from relp_cli.errors import RelpError
 from relp_cli.lrp.context import Recorded, lrp
-from relp_cli.lrp.rules import ActiveRule, parse_rules
+from relp_cli.lrp.rules import ActiveRule, NormForm, parse_rules
 from relp_cli.methods.core import must_reach, refuse_metric
 from relp_cli.methods.setup import Setup
-from relp_cli.methods.space import Point, added, together
+from relp_cli.methods.space import Point, added, of_point, together
 from relp_cli.models.model import Hook, Model
 from relp_cli.nodes.access import capture
 from relp_cli.precision import wide
@@ -55,17 +55,27 @@ class Readers:
     norm: ActiveRule | None = None
     other: Recorded | None = None
 
-    def of(self, rows: slice) -> Readers:
-        """Those of one point's rows; `other` is the same for all."""
+    def of(self, rows: slice, other: Recorded | None) -> Readers:
+        """Those of one point's rows."""
         return replace(
-            self,
-            heads={part: [g[rows] for g in layers] for part, layers in self.heads.items()},
-            attention=[g[rows] for g in self.attention],
-            mlps=[g[rows] for g in self.mlps],
-            logits=self.logits[rows],
+            self._each(lambda g: g[rows]),
             x=[v[rows] for v in self.x],
             scale=[v[rows] for v in self.scale],
             values=self.values.map(lambda v: v[rows]),
+            other=other,
+        )
+
+    def weighed(self, point: Point) -> Readers:
+        """With the gradients as a point weighs them."""
+        return self._each(point.weigh)
+
+    def _each(self, fn: Callable[[Tensor], Tensor]) -> Readers:
+        return replace(
+            self,
+            heads={part: [fn(g) for g in layers] for part, layers in self.heads.items()},
+            attention=[fn(g) for g in self.attention],
+            mlps=[fn(g) for g in self.mlps],
+            logits=fn(self.logits),
         )
 
 
@@ -125,13 +135,13 @@ def reader_gradients(setup: Setup, points: Sequence[Point] = (Point(),)) -> list
             zip(names, torch.autograd.grad(metric.sum(), [taps.seen[n] for n in names], allow_unused=True), strict=True)
         )
     if not moved:
-        setup.seen["run"] = metric.detach()
+        setup.seen["run"] = of_point(metric.detach(), 0, k)
     setup.passes.forward += k
     setup.passes.backward += k
     held = any(a.rule.name == "ah" for a in active)  # then no gradient reaches queries and keys: exactly 0
-    whole = _readers(taps, grads, held, recorder.written(), applied, active, first.other)
+    whole = _readers(taps, grads, held, recorder.written(), applied, active)
     size = len(setup.batch)
-    return [whole.of(slice(i * size, (i + 1) * size)) for i in range(k)]
+    return [whole.of(slice(i * size, (i + 1) * size), point.other) for i, point in enumerate(points)]
 
 
 def _readers(
@@ -141,7 +151,6 @@ def _readers(
     written: Written,
     applied: dict[str, int],
     active: Sequence[ActiveRule],
-    other: Recorded | None,
 ) -> Readers:
     layers = range(taps.model.shape.n_layers)
 
@@ -164,7 +173,6 @@ def _readers(
         values=written,
         applied=applied,
         norm=next((a for a in active if a.rule.site == "norm"), None),
-        other=other,
     )
 
 
@@ -174,24 +182,33 @@ def pull_back(
     """∂L/∂(input) of each of a layer's readers, its 3·heads heads and its MLP, into `out`."""
     heads, read, x = model.shape.n_heads, reads(model, layer), at.x[layer][rows]
     norm, inverse = read.norm, 1 / at.scale[layer][rows]
-    weight = inverse
-    if at.norm is not None and norm.component is not None:
-        theirs = at.other[norm.name]["inverse"][rows] if at.norm.rule.two_point and at.other else None
-        weight = at.norm.rule.fn(torch.ones_like(inverse), inverse, theirs)
+    form = _form(at, rows, norm, x, inverse)
     for i, (part, (projection, _)) in enumerate(zip(QKV, projections(model, layer, transposed=True), strict=True)):
-        g = (wide(at.heads[part][layer][rows]) * weight).to(out.dtype).unflatten(-1, (heads, -1))
+        g = (wide(at.heads[part][layer][rows]) * form.scale).to(out.dtype).unflatten(-1, (heads, -1))
         torch.bmm(
             g.permute(2, 0, 1, 3).flatten(1, 2),
             projection.to(out.dtype),
             out=out[i * heads : (i + 1) * heads].flatten(1, 2),
         )
     mlp = wide(at.mlps[layer][rows])
-    out[-1] = norm.centre(norm.weighted(mlp * weight)) if read.shared else mlp
-    if at.norm is None and norm.component is not None:  # 1/σ moves with the stream
+    out[-1] = norm.centre(norm.weighted(mlp * form.scale)) if read.shared else mlp
+    if form.direction is not None and form.coefficient is not None:  # of gradients that are scaled already
         normed = out if read.shared else out[:-1]
-        unit = (norm.centre(wide(x)) * inverse).to(out.dtype)
-        along = torch.einsum("rbpd,bpd->rbp", normed, unit)
-        normed.addcmul_(along[..., None], unit, value=-1 / x.shape[-1])
+        along = torch.einsum("rbpd,bpd->rbp", normed, form.direction.to(out.dtype))
+        normed.addcmul_(along[..., None], (form.coefficient / form.scale * form.direction).to(out.dtype))
+
+
+def _form(at: Readers, rows: slice, norm: Norm, x: Tensor, inverse: Tensor) -> NormForm:
+    """What pulls a gradient back through a layer's attention norm: its rule's form, or, where it has none, its Jacobian's."""
+    if norm.component is None:
+        return NormForm(torch.ones_like(inverse))
+    centred = norm.centre(wide(x))
+    if at.norm is None:  # 1/σ moves with the stream
+        return NormForm(inverse, centred * inverse, -inverse / x.shape[-1])
+    theirs = at.other[norm.name] if at.norm.rule.two_point and at.other else None
+    return at.norm.rule.fn(
+        centred, inverse, *((theirs["x"][rows], theirs["inverse"][rows]) if theirs else (None, None))
+    )
 
 
 class Products:

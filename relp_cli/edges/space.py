@@ -149,8 +149,10 @@ class EdgeBatch(Batch):
         for point, at in self.passes(points):
             if products is None:
                 products = Products(self.model, self.graph, self.source - self.run, self.positions)
-            total, applied = total + point.weight * products.scores(at, point.of or slice(None)), at.applied
-            del at  # before the next pass, not during it
+            weighed = at.weighed(point) if isinstance(point.weight, Tensor) else at
+            factor = 1.0 if weighed is not at else point.weight
+            total, applied = total + factor * products.scores(weighed, point.of or slice(None)), at.applied
+            del at, weighed  # before the next pass, not during it
         return self.result(total, applied)
 
     def result(self, scores: Tensor, applied: dict[str, int] | None = None) -> Result:

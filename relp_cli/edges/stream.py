@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from relp_cli.errors import RelpError
-from relp_cli.lrp.sites import centred, linear_parameters
+from relp_cli.lrp.sites import linear_parameters, numerator
 from relp_cli.methods.means import label_means
 from relp_cli.models.model import Hook, Model
 from relp_cli.precision import wide
@@ -69,7 +69,7 @@ def heads_out(
     torch.bmm(by_head, weight.T.to(z.dtype).unflatten(0, (heads, -1)), out=out.flatten(1, 2))
     if model.shape.residual_multiplier != 1:
         out.mul_(model.shape.residual_multiplier)
-    return out.copy_(centred(model.component(f"blocks.{layer}.ln1_post"), out)) if model.shape.post_norm else out
+    return out.copy_(numerator(model.component(f"blocks.{layer}.ln1_post"), out)) if model.shape.post_norm else out
 
 
 class Recorder:
@@ -114,7 +114,7 @@ class Recorder:
         if not self.model.shape.post_norm:
             return bias
         share = bias / self.seen[f"blocks.{layer}.ln1_post.hook_scale"].detach()
-        return centred(self.model.component(f"blocks.{layer}.ln1_post"), share)
+        return numerator(self.model.component(f"blocks.{layer}.ln1_post"), share)
 
     def mlp(self, layer: int) -> Tensor:
         return self.seen[f"blocks.{layer}.hook_mlp_out"].detach()

@@ -205,7 +205,7 @@ class _Batch:
             grads = torch.autograd.grad(metric.sum(), [leaves[s] for s in sites], allow_unused=True)
             for site, grad in zip(sites, grads, strict=True):
                 if grad is not None:
-                    mean = point.weight * wide(grad)
+                    mean = point.weigh(wide(grad))
                     found[site] = found[site] + mean if site in found else mean
         return found
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from relp_cli.errors import RelpError
+from relp_cli.lrp.attention import masked
 from relp_cli.lrp.rules import parse_rules
-from relp_cli.lrp.sites import RuleSite, build_sites, replace
+from relp_cli.lrp.site import RuleSite, replace
+from relp_cli.lrp.sites import build_sites
 from relp_cli.models.checks import TOLERANCE
 from relp_cli.models.model import Hook, Model
 
@@ -45,8 +47,9 @@ def lrp(
             if not torch.is_grad_enabled():
                 return value
             _must_have_read(model, site, read)
-            _must_stand_for(model, site, read, value)
-            return replace(value, site.surrogate(read, value, other[site.name] if other else None))
+            theirs = other[site.name] if other else None
+            _must_stand_for(model, site, read, value, theirs)
+            return replace(value, site.surrogate(read, value, theirs))
 
         return hook
 
@@ -76,7 +79,8 @@ def recording(model: Model, rules: Sequence[str]) -> Iterator[Recorded]:
     sites = build_sites(model, active)
     inputs: dict[str, dict[str, Tensor]] = {site.name: {} for site in sites}
     recorded: Recorded = {}
-    with model.hooks(_reads(sites, inputs)):
+    beside = [(point, _keep(inputs[site.name], key)) for site in sites for key, point in site.beside.items()]
+    with model.hooks([*_reads(sites, inputs), *beside]):
         yield recorded
     for site in sites:
         _must_have_read(model, site, inputs[site.name])
@@ -95,7 +99,9 @@ def _must_have_read(model: Model, site: RuleSite, values: Mapping[str, Tensor]) 
 _compared: WeakKeyDictionary[Model, set[tuple[str, tuple[str, ...]]]] = WeakKeyDictionary()
 
 
-def _must_stand_for(model: Model, site: RuleSite, read: Mapping[str, Tensor], value: Tensor) -> None:
+def _must_stand_for(
+    model: Model, site: RuleSite, read: Mapping[str, Tensor], value: Tensor, other: Mapping[str, Tensor] | None
+) -> None:
     """Once per model, site and its rules in a process: what stands there is what the surrogate was made for.
 
     A wrong surrogate changes gradients and never values, so nothing else would show it.
@@ -104,8 +110,8 @@ def _must_stand_for(model: Model, site: RuleSite, read: Mapping[str, Tensor], va
     if key in done:
         return
     with torch.no_grad():
-        want = site.value(read)
-        seen = value > torch.finfo(value.dtype).min / 4  # masked attention scores stand for nothing
+        want = site.value(read, other)
+        seen = ~masked(value)
         error = ((want - value)[seen].abs().max() / value[seen].abs().max().clamp_min(1e-6)).item()
     if not error <= TOLERANCE[model.dtype]:
         raise RelpError(
@@ -116,7 +122,8 @@ def _must_stand_for(model: Model, site: RuleSite, read: Mapping[str, Tensor], va
 
 
 def _reads(sites: list[RuleSite], inputs: dict[str, dict[str, Tensor]]) -> list[tuple[str, Hook]]:
-    def read(site: RuleSite, key: str) -> Hook:
-        return lambda value: inputs[site.name].__setitem__(key, value)
+    return [(point, _keep(inputs[site.name], key)) for site in sites for key, point in site.reads.items()]
 
-    return [(point, read(site, key)) for site in sites for key, point in site.reads.items()]
+
+def _keep(inputs: dict[str, Tensor], key: str) -> Hook:
+    return lambda value: inputs.__setitem__(key, value)

@@ -10,38 +10,70 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from relp_cli.errors import RelpError
+from relp_cli.lrp.local import cap_slope, local, logarithmic_mean, weighed_softmax
 from relp_cli.models.families import Activation
 from relp_cli.registry import Registry
 
-Site = Literal["norm", "act", "gate", "attention", "softcap", "linear"]
+Site = Literal["norm", "act", "gate", "attention", "softmax", "scores", "softcap", "linear"]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One row. `fn`'s signature depends on `site` (see the functions below); `default` is the parameter of ε and γ."""
+    """One row. `fn`'s signature depends on `site` (see the functions below); `default` is the parameter of ε and γ.
+
+    covers: sites that it leaves nothing to do at.
+    """
 
     name: str
     site: Site
-    fn: Callable[..., Tensor]
+    fn: Callable[..., Any]
     description: str
     source: str
     two_point: bool = False
     default: float | None = None
+    covers: tuple[Site, ...] = ()
+
+    @property
+    def sites(self) -> set[Site]:
+        return {self.site, *self.covers}
 
 
-# norm: (centred·weight, 1/σ, 1/σ of the other run) → surrogate of the normalised output (bias apart)
-def _ln(x: Tensor, inverse: Tensor, _: Tensor | None) -> Tensor:
-    return x * inverse
+@dataclass(frozen=True)
+class NormForm:
+    """scale·x̂ + coefficient·direction·(direction·x̂), what a norm's surrogate is of the centred stream x̂ (weight and bias
+    apart); without direction the first term. All constant: scale, coefficient Float[..., 1], direction Float[..., d].
+    """
+
+    scale: Tensor
+    direction: Tensor | None = None
+    coefficient: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Of x̂, and (the form being symmetric) of a gradient at the norm's output."""
+        if self.direction is None or self.coefficient is None:
+            return x * self.scale
+        return x * self.scale + self.direction * (self.coefficient * (self.direction * x).sum(-1, keepdim=True))
 
 
-def _ln2(x: Tensor, inverse: Tensor, other: Tensor) -> Tensor:
-    return x * (0.5 * (inverse + other))
+# norm: (x̂, 1/σ, x̂ and 1/σ of the other run) → its form
+def _ln(_x: Tensor, inverse: Tensor, *_: Tensor | None) -> NormForm:
+    return NormForm(inverse)
+
+
+def _ln2(_x: Tensor, inverse: Tensor, _x_other: Tensor, other: Tensor) -> NormForm:
+    return NormForm(0.5 * (inverse + other))
+
+
+def _lnx(x: Tensor, inverse: Tensor, x_other: Tensor, other: Tensor) -> NormForm:
+    """The product rule for x̂·(1/σ), and the secant of 1/σ: Δ(1/σ) = −(2/d)·(x̄̂·Δx̂)/(σσ'(σ + σ')), with x̄̂ the runs' mean."""
+    middle = 0.5 * (x.detach() + x_other)
+    return NormForm(0.5 * (inverse + other), middle, -2 / x.shape[-1] * inverse * other / (1 / inverse + 1 / other))
 
 
 # act: (pre-activation, activation, pre-activation of the other run) → the slope held constant
@@ -77,12 +109,40 @@ def _attn2(p: Tensor, v: Tensor, p_other: Tensor, v_other: Tensor) -> Tensor:
     return 0.5 * (p.detach() + p_other) @ v + p @ (0.5 * (v.detach() + v_other))
 
 
-# softcap: (x, cap) → surrogate of cap·tanh(x/cap)
-def _softcap(x: Tensor, cap: float) -> Tensor:
+def _half_pv(p: Tensor, v: Tensor, *_: Tensor | None) -> Tensor:
+    return 0.5 * p @ v
+
+
+# scores: (queries, keys, the same of the other run) → surrogate of q·k, unscaled
+def _qk2(q: Tensor, k: Tensor, q_other: Tensor, k_other: Tensor) -> Tensor:
+    mean_q, mean_k = 0.5 * (q.detach() + q_other), 0.5 * (k.detach() + k_other)
+    return mean_q @ k.transpose(-2, -1) + q @ mean_k.transpose(-2, -1)
+
+
+def _half_qk(q: Tensor, k: Tensor, *_: Tensor | None) -> Tensor:
+    return 0.5 * q @ k.transpose(-2, -1)
+
+
+# softmax: (scores, pattern, pattern of the other run) → surrogate of the pattern
+def _softmax2(s: Tensor, p: Tensor, other: Tensor) -> Tensor:
+    """Exact secant: as Σ ΔP = 0, Δ log Z = Σ m·ΔS / Σ m with m the logarithmic mean of the two patterns."""
+    return weighed_softmax(s, logarithmic_mean(p, other))
+
+
+def _softmax_t2(s: Tensor, *_: Tensor | None) -> Tensor:
+    return weighed_softmax(s, (s.detach() / 2).softmax(-1))
+
+
+# softcap: (x, cap, x of the other run) → surrogate of cap·tanh(x/cap)
+def _softcap(x: Tensor, cap: float, _: Tensor | None) -> Tensor:
     scaled = x.detach() / cap
     small = scaled.abs() < 1e-4  # tanh(t)/t = 1 − t²/3 + …: below this the quotient is 1 − t²/3 to rounding
     ratio = torch.where(small, 1 - scaled**2 / 3, torch.tanh(scaled) / torch.where(small, torch.ones_like(x), scaled))
     return x * ratio
+
+
+def _softcap2(x: Tensor, cap: float, other: Tensor) -> Tensor:
+    return x * cap_slope(x.detach(), other, cap)
 
 
 # linear: (x, weight [out, in], bias, output z, parameter) → surrogate of z
@@ -107,26 +167,58 @@ def _gamma(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, gamma: flo
 
 
 RULES: Registry[Rule] = Registry("rule")
+OURS = "relp (docs/methods.md)"
+NO_SCORES: tuple[Site, ...] = ("softmax", "scores")
 for _row in (
     Rule("ln", "norm", _ln, "LN-rule: 1/σ held constant, the mean differentiable", "Ali et al. 2022; RelP Table 1"),
     Rule("identity", "act", _identity, "Identity-rule: act(x) = x·[act(x)/x], ratio constant", "RelP Table 1"),
     Rule("half", "gate", _half, "Half-rule: half of a gate's product is constant", "Arras et al. 2019; RelP Table 1"),
-    Rule("ah", "attention", _ah, "AH-rule: the attention pattern is constant", "Ali et al. 2022; RelP Table 1"),
-    Rule("softcap", "softcap", _softcap, "cap·tanh(x/cap) = x·ratio, ratio constant", "relp (docs/methods.md)"),
-    Rule(
-        "epsilon", "linear", _epsilon, "ε-rule: z/(z + ε·sign z) on linear layers", "Montavon et al. 2019", default=1e-2
-    ),
+    Rule("ah", "attention", _ah, "AH-rule: the attention pattern is constant", "Ali et al. 2022; RelP Table 1",
+         covers=NO_SCORES),
+    Rule("softcap", "softcap", _softcap, "cap·tanh(x/cap) = x·ratio, ratio constant", OURS),
+    Rule("epsilon", "linear", _epsilon, "ε-rule: z/(z + ε·sign z) on linear layers", "Montavon et al. 2019",
+         default=1e-2),
     Rule("gamma", "linear", _gamma, "γ-rule: weights w + γ·w⁺ on linear layers", "Montavon et al. 2019", default=0.25),
-    Rule("ln2", "norm", _ln2, "1/σ is the mean of the two runs'", "relp (docs/methods.md)", two_point=True),
-    Rule(
-        "act2", "act", _act2, "secant of the activation between the two runs", "relp (docs/methods.md)", two_point=True
-    ),
-    Rule("gate2", "gate", _gate2, "product rule at the two runs' averages", "relp (docs/methods.md)", two_point=True),
-    Rule("attn2", "attention", _attn2, "pattern·V at the two runs' averages", "relp (docs/methods.md)", two_point=True),
-):
+    Rule("half_pv", "attention", _half_pv, "half of the product pattern·V is constant", "Achtibat et al. 2024"),
+    Rule("half_qk", "scores", _half_qk, "half of the product q·k is constant", "Achtibat et al. 2024"),
+    Rule("softmax_t2", "softmax", _softmax_t2, "softmax at temperature 2, without the 1/T", "Edin et al. 2025"),
+    Rule("ln2", "norm", _ln2, "1/σ is the mean of the two runs'", OURS, True),
+    Rule("lnx", "norm", _lnx, "secant of the whole norm between the two runs", OURS, True),
+    Rule("act2", "act", _act2, "secant of the activation between the two runs", OURS, True),
+    Rule("gate2", "gate", _gate2, "product rule at the two runs' averages", OURS, True),
+    Rule("attn2", "attention", _attn2, "pattern·V at the two runs' averages", OURS, True),
+    Rule("softmax2", "softmax", _softmax2, "secant of the softmax between the two runs", OURS, True),
+    Rule("qk2", "scores", _qk2, "q·k at the two runs' averages", OURS, True),
+    Rule("softcap2", "softcap", _softcap2, "secant of the softcap between the two runs", OURS, True),
+    Rule("local", "attention", local, "attention as a whole: queries, one key, one value at a time", OURS, True,
+         covers=NO_SCORES),
+):  # fmt: skip
     RULES.add(_row.name, _row)
 
-TWO_POINT = tuple(name for name, row in RULES.items() if row.two_point)
+
+@dataclass(frozen=True)
+class RuleSet:
+    """Rules that go together (`relp+secant`), in place of all others but those on linear layers; a model without gates or
+    caps goes without their rules. endpoints: where two-point rules have the other point (`methods.points`).
+    """
+
+    name: str
+    rules: tuple[str, ...]
+    description: str
+    source: str
+    endpoints: Literal["patch", "position"] = "patch"
+
+
+RULE_SETS: Registry[RuleSet] = Registry("rule set")
+for _set in (
+    RuleSet("secant", ("lnx", "act2", "gate2", "attn2", "softmax2", "qk2", "softcap2"),
+            "every layer's secant, one endpoint per changed position", OURS, "position"),
+    RuleSet("local", ("ln2", "act2", "gate2", "local", "softcap2"), "secants that change one thing at a time", OURS),
+    RuleSet("two_point", ("ln2", "act2", "gate2", "attn2"), "secants, but for the softmax and 1/σ", OURS),
+    RuleSet("attnlrp", ("ln", "identity", "half", "half_pv", "half_qk"), "AttnLRP's", "Achtibat et al. 2024"),
+    RuleSet("gim", ("ln", "half", "half_pv", "half_qk", "softmax_t2"), "GIM's", "Edin et al. 2025"),
+):  # fmt: skip
+    RULE_SETS.add(_set.name, _set)
 
 
 @dataclass(frozen=True)
@@ -154,8 +246,9 @@ def parse_rules(names: list[str] | tuple[str, ...]) -> list[ActiveRule]:
             raise RelpError(f"rule '{name}': expected a number after '=', got '{value}'") from None
         if parameter is not None and not 0 <= parameter < float("inf"):
             raise RelpError(f"rule '{name}': its parameter must be finite and ≥ 0, got {value}")
-        clash = next((a for a in active if a.rule.site == rule.site), None)
+        clash = next((a for a in active if a.rule.sites & rule.sites), None)
         if clash:
-            raise RelpError(f"rules '{clash.rule.name}' and '{name}' both replace the {rule.site}; choose one")
+            site = rule.site if rule.site in clash.rule.sites else clash.rule.site
+            raise RelpError(f"rules '{clash.rule.name}' and '{name}' both replace the {site}; choose one")
         active.append(ActiveRule(rule, parameter))
     return active

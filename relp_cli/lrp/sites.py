@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from relp_cli.errors import RelpError
-from relp_cli.lrp.rules import ActiveRule
+from relp_cli.lrp.attention import attention_sites
+from relp_cli.lrp.rules import ActiveRule, NormForm
+from relp_cli.lrp.site import RuleSite, Values, replace
 from relp_cli.models.model import Model
 from relp_cli.models.moe import CHOSEN, OUT, X, moe_of
-
-Values = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class RuleSite:
-    """One layer: `reads` are hook points (input name → point), `write` the point whose value the surrogate replaces.
-
-    surrogate(inputs, y, other) → f, where `other` holds the same site's `record`ed values in the patch run.
-    record(inputs) → what a two-point rule needs of the patch run.
-    value(inputs) → what stands at `write` by the formula that the surrogate was made for; `lrp` compares the two.
-    """
-
-    name: str
-    rules: tuple[str, ...]
-    reads: Mapping[str, str]
-    write: str
-    surrogate: Callable[[Values, Tensor, Values | None], Tensor]
-    record: Callable[[Values], dict[str, Tensor]]
-    value: Callable[[Values], Tensor]
 
 
 def build_sites(model: Model, active: list[ActiveRule]) -> list[RuleSite]:
@@ -64,17 +45,18 @@ def _norm(model: Model, name: str, rule: ActiveRule) -> RuleSite:
     component = model.component(name)
 
     def surrogate(v: Values, _: Tensor, other: Values | None) -> Tensor:
-        return rule.rule.fn(centred(component, v["x"]), 1 / v["scale"].detach(), other and other["inverse"])
+        x, theirs = centred(component, v["x"]), (other["x"], other["inverse"]) if other else (None, None)
+        form: NormForm = rule.rule.fn(x.detach(), 1 / v["scale"].detach(), *theirs)
+        return weighted(component, form(x))
 
-    return RuleSite(
-        name,
-        (str(rule),),
-        {"x": f"{name}.hook_in", "scale": f"{name}.hook_scale"},
-        f"{name}.hook_out",
-        surrogate,
-        lambda v: {"inverse": 1 / v["scale"]},
-        lambda v: centred(component, v["x"]) / v["scale"] + _bias(component),
-    )
+    def record(v: Values) -> dict[str, Tensor]:
+        return {"x": centred(component, v["x"]), "inverse": 1 / v["scale"]}
+
+    def value(v: Values, _: Values | None) -> Tensor:
+        return numerator(component, v["x"]) / v["scale"] + _bias(component)
+
+    reads = {"x": f"{name}.hook_in", "scale": f"{name}.hook_scale"}
+    return RuleSite(name, (str(rule),), reads, f"{name}.hook_out", surrogate, record, value)
 
 
 def _bias(norm: Any) -> Tensor | float:
@@ -83,13 +65,21 @@ def _bias(norm: Any) -> Tensor | float:
 
 
 def centred(norm: Any, x: Tensor) -> Tensor:
-    """A norm's numerator times its weight: (x − mean)·w for LayerNorm, x·w (or x·(1 + w)) for RMSNorm."""
+    """A norm's numerator, its weight apart: x − mean for LayerNorm, x for RMSNorm."""
+    return x if norm.uses_rms_norm else x - x.mean(-1, keepdim=True)
+
+
+def weighted(norm: Any, x: Tensor) -> Tensor:
+    """x times a norm's weight."""
     weight = getattr(norm, "weight", None)
-    if not norm.uses_rms_norm:
-        x = x - x.mean(-1, keepdim=True)
     if weight is None:
         return x
     return x * (1 + weight) if norm.uses_weight_offset else x * weight
+
+
+def numerator(norm: Any, x: Tensor) -> Tensor:
+    """What a norm divides by σ."""
+    return weighted(norm, centred(norm, x))
 
 
 def _mlps(model: Model, act: ActiveRule | None, gate: ActiveRule | None) -> list[RuleSite]:
@@ -110,7 +100,7 @@ def _mlp(model: Model, layer: int, act: ActiveRule | None, gate: ActiveRule | No
     reads = {"pre": f"{name}.gate.hook_out", "up": f"{name}.in.hook_out"} if gated else {"pre": f"{name}.in.hook_out"}
     rules = tuple(str(r) for r in (act, gate) if r)
 
-    def value(v: Values) -> Tensor:
+    def value(v: Values, _: Values | None) -> Tensor:
         return model.activation.fn(v["pre"]) * (v["up"] if gated else 1)
 
     return RuleSite(name, rules, reads, f"{name}.out.hook_in", surrogate, dict, value)
@@ -136,7 +126,7 @@ def _moe(model: Model, layer: int, act: ActiveRule | None, gate: ActiveRule | No
     at = f"blocks.{layer}."
     reads = {"x": at + X, "chosen": at + CHOSEN}
 
-    def value(v: Values) -> Tensor:
+    def value(v: Values, _: Values | None) -> Tensor:
         return moe.output(v["x"], v["chosen"], lambda pre, up: model.activation.fn(pre) * up, torch.mul)
 
     return RuleSite(f"{at}mlp", rules, reads, at + OUT, surrogate, dict, value)
@@ -166,69 +156,6 @@ def _hidden(model: Model, act: ActiveRule | None, gate: ActiveRule | None) -> Ca
     return hidden
 
 
-def _attentions(model: Model, rule: ActiveRule) -> list[RuleSite]:
-    return [_attention(model, f"blocks.{layer}.attn", rule) for layer in range(model.shape.n_layers)]
-
-
-def _attention(model: Model, name: str, rule: ActiveRule) -> RuleSite:
-    def surrogate(v: Values, y: Tensor, other: Values | None) -> Tensor:
-        z = rule.rule.fn(
-            v["pattern"],
-            by_head(model, v["value"]),
-            other and other["pattern"],
-            other and by_head(model, other["value"]),
-        )
-        return z.transpose(1, 2).reshape(y.shape)
-
-    def value(v: Values) -> Tensor:
-        return (v["pattern"] @ by_head(model, v["value"])).transpose(1, 2).flatten(2)
-
-    reads = {"pattern": f"{name}.hook_pattern", "value": f"{name}.v.hook_out"}
-    return RuleSite(name, (str(rule),), reads, f"{name}.o.hook_in", surrogate, dict, value)
-
-
-def by_head(model: Model, value: Tensor) -> Tensor:
-    """[batch, pos, kv_heads·d_head] → [batch, head, pos, d_head], as attention uses values: clipped where the model clips
-    (`clip_qkv` of OLMo and MPT), each key/value head serving its group of query heads.
-    """
-    if model.shape.clip_qkv is not None:
-        value = value.clamp(-model.shape.clip_qkv, model.shape.clip_qkv)
-    per_kv = value.unflatten(-1, (-1, model.shape.d_head)).transpose(1, 2)
-    return per_kv.repeat_interleave(model.shape.n_heads // per_kv.shape[1], dim=1)
-
-
-def _softcaps(model: Model, rule: ActiveRule) -> list[RuleSite]:
-    sites = []
-    cap, final = model.shape.attn_softcap, model.shape.final_softcap
-    for layer in range(model.shape.n_layers if cap else 0):
-        name = f"blocks.{layer}.attn"
-
-        def raw(v: Values, name: str = name) -> Tensor:
-            q, k = v["q"], v["k"].repeat_interleave(model.shape.n_heads // v["k"].shape[1], dim=1)
-            return (q @ k.transpose(-2, -1)) * model.component(name).original_component.scaling
-
-        def attention(v: Values, _y: Tensor, _: Values | None, raw: Callable[[Values], Tensor] = raw) -> Tensor:
-            # Masked scores (−inf or the dtype's minimum) stay what they are: value.detach() + f − f.detach().
-            return rule.rule.fn(raw(v), cap)
-
-        def value(v: Values, raw: Callable[[Values], Tensor] = raw, cap: float = cap or 1.0) -> Tensor:
-            return cap * torch.tanh(raw(v) / cap)
-
-        reads = {"q": f"{name}.hook_rot_q", "k": f"{name}.hook_rot_k"}
-        sites.append(
-            RuleSite(f"{name}.softcap", (str(rule),), reads, f"{name}.hook_attn_scores", attention, dict, value)
-        )
-    if final:
-        reads = {"x": "unembed.hook_out"}
-        sites.append(
-            RuleSite(
-                "final.softcap", (str(rule),), reads, "logits", lambda v, _y, _: rule.rule.fn(v["x"], final), dict,
-                lambda v: final * torch.tanh(v["x"] / final),
-            )
-        )  # fmt: skip
-    return sites
-
-
 def _linears(model: Model, rule: ActiveRule) -> list[RuleSite]:
     if model.shape.moe:
         raise RelpError(
@@ -243,7 +170,7 @@ def _linear(model: Model, name: str, rule: ActiveRule) -> RuleSite:
         weight, bias = linear_parameters(model, name, v["x"].shape[-1], z.shape[-1])
         return rule.rule.fn(v["x"], weight, bias, z.detach(), rule.parameter)
 
-    def value(v: Values) -> Tensor:
+    def value(v: Values, _: Values | None) -> Tensor:
         weight, bias = linear_layer(model, name)
         return v["x"] @ weight.T + (0 if bias is None else bias)
 
@@ -264,15 +191,9 @@ def linear_layer(model: Model, name: str) -> tuple[Tensor, Tensor | None]:
     return layer.weight.T if type(layer).__name__ == "Conv1D" else layer.weight, layer.bias
 
 
-def replace(value: Tensor, surrogate: Tensor) -> Tensor:
-    """`value` going forward, the gradient of `surrogate` (which a float32 scale may have widened) going backward."""
-    return value.detach() + (surrogate - surrogate.detach()).to(value.dtype)
-
-
 BUILDERS: tuple[tuple[tuple[str, ...], Callable[..., list[RuleSite]]], ...] = (
     (("norm",), _norms),
     (("act", "gate"), _mlps),
-    (("attention",), _attentions),
-    (("softcap",), _softcaps),
+    (("attention", "softmax", "scores", "softcap"), attention_sites),
     (("linear",), _linears),
 )

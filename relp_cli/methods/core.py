@@ -59,7 +59,7 @@ def gradients(setup: Setup, points: Sequence[Point]) -> list[Gradients]:
         wanted = leaves if first.of is not None else [v for layers in values.values() for v in layers]
         grads = iter(torch.autograd.grad(metric.sum(), wanted, allow_unused=True))
     if not moved:
-        setup.seen["run"] = metric.detach()
+        setup.seen["run"] = of_point(metric.detach(), 0, k)
     setup.passes.forward += k
     setup.passes.backward += k
     if first.of is not None:

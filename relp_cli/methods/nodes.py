@@ -131,7 +131,8 @@ class NodeBatch(Batch):
             applied = at.applied
             for where, grad in self._parts(point, at):
                 before = total.get(where)
-                total[where] = point.weight * wide(grad) if before is None else before + point.weight * wide(grad)
+                part = point.weigh(wide(grad))
+                total[where] = part if before is None else before + part
         return total, applied
 
     def _parts(self, point: Point, at: Gradients) -> Iterator[tuple[tuple[str, int], Tensor]]:

@@ -4,6 +4,7 @@ atp              at the run (RelP eq. 2)
 relp             at the run, with RelP's coefficients for the gradient (RelP eq. 3); two-point rules read the pass that gives δ
 ig_inputs        at points between the embeddings of run and source. Over the nodes resid_pre[0] the sum is L(source) −
                  L(run), up to the quadrature's error (completeness; Sundararajan et al. 2017)
+expected_gradients  the same at points drawn at random (Erion et al. 2021)
 relp_ig          RelP's coefficients at the same points; one left step is relp, for every rule set
 ig_activations   one site at a time moves from run to source, all else stays as in the run: n(run) + α·δn
 """
@@ -14,8 +15,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from pydantic import Field
+from torch import Tensor
 
 from relp_cli.methods.setup import CHUNK_TOKENS
 from relp_cli.methods.space import Batch, Point
@@ -28,9 +31,15 @@ QuadratureRule = Literal["left", "right", "midpoint", "trapezoid", "gauss_legend
 class RelpParams(Params):
     """rules: rule names, None for the family's preset (paper Table 4), or "auto" (`methods/auto.py`): chosen per node kind
     on pairs set aside, of which auto_cells (pair, node) cells a kind are patched exactly; auto_seed draws both.
+
+    endpoints: the other point of two-point rules. "patch": the patch prompt. "position" (what `relp+secant` does): one for
+    each changed position, the run with this token alone replaced; a node at a changed position has its own, any other the
+    mean over them. More than max_endpoints changed positions are taken in groups of neighbours.
     """
 
     rules: tuple[str, ...] | None = None
+    endpoints: Literal["patch", "position"] = "patch"
+    max_endpoints: int = Field(default=8, ge=1)
     auto_cells: int = Field(default=256, ge=16)
     auto_seed: int = 0
 
@@ -79,15 +88,60 @@ def atp(_: Batch, __: Params) -> Iterable[Point]:
     return [Point()]
 
 
-def relp(on: Batch, params: RelpParams) -> Iterable[Point]:
-    """2 forward + 1 backward for all units."""
+def relp(on: Batch, params: RelpParams) -> Iterator[Point]:
+    """2 forward + 1 backward for all units; with c endpoints by position 1 + 2c forward + c backward."""
     rules = rules_of(on, params)
-    return [Point(rules=rules, other=on.recorded(rules))]
+    if params.endpoints == "position" and on.two_point(rules):
+        yield from endpoints(on, rules, params.max_endpoints)
+    else:
+        yield Point(rules=rules, other=on.recorded(rules))
+
+
+def endpoints(on: Batch, rules: tuple[str, ...], most: int) -> Iterator[Point]:
+    """One point per changed position, or group of them, of the pair that has most; weighed by where it counts."""
+    run, source = on.setup.run, on.setup.source
+    groups = changed_groups(run, source, most)
+    n, count = int(groups.max()) + 1, groups.max(1).values + 1  # of the pair with most, and of each
+    on.meta["endpoints"] = max(n, 1)
+    if n <= 1:  # then the source is the one endpoint of every pair
+        yield Point(rules=rules, other=on.recorded(rules))
+        return
+    for g in range(n):
+        other = on.recorded_on(torch.where(groups == g, source, run), rules)
+        mean = ((groups < 0) & (g < count[:, None])) / count.clamp_min(1)[:, None]
+        yield Point((groups == g) + mean, rules=rules, other=other)
+
+
+def changed_groups(run: Tensor, source: Tensor, most: int) -> Int[Tensor, "batch pos"]:
+    """Number of the changed position, from 0 in each pair, −1 where the tokens are the same; positions of more than `most`
+    share numbers with their neighbours, as evenly as can be.
+    """
+    changed = run != source
+    order, count = changed.cumsum(1) - 1, changed.sum(1, keepdim=True)
+    grouped = torch.where(count > most, order * most // count.clamp_min(1), order)
+    return torch.where(changed, grouped, -1)
 
 
 def ig_inputs(on: Batch, params: PathParams) -> Iterable[Point]:
     """`steps` forward + backward, and 2 forward for δ."""
     return embeddings(on, *quadrature(params.rule, params.steps))
+
+
+class ExpectedParams(Params):
+    """samples: how many points, each drawn uniformly for each pair with `seed`. chunk_tokens: as ig_inputs."""
+
+    samples: int = Field(default=1, ge=1)
+    seed: int = Field(default=0, ge=0)
+    chunk_tokens: int = Field(default=CHUNK_TOKENS, gt=0)
+
+
+def expected_gradients(on: Batch, params: ExpectedParams) -> Iterator[Point]:
+    """`samples` forward + backward, and 2 forward for δ."""
+    change = on.embedding_change
+    pairs = torch.cat([on.setup.run, on.setup.source], 1).tolist()  # the draw is a pair's, however pairs are batched
+    draws = np.stack([np.random.default_rng([params.seed, *pair]).random(params.samples) for pair in pairs])
+    for alpha in torch.from_numpy(draws).to(change).unbind(1):
+        yield Point(1 / params.samples, {EMBEDDED: alpha[:, None, None] * change})
 
 
 def relp_ig(on: Batch, params: RelpIgParams) -> Iterable[Point]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from relp_cli.errors import RelpError, nearest
-from relp_cli.lrp.rules import RULES, TWO_POINT, parse_rules
+from relp_cli.errors import RelpError, nearest, unknown
+from relp_cli.lrp.rules import RULE_SETS, RULES, Rule, parse_rules
 from relp_cli.methods.request import Account, Progress, Request
 from relp_cli.methods.setup import CHUNK_TOKENS
 from relp_cli.methods.space import Batch, Scorer
@@ -109,6 +109,9 @@ def resolve_method(
     if row.rules and (model or extra):
         preset = model.family.rules if model else ()
         params["rules"] = with_extra_rules(model, tuple(params.get("rules", preset)), extra)
+    if "endpoints" in known and "endpoints" not in params:
+        for rule_set in (RULE_SETS[name] for name in extra if name in RULE_SETS):
+            params["endpoints"] = rule_set.endpoints
     try:
         parsed = schema(**params)
     except ValidationError as error:
@@ -150,18 +153,31 @@ def check_baseline(row: Method, space: SpaceRow, request: Request) -> None:
 
 
 def with_extra_rules(model: Model | None, rules: tuple[str, ...], extra: list[str]) -> tuple[str, ...]:
-    """`relp+ah`, `relp+two_point`: rules added to a set, each in place of the one that acts on the same kind of layer."""
+    """`relp+ah`: a rule added to a set, in place of those that act on the same kind of layer; `relp+secant`: a rule set in place
+    of all others but those on linear layers. model: whose gates and caps the set has rules for (None: as if it had them).
+    """
     if "auto" in extra:
         if extra != ["auto"]:
             raise RelpError(f"rules 'auto' stand alone, got +{'+'.join(extra)}")
         return ("auto",)
-    gated = model is None or model.shape.gated
     for name in extra:
-        added = [r for r in TWO_POINT if r != "gate2" or gated] if name == "two_point" else [name]
-        for rule in added:
-            site = RULES[rule.partition("=")[0]].site
-            rules = (*(r for r in rules if RULES[r.partition("=")[0]].site != site), rule)
+        if name in RULE_SETS:
+            added = tuple(r for r in RULE_SETS[name].rules if model is None or _fits(RULES[r].site, model))
+            rules = (*(r for r in rules if _row(r).site == "linear"), *added)
+        elif name.partition("=")[0] not in RULES:
+            raise unknown("rule", name, [*RULES, *RULE_SETS])
+        else:
+            rules = (*(r for r in rules if not _row(r).sites & _row(name).sites), name)
     return rules
+
+
+def _row(rule: str) -> Rule:
+    return RULES[rule.partition("=")[0]]
+
+
+def _fits(site: str, model: Model) -> bool:
+    shape = model.shape
+    return {"gate": shape.gated, "softcap": bool(shape.attn_softcap or shape.final_softcap)}.get(site, True)
 
 
 def position_axis(pairs: Sequence[PairBatch]) -> tuple[str, tuple[str, ...]]:

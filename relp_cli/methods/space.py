@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from relp_cli.errors import RelpError
@@ -31,15 +32,19 @@ from relp_cli.tasks.pairs import PairBatch
 class Point:
     """Where gradients are taken: the run, with `moved` added at hook points.
 
-    weight: its share of the average. moved: hook point → Float[batch, pos, width]; nothing: the run as it is.
-    rules, other: what `lrp` is given. of: whose scores these gradients are for (`Place.of`); None: everything.
+    weight: its share of the average, one for all or Float[batch, pos]. moved: hook point → Float[batch, pos, width]; nothing:
+    the run as it is. rules, other: what `lrp` is given. of: whose scores these gradients are for (`Place.of`); None: everything.
     """
 
-    weight: float = 1.0
+    weight: float | Tensor = 1.0
     moved: Mapping[str, Tensor] = field(default_factory=dict)
     rules: tuple[str, ...] = ()
     other: Recorded | None = None
     of: Any = None
+
+    def weigh(self, gradient: Tensor) -> Tensor:
+        """weight · gradient Float[batch, pos, width]."""
+        return gradient * (self.weight[..., None].to(gradient) if isinstance(self.weight, Tensor) else self.weight)
 
 
 @dataclass(frozen=True)
@@ -102,12 +107,26 @@ class Batch(ABC):
 
         Raises: RelpError for two-point rules where no patch prompt is run.
         """
-        if not any(a.rule.two_point for a in parse_rules(list(rules))):
+        if not self.two_point(rules):
             return None
         if self.setup.baseline != "patch":
             raise RelpError(f"two-point rules need a patch prompt, not baseline '{self.setup.baseline}'")
         with torch.no_grad(), recording(self.model, rules) as other:
             self._read["source"] = self.read_source()
+        return other
+
+    @staticmethod
+    def two_point(rules: Sequence[str]) -> bool:
+        """Whether there are two-point rules among these."""
+        return any(a.rule.two_point for a in parse_rules(list(rules)))
+
+    def recorded_on(self, tokens: Int[Tensor, "batch pos"], rules: Sequence[str]) -> Recorded:
+        """What two-point rules need of another endpoint, a prompt of the run's length: 1 forward pass."""
+        if self.setup.baseline != "patch":
+            raise RelpError(f"two-point rules need a patch prompt, not baseline '{self.setup.baseline}'")
+        with torch.no_grad(), recording(self.model, rules) as other:
+            self.model.logits(tokens)
+        self.setup.passes.forward += 1
         return other
 
     def passes(self, points: Iterable[Point]) -> Iterator[tuple[Point, Any]]:
@@ -212,10 +231,10 @@ def of_point(rows: Tensor, i: int, k: int) -> Tensor:
 
 def together(points: Sequence[Point]) -> tuple[dict[str, Tensor], Recorded | None]:
     """`moved` of several points as rows [point, batch] of one pass, and `other` for these rows."""
-    first, k = points[0], len(points)
+    first = points[0]
     moved = {name: torch.cat([p.moved[name] for p in points]) for name in first.moved}
+    others = [p.other for p in points if p.other is not None]
     other = first.other and {
-        site: {key: v.repeat(k, *[1] * (v.ndim - 1)) for key, v in values.items()}
-        for site, values in first.other.items()
+        site: {key: torch.cat([o[site][key] for o in others]) for key in values} for site, values in first.other.items()
     }
     return moved, other

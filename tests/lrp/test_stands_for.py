@@ -33,7 +33,7 @@ def test_values_that_are_clipped_before_they_are_attended_to(rule):
 
 
 def test_a_norm_that_is_not_what_its_rule_says(monkeypatch):
-    monkeypatch.setattr("relp_cli.lrp.sites.centred", lambda _, x: x)
+    monkeypatch.setattr("relp_cli.lrp.sites.weighted", lambda _, x: x)
     for rule in ("ln", "ln2"):
         with pytest.raises(RelpError, match=rf"blocks\.0\.ln1 does not compute what rule {rule} replaces"):
             run(case_of("llama"), "relp", ["resid_pre"], rules=[rule])

@@ -75,11 +75,12 @@ def run(case: Case, method: str, kinds: Any = oracle.KINDS, batches: Any = None,
 
 @contextmanager
 def double_by_default() -> Iterator[None]:
+    before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:
-        torch.set_default_dtype(torch.float32)
+        torch.set_default_dtype(before)  # not torch.float32, which is another within exact_float64
 
 
 def hook_count(model: Model) -> int:
