@@ -18,7 +18,7 @@ from relp_cli import BATCH_SIZE
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.agreement import top
 from relp_cli.features.load import Dictionaries
-from relp_cli.methods.patching import patch_each
+from relp_cli.methods.patching import patch_nodes
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import position_axis, score_units
 from relp_cli.methods.setup import Setup
@@ -125,11 +125,6 @@ def _effects(setup: Setup, kind: NodeKind, mask: Tensor, labels: tuple[str, ...]
     """Float[batch, layer, slot, *unit]: exact effects of the candidates at this batch's positions, 0 elsewhere."""
     here = mask[:, [labels.index(label) for label in setup.labels]]
     here = here[..., None] if kind.split == "vector" else here
-    effects = torch.zeros(
-        len(setup.batch), *here.shape, device=setup.model.device, dtype=setup.prompt_value("run").dtype
-    )
-    for layer in range(setup.model.shape.n_layers):
-        nodes = here[layer].nonzero()
-        if len(nodes):
-            effects[:, layer, nodes[:, 0], nodes[:, 1]] = patch_each(setup, source, (kind, layer), nodes).T
+    wanted = {(kind.name, layer): nodes.expand(len(setup.batch), *nodes.shape) for layer, nodes in enumerate(here)}
+    effects = torch.stack(list(patch_nodes(setup, source, wanted).values()), 1)
     return effects[..., 0] if kind.split == "vector" else effects

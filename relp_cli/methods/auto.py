@@ -22,12 +22,13 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError
 from relp_cli.methods.means import mean_activations
-from relp_cli.methods.patching import patch_each
+from relp_cli.methods.patching import patch_nodes
 from relp_cli.methods.points import RelpParams
 from relp_cli.methods.request import Request
 from relp_cli.methods.score import score_units, with_extra_rules
 from relp_cli.methods.setup import Passes
 from relp_cli.models.model import Model
+from relp_cli.nodes.access import units
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.spaces.scores import KindScores, Scores, whole_of
 from relp_cli.statistics import TAIL, interval, pearson, resample_picks
@@ -179,18 +180,19 @@ def exact_cells(
     first, forwards = 0, 0.0 if means is None else float(sum(map(len, pairs)))
     for batch in (b.to(model.device) for b in pairs):
         setup = request.setup(model, batch, kinds, Passes(), None if means is None else means.at(batch))
-        source, index = setup.source_activations(), {label: i for i, label in enumerate(setup.labels)}
+        source, index = setup.source_activations(setup.traced[1]), {label: i for i, label in enumerate(setup.labels)}
         for kind in kinds:
-            pair, layers, label, unit = torch.from_numpy(cells[kind.name]).unbind(1)
-            slot = torch.tensor([index.get(label, -1) for label in like[kind.name].labels])
+            pair, layer, label, unit = torch.from_numpy(cells[kind.name]).unbind(1)
+            slot = torch.tensor([index.get(label, -1) for label in like[kind.name].labels])[label]
             here = (pair >= first) & (pair < first + len(batch))
-            for layer in layers[here].unique().tolist():
-                at = (here & (layers == layer)).nonzero()[:, 0]
-                nodes = torch.stack([slot[label[at]], unit[at]], 1)
-                rows = (pair[at, None] - first).to(model.device)
-                found = patch_each(setup, source, (kind, layer), nodes, rows)
-                out[kind.name][at.numpy()] = found[:, 0].double().cpu().numpy()
-        forwards += setup.passes.forward * len(batch)
+            where = (layer, pair - first, slot, unit)
+            wanted = torch.zeros(model.shape.n_layers, len(batch), len(index), units(model, kind), dtype=torch.bool)
+            wanted[tuple(x[here] for x in where)] = True
+            found = patch_nodes(setup, source, {(kind.name, n): mask for n, mask in enumerate(wanted)})
+            out[kind.name][here.numpy()] = (
+                torch.stack(list(found.values())).cpu()[tuple(x[here] for x in where)].numpy()
+            )
+        forwards += setup.passes.forward * len(batch) + setup.passes.patched
         first += len(batch)
     return out, round(forwards)
 

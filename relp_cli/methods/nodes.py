@@ -13,7 +13,7 @@ from torch import Tensor
 from relp_cli.errors import RelpError
 from relp_cli.methods.core import Gradients, differences, gradients, products
 from relp_cli.methods.means import mean_activations
-from relp_cli.methods.patching import patch_each
+from relp_cli.methods.patching import patch_nodes
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import position_axis
 from relp_cli.methods.setup import Passes
@@ -146,17 +146,12 @@ class NodeBatch(Batch):
         yield (of.kind.name, of.layer), grad
 
     def patch(self) -> Result:
-        return Result({kind.name: self._patched(kind) for kind in self.setup.kinds})
-
-    def _patched(self, kind: NodeKind) -> Tensor:
-        """c(n) of every node of a kind: Float[batch, layer, slot, *unit]."""
-        shape = (len(self.labels), units(self.model, kind))
-        nodes = torch.cartesian_prod(*(torch.arange(n) for n in shape))
-        layers = [
-            patch_each(self.setup, self.source, (kind, layer), nodes, chunk_tokens=self.chunk_tokens).T
-            for layer in range(self.model.shape.n_layers)
-        ]
-        return torch.stack(layers, 1).unflatten(-1, shape[:1] if kind.split == "vector" else shape)
+        layers = range(self.model.shape.n_layers)
+        every = {(kind.name, layer): None for kind in self.setup.kinds for layer in layers}
+        source = self.setup.source_activations(self.setup.traced[1])
+        found = patch_nodes(self.setup, source, every, self.chunk_tokens, self.tick)
+        scores = {kind: torch.stack([found[kind.name, n] for n in layers], 1) for kind in self.setup.kinds}
+        return Result({kind.name: v[..., 0] if kind.split == "vector" else v for kind, v in scores.items()})
 
 
 def _masked(model: Model, kind: NodeKind, value: Tensor, mask: Bool[Tensor, "pos unit"]) -> Tensor:

@@ -1,12 +1,13 @@
 """Exact patching, for every space and question: part of a run is replaced, all downstream is computed again, and L compared.
 
-`effects` is the one place where that is done; a space says what its hooks put where. Nodes are put by `patch_sets` (sets of
-nodes, of any kinds and layers, at once) and `patch_each` (single nodes of one kind and layer).
+`effects` is the one place where that is done; a space says what its hooks put where. Nothing is computed that a patch cannot
+change: passes start at its block and its position (`models.resume`), and nodes that are the same in source and run have effect 0
+without one. Nodes are put by `patch_sets` (sets of nodes, of any kinds and layers, at once) and `patch_nodes` (each on its own).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,17 +15,27 @@ from torch import Tensor
 
 from relp_cli.methods.setup import CHUNK_TOKENS, Setup, fitting
 from relp_cli.models.model import Hook
+from relp_cli.models.resume import Rows
 from relp_cli.nodes.access import Activations, split, units
 from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
+
+At = tuple[str, int]  # node kind, layer
 
 
 def effects(setup: Setup, hooks: Iterable[tuple[str, Hook]], example: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
     """L(run under the hooks) − L(run): row r of the one pass is the run's prompt example[r]. Rows count as forward passes."""
-    rows = example.flatten()
-    with torch.no_grad(), setup.model.hooks(list(hooks)):
-        logits = setup.model.logits(setup.run[rows])
-    setup.passes.forward += len(rows) / len(setup.batch)
-    return (setup.value(logits, rows) - setup.prompt_value("run")[rows]).view(example.shape)
+    return _effects(setup, [Rows(list(hooks), example.flatten())]).view(example.shape)
+
+
+def _effects(setup: Setup, groups: Sequence[Rows], first: int = 0) -> Float[Tensor, " rows"]:
+    """The same of several groups of rows, whose hooks see the positions from `first` on."""
+    trace, _ = setup.traced
+    rows = torch.cat([group.example for group in groups])
+    with torch.no_grad():
+        logits, computed = trace.logits(groups, first)
+    setup.passes.patched += len(rows)
+    setup.passes.computed += computed
+    return setup.value(logits, rows) - setup.prompt_value("run")[rows]
 
 
 def every_pair(setup: Setup, n: int) -> Int[Tensor, "n pairs"]:
@@ -35,42 +46,91 @@ def every_pair(setup: Setup, n: int) -> Int[Tensor, "n pairs"]:
 def patch_sets(
     setup: Setup,
     source: Activations,
-    masks: Mapping[tuple[str, int], Bool[Tensor, "sets pos units"]],
+    masks: Mapping[At, Bool[Tensor, "sets pos units"]],
     example: Int[Tensor, "sets pairs"],
 ) -> Float[Tensor, "sets pairs"]:
     """L(run | n ← n(source) for all n of a set) − L(run), in one pass; masks: (node kind, layer) → which nodes a set has."""
     hooks = [
-        (NODE_KINDS[kind].point(layer), _put(setup, NODE_KINDS[kind], mask, source[kind][layer], example))
+        (NODE_KINDS[kind].point(layer), _put_sets(setup, NODE_KINDS[kind], mask, source[kind][layer], example))
         for (kind, layer), mask in masks.items()
     ]
     return effects(setup, hooks, example)
 
 
-def patch_each(
+def patch_nodes(
     setup: Setup,
     source: Activations,
-    at: tuple[NodeKind, int],
-    nodes: Int[Tensor, "nodes 2"],
-    example: Int[Tensor, "nodes pairs"] | None = None,
+    wanted: Mapping[At, Bool[Tensor, "pairs slots units"] | None],
     chunk_tokens: int = CHUNK_TOKENS,
-) -> Float[Tensor, "nodes pairs"]:
-    """L(run | n ← n(source)) − L(run) of every node (slot, unit) of one (kind, layer) on its own, on its pairs `example` (all).
+    tick: Callable[[int, int, str], None] | None = None,
+) -> dict[At, Float[Tensor, "pairs slots units"]]:
+    """L(run | n ← n(source)) − L(run) of every node on its own, for each pair; 0 where it is not wanted (None: all are).
 
-    Positions that share a slot are patched jointly.
+    Positions that share a slot are patched jointly. Rows of a pass are (node, pair) cells of one slot, which pass by pass come
+    to at most `chunk_tokens` tokens.
     """
-    kind, layer = at
-    example = every_pair(setup, len(nodes)) if example is None else example
-    size = fitting(example.shape[1] * setup.batch.n_pos, chunk_tokens)
-    found = []
-    for part, pairs in zip(nodes.split(size), example.split(size), strict=True):
-        slot, unit = part.to(setup.model.device).unbind(1)
-        mask = torch.zeros(len(part), setup.batch.n_pos, units(setup.model, kind), dtype=torch.bool, device=slot.device)
-        mask[torch.arange(len(part), device=slot.device), :, unit] = setup.slots == slot[:, None]
-        found.append(patch_sets(setup, source, {(kind.name, layer): mask}, pairs))
-    return torch.cat(found)
+    (trace, _), n_slots, model = setup.traced, len(setup.labels), setup.model
+    value = setup.prompt_value("run")
+    todo = {at: _moved(setup, source, at) for at in sorted(wanted, key=lambda at: at[1])}
+    todo = {at: moved if (mask := wanted[at]) is None else moved & mask.to(moved.device) for at, moved in todo.items()}
+    out = {at: value.new_zeros(len(setup.batch), n_slots, units(model, NODE_KINDS[at[0]])) for at in wanted}
+    done, total = 0, sum(int(mask.sum()) for mask in todo.values())
+    for slot in range(n_slots):
+        positions = (setup.slots == slot).nonzero()[:, 0]
+        first = trace.first(int(positions[0]))
+        cells = [(at, mask[:, slot].nonzero()) for at, mask in todo.items()]
+        for part in _parts(cells, fitting(setup.batch.n_pos - first, chunk_tokens)):
+            groups = [_rows(setup, source, at, of, positions, first) for at, of in part]
+            found = _effects(setup, groups, first).split([len(of) for _, of in part])
+            for (at, of), effect in zip(part, found, strict=True):
+                out[at][of[:, 0], slot, of[:, 1]] = effect
+                done += len(of)
+            if tick:
+                tick(done, total, "patched runs")
+    return out
 
 
-def _put(setup: Setup, kind: NodeKind, mask: Tensor, source: Tensor, example: Tensor) -> Hook:
+def _moved(setup: Setup, source: Activations, at: At) -> Bool[Tensor, "pairs slots units"]:
+    """Where a patch can change the metric: the node differs between source and run, at a position that something reads."""
+    kind, layer = NODE_KINDS[at[0]], at[1]
+    differs = source[kind.name][layer] != setup.traced[1][kind.name][layer]
+    differs = differs.unflatten(-1, (units(setup.model, kind), -1)).any(-1)
+    if layer == setup.model.shape.n_layers - 1 and not kind.attended:
+        differs[:, :-1] = False  # only the last position's logits are read
+    return torch.stack([differs[:, setup.slots == slot].any(1) for slot in range(len(setup.labels))], 1)
+
+
+def _parts(cells: Sequence[tuple[At, Tensor]], size: int) -> Iterator[list[tuple[At, Tensor]]]:
+    """All cells in order, at most `size` at a time."""
+    part: list[tuple[At, Tensor]] = []
+    room = size
+    for at, rest in cells:
+        while len(rest):
+            part.append((at, rest[:room]))
+            rest, room = rest[room:], room - len(rest[:room])
+            if not room:
+                yield part
+                part, room = [], size
+    if part:
+        yield part
+
+
+def _rows(setup: Setup, source: Activations, at: At, cells: Tensor, positions: Tensor, first: int) -> Rows:
+    """Rows in which the nodes of `cells` Int[cell, (pair, unit)] are put, at these positions."""
+    kind, layer = NODE_KINDS[at[0]], at[1]
+    pair, unit = cells.unbind(1)
+    where = (pair[:, None], positions[None], unit[:, None])
+    new = split(setup.model, kind, source[kind.name][layer])[where]
+
+    def hook(value: Tensor) -> Tensor:
+        nodes = split(setup.model, kind, value).clone()
+        nodes[torch.arange(len(pair), device=pair.device)[:, None], positions[None] - first, unit[:, None]] = new
+        return nodes.flatten(-2)
+
+    return Rows([(kind.point(layer), hook)], pair)
+
+
+def _put_sets(setup: Setup, kind: NodeKind, mask: Tensor, source: Tensor, example: Tensor) -> Hook:
     def hook(value: Tensor) -> Tensor:
         current = split(setup.model, kind, value).unflatten(0, example.shape)
         new = split(setup.model, kind, source[example])

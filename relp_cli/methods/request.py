@@ -72,8 +72,12 @@ class Account:
             self.request.progress(sum(map(len, self.values)), self.n_pairs, self.method)
 
     def meta(self, row: Method, params: Params, rules: Mapping[str, int], axis: str, **more: Any) -> dict[str, Any]:
-        """What the result says of how it came about; passes are per pair, a pass over a batch counting for all its pairs."""
-        values = torch.cat(self.values)
+        """What the result says of how it came about; passes are per pair, a pass over a batch counting for all its pairs.
+
+        patched_share_computed: what was computed of the runs with a patch (which start at the patch), in whole runs.
+        """
+        values, passes = torch.cat(self.values), self.passes
+        forward = passes.forward / self.n_batches + passes.patched / self.n_pairs
         return {
             "method": self.method,
             "params": params.model_dump(mode="json", exclude=set(row.fixed)),
@@ -85,8 +89,9 @@ class Account:
             **model_meta(self.model),
             "n_pairs": self.n_pairs,
             "axis": axis,
-            "forwards_per_pair": round(self.passes.forward / self.n_batches, 3),
-            "backwards_per_pair": round(self.passes.backward / self.n_batches, 3),
+            "forwards_per_pair": round(forward, 3),
+            "backwards_per_pair": round(passes.backward / self.n_batches, 3),
+            **({"patched_share_computed": round(passes.computed / passes.patched, 3)} if passes.patched else {}),
             "seconds": round(time.perf_counter() - self.started, 3),
             "mean_metric": values.mean().item(),
             "mean_abs_metric": values.abs().mean().item(),

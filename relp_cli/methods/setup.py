@@ -13,6 +13,7 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError
 from relp_cli.models.model import Hook, Model
+from relp_cli.models.resume import Trace, record, way_of
 from relp_cli.nodes.access import EMBEDDED, Activations, capture
 from relp_cli.nodes.kinds import NodeKind
 from relp_cli.tasks.metrics import Metric
@@ -31,10 +32,16 @@ def fitting(tokens: int, chunk_tokens: int) -> int:
 
 @dataclass
 class Passes:
-    """Forward and backward passes spent, in units of one pass over one pair."""
+    """Forward and backward passes spent on a batch, in units of one pass over one pair.
+
+    patched: runs with a patch, on top of these, and of single pairs: how many there are depends on the pair. computed: what was
+    computed for them, in whole runs.
+    """
 
     forward: float = 0.0
     backward: float = 0.0
+    patched: int = 0
+    computed: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -125,8 +132,12 @@ class Setup:
                 self.seen[prompt] = self.value(self.model.logits(getattr(self, prompt)))
         return self.seen[prompt]
 
-    def source_activations(self) -> Activations:
-        """n(source) for every kind: Float[batch, pos, width] per layer (one forward pass; none for a mean baseline)."""
+    def source_activations(self, run: Activations | None = None) -> Activations:
+        """n(source) for every kind: Float[batch, pos, width] per layer (one forward pass; none for a mean baseline, nor for
+        zeros where the run's activations are at hand).
+        """
+        if self.baseline == "zero" and run is not None:
+            return {name: [torch.zeros_like(v) for v in layers] for name, layers in run.items()}
         if self.baseline == "mean":
             assert self.means is not None
             means = {k: [m.expand(len(self.batch), -1, -1) for m in layers] for k, layers in self.means.items()}
@@ -145,6 +156,16 @@ class Setup:
         """n(run) for every kind: Float[batch, pos, width] per layer (one forward pass)."""
         self.passes.forward += 1
         return self._captured("run")
+
+    @cached_property
+    def traced(self) -> tuple[Trace, Activations]:
+        """The run, kept so that patched ones start in the middle of it, and its activations (one forward pass)."""
+        way = way_of(self.model, self.run)
+        self.passes.forward += 1
+        with torch.no_grad(), capture(self.model, self.kinds) as values:
+            trace, logits = record(self.model, self.run, way)
+        self.seen["run"] = self.value(logits)
+        return trace, values
 
     def _captured(self, prompt: Literal["run", "source"]) -> Activations:
         with torch.no_grad():

@@ -133,18 +133,21 @@ class Model:
             wrong = largest if largest >= self.shape.vocab else smallest
             raise RelpError(f"token id {wrong}: model {self.name} has ids 0 to {self.shape.vocab - 1}")
 
-    def logits(self, tokens: Tensor, all_positions: bool = False) -> Tensor:
+    def logits(self, tokens: Tensor, all_positions: bool = False, past: Any = None) -> Tensor:
         """Logits Float[batch, vocab] at the last position (Float[batch, pos, vocab] if `all_positions`).
 
+        past: a Hugging Face cache of keys and values, of the positions before these tokens.
         The unembedding is computed only where it is read: slicing its input is exact and saves most of its cost.
         Raises: RelpError for token ids, or positions, that the model does not have.
         """
         self.check_tokens(tokens)
         self.batch[0] = len(tokens)
+        given: dict[str, Any] = {"input_ids": tokens, "use_cache": past is not None}
+        given |= {} if past is None else {"past_key_values": past}
         if all_positions:
-            return self.point("logits")(self.hf(input_ids=tokens, use_cache=False).logits)
+            return self.point("logits")(self.hf(**given).logits)
         with self.hooks({"unembed.hook_in": lambda h: h[:, -1:].contiguous()}):
-            return self.point("logits")(self.hf(input_ids=tokens, use_cache=False).logits)[:, 0]
+            return self.point("logits")(self.hf(**given).logits)[:, 0]
 
 
 def _as_forward_hook(fn: Hook) -> Callable[..., Tensor | None]:

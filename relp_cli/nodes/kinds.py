@@ -19,6 +19,7 @@ class NodeKind:
     """One row: `hook` is the hook point of layer `{l}`; `split` says how its last axis divides into nodes.
 
     width:          of units, the field of the model's `Shape` that says how many there are.
+    attended:       the attention of its own layer carries it to later positions.
     between_layers: no layer contains it, as the residual stream (`atp_star` drops layers without dropping it).
     """
 
@@ -27,6 +28,7 @@ class NodeKind:
     split: Split
     description: str
     width: str = "d_model"
+    attended: bool = False
     between_layers: bool = False
 
     @property
@@ -42,15 +44,28 @@ class NodeKind:
 
 NODE_KINDS: Registry[NodeKind] = Registry("node kind")
 for _row in (
-    NodeKind("resid_pre", "blocks.{l}.hook_in", "vector", "residual stream entering the block", between_layers=True),
+    NodeKind(
+        "resid_pre",
+        "blocks.{l}.hook_in",
+        "vector",
+        "residual stream entering the block",
+        attended=True,
+        between_layers=True,
+    ),
     NodeKind(
         "attn_out", "blocks.{l}.hook_attn_out", "vector", "what attention adds to the residual (after any post-norm)"
     ),
     NodeKind("mlp_out", "blocks.{l}.hook_mlp_out", "vector", "what the MLP adds to the residual (after any post-norm)"),
     NodeKind("head", "blocks.{l}.attn.o.hook_in", "head", "a head's output z = pattern·V, before W_O"),
     NodeKind("query", "blocks.{l}.attn.q.hook_out", "head", "a head's query, before rotary"),
-    NodeKind("key", "blocks.{l}.attn.k.hook_out", "kv_head", "a key (shared by its group of heads), before rotary"),
-    NodeKind("value", "blocks.{l}.attn.v.hook_out", "kv_head", "a value (shared by its group of heads)"),
+    NodeKind(
+        "key",
+        "blocks.{l}.attn.k.hook_out",
+        "kv_head",
+        "a key (shared by its group of heads), before rotary",
+        attended=True,
+    ),
+    NodeKind("value", "blocks.{l}.attn.v.hook_out", "kv_head", "a value (shared by its group of heads)", attended=True),
     NodeKind(
         "mlp_neuron", "blocks.{l}.mlp.out.hook_in", "unit", "MLP hidden unit: act(pre), or act(gate)·up", width="d_mlp"
     ),

@@ -130,8 +130,8 @@ class _EveryPosition(Model):
     def __init__(self, model: Model) -> None:
         self.__dict__.update(model.__dict__)
 
-    def logits(self, tokens: torch.Tensor, all_positions: bool = False) -> torch.Tensor:
-        logits = super().logits(tokens, all_positions=True)
+    def logits(self, tokens: torch.Tensor, all_positions: bool = False, past: Any = None) -> torch.Tensor:
+        logits = super().logits(tokens, all_positions=True, past=past)
         return logits if all_positions else logits[:, -1]
 
 
