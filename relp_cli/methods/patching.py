@@ -35,7 +35,9 @@ def _effects(setup: Setup, groups: Sequence[Rows], first: int = 0) -> Float[Tens
         logits, computed = trace.logits(groups, first)
     setup.passes.patched += len(rows)
     setup.passes.computed += computed
-    return setup.value(logits, rows) - setup.prompt_value("run")[rows]
+    found = setup.value(logits, rows) - setup.prompt_value("run")[rows]
+    setup.passes.no_effect += int((found == 0).sum())
+    return found
 
 
 def every_pair(setup: Setup, n: int) -> Int[Tensor, "n pairs"]:

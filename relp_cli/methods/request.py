@@ -74,7 +74,8 @@ class Account:
     def meta(self, row: Method, params: Params, rules: Mapping[str, int], axis: str, **more: Any) -> dict[str, Any]:
         """What the result says of how it came about; passes are per pair, a pass over a batch counting for all its pairs.
 
-        patched_share_computed: what was computed of the runs with a patch (which start at the patch), in whole runs.
+        patched_share_computed: what was computed of the runs with a patch (which start at the patch), in whole runs;
+        patched_share_no_effect: the share of them that left L as it was, to the last bit.
         """
         values, passes = torch.cat(self.values), self.passes
         forward = passes.forward / self.n_batches + passes.patched / self.n_pairs
@@ -91,12 +92,17 @@ class Account:
             "axis": axis,
             "forwards_per_pair": round(forward, 3),
             "backwards_per_pair": round(passes.backward / self.n_batches, 3),
-            **({"patched_share_computed": round(passes.computed / passes.patched, 3)} if passes.patched else {}),
+            **_of_patched(passes),
             "seconds": round(time.perf_counter() - self.started, 3),
             "mean_metric": values.mean().item(),
             "mean_abs_metric": values.abs().mean().item(),
             **more,
         }
+
+
+def _of_patched(passes: Passes) -> dict[str, float]:
+    shares = {"computed": passes.computed, "no_effect": passes.no_effect}
+    return {f"patched_share_{k}": round(n / passes.patched, 3) for k, n in shares.items()} if passes.patched else {}
 
 
 def model_meta(model: Model) -> dict[str, str]:

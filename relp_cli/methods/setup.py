@@ -35,13 +35,14 @@ class Passes:
     """Forward and backward passes spent on a batch, in units of one pass over one pair.
 
     patched: runs with a patch, on top of these, and of single pairs: how many there are depends on the pair. computed: what was
-    computed for them, in whole runs.
+    computed for them, in whole runs. no_effect: how many of them ended in the run's own L, to the last bit.
     """
 
     forward: float = 0.0
     backward: float = 0.0
     patched: int = 0
     computed: float = 0.0
+    no_effect: int = 0
 
 
 @dataclass(frozen=True)

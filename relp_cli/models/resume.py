@@ -41,7 +41,7 @@ class Way:
 
 
 WHOLE = Way(blocks=False, positions=False, together=False)
-WAYS = (Way(), Way(together=False), Way(positions=False), Way(positions=False, together=False), WHOLE)
+WAYS = (Way(), Way(together=False), Way(positions=False, together=False), WHOLE)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from relp_cli.features.load import load_dictionaries
 from relp_cli.methods.table import METHODS
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import units
-from relp_cli.nodes.kinds import NODE_KINDS
+from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
 from relp_cli.runs.spec import ScoreSpec
 from relp_cli.spaces.graph import Graph
 from relp_cli.tasks.pairs import PairBatch
@@ -31,7 +31,6 @@ def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> 
         keep = spec.params.get("positions") == "keep"
         return _edges_cost(model, n_pairs, positions if keep else 1, spec)
     row = METHODS[spec.method.partition("+")[0]]
-    exact = sum(model.shape.n_layers * len(set(b.labels)) * units(model, k) * len(b) for b in pairs for k in kinds)
     per_value = torch.finfo(model.dtype).bits // 8
     width = model.shape.d_mlp + 6 * model.shape.d_model + model.shape.n_heads * max(b.n_pos for b in pairs)
     batch = min(spec.batch_size, max(len(b) for b in pairs))
@@ -41,7 +40,8 @@ def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> 
     if spec.method.endswith("+auto") or spec.params.get("rules") == "auto":
         forwards += "; to choose rules, another such pass per candidate set and 256 exactly patched cells"
     if row.each:
-        forwards = f"{exact + 2 * n_pairs:,} patched runs of one pair ({n_pairs} pairs)"
+        runs = sum(_patched(model, b, k, spec.baseline) for b in pairs for k in kinds) + 2 * n_pairs
+        forwards = f"at most {runs:,} patched runs of one pair, each from its patch on ({n_pairs} pairs)"
         if spec.nodes == (SCORED,):
             forwards = f"a run per feature, position and pair where it differs between the prompts ({n_pairs} pairs)"
     return {
@@ -51,6 +51,19 @@ def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> 
         "memory": f"about {(activations + weights) / 2**20:.0f} MiB for weights and activations, "
         f"{sum(nodes.values()) * 8 * 2 / 2**20:.1f} MiB for scores",
     }
+
+
+def _patched(model: Model, batch: PairBatch, kind: NodeKind, baseline: str) -> int:
+    """How many (node, pair) cells differ between source and run at most: none before the first token that does, and in the last
+    layer those alone that the last position reads.
+    """
+    differs = torch.ones_like(batch.original, dtype=torch.bool)
+    if baseline == "patch" and batch.patch is not None:
+        differs = (batch.original != batch.patch).cumsum(1) > 0
+    labels = [torch.tensor([label == one for one in batch.labels]) for label in dict.fromkeys(batch.labels)]
+    cells, last = sum(int(differs[:, at].any(1).sum()) for at in labels), int(differs[:, -1].sum())
+    n = model.shape.n_layers
+    return units(model, kind) * (n * cells if kind.attended else (n - 1) * cells + last)
 
 
 def _edges_cost(model: Model, n_pairs: int, positions: int, spec: ScoreSpec) -> dict[str, Any]:

@@ -192,18 +192,22 @@ def score_run(
 
 
 def scoring_notes(scores: Scores) -> list[str]:
-    """What `relp+auto` chose, and how many pairs it took to choose; dictionaries that were trained on another model."""
-    other = scores.meta.get("dictionary_of")
-    if other:
-        return [f"WARNING: these dictionaries say that they are of model '{other}', not of '{scores.meta['model']}'"]
-    auto = scores.meta.get("auto")
-    if not auto:
-        return []
-    chosen = "; ".join(f"{kind}: {', '.join(rules) or 'no rules'}" for kind, rules in auto["chosen"].items())
-    aside = auto["pairs_set_aside"]
-    return [
-        f"auto: {aside} of {aside + scores.meta['n_pairs']} pairs were used to choose the rules; chosen for {chosen}"
-    ]
+    """What `relp+auto` chose, and how many pairs it took to choose; dictionaries that were trained on another model; exact
+    effects that a narrow dtype rounds to 0.
+    """
+    notes, meta = [], scores.meta
+    if other := meta.get("dictionary_of"):
+        notes.append(f"WARNING: these dictionaries say that they are of model '{other}', not of '{meta['model']}'")
+    if meta["dtype"] in ("bfloat16", "float16") and (lost := meta.get("patched_share_no_effect")):
+        notes.append(
+            f"WARNING: in {meta['dtype']} {lost:.0%} of the patched runs left the metric as it was, to the last bit: effects "
+            "smaller than the rounding of logits become 0; float32 keeps them"
+        )
+    if auto := meta.get("auto"):
+        chosen = "; ".join(f"{kind}: {', '.join(rules) or 'no rules'}" for kind, rules in auto["chosen"].items())
+        aside, of = auto["pairs_set_aside"], auto["pairs_set_aside"] + meta["n_pairs"]
+        notes.append(f"auto: {aside} of {of} pairs were used to choose the rules; chosen for {chosen}")
+    return notes
 
 
 def with_meta(scores: Scores, prepared: Prepared, spec: ScoreSpec, digest: str) -> Scores:

@@ -163,6 +163,15 @@ def test_dry_run_writes_nothing(relp, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("options", [("--nodes", "attn_out,head"), ("--nodes", "value", "--baseline", "zero")])
+def test_a_dry_run_of_exact_patching_says_what_it_takes(relp, options):
+    given = ("score", "ioi", "--method", "act_patch", "--pairs", 2, *options)
+    said = json.loads(relp(*given, "--dry-run", "--json").out)["forwards"]
+    found = json.loads(relp(*given, "-o", "run", "--json").out)
+    runs = round(2 * found["scores"]["forwards_per_pair"]) + (2 if "zero" in options else 0)
+    assert said.startswith(f"at most {runs:,} patched runs of one pair")
+
+
 def test_baselines_score_single_prompts(relp, tmp_path):
     (tmp_path / "prompts.jsonl").write_text(
         '{"prompt": "Then, Mary and John went to the store. John gave a ring to", "answer": " Mary", "foil": " John"}\n'

@@ -14,6 +14,7 @@ from relp_cli.methods.nodes import NodeBatch
 from relp_cli.methods.setup import Setup
 from relp_cli.methods.space import Point
 from relp_cli.nodes.kinds import NODE_KINDS
+from relp_cli.runs.scoring import scoring_notes
 from relp_cli.spaces.graph import Graph
 from relp_cli.tasks.metrics import METRICS
 
@@ -95,3 +96,18 @@ def test_a_metric_that_is_no_number_is_refused_by_name_and_prompt(model, batch, 
     with pytest.raises(RelpError, match=f"metric '{metric}' is nan in 1 of 3 runs .* first on the prompt") as caught:
         behaviour(model, [batch], metric)
     assert prompt in str(caught.value)
+
+
+def test_exact_effects_that_the_dtype_rounds_away_are_pointed_at(model, batch):
+    """Of a bfloat16 model's logits, some differences are below the last bit: their share is in the metadata and in a note."""
+    scores = relp.score(model, [batch], "act_patch", ["head"], keep_examples=True)
+    lost = scores.meta["patched_share_no_effect"]
+    ran = scores.meta["forwards_per_pair"] - 2
+    still = (scores["head"].examples != 0).sum() / len(batch)
+    assert 0.05 < lost < 1
+    assert still == pytest.approx((1 - lost) * ran, rel=0.01)
+    assert scoring_notes(scores) == [
+        f"WARNING: in bfloat16 {lost:.0%} of the patched runs left the metric as it was, to the last bit: effects smaller than "
+        "the rounding of logits become 0; float32 keeps them"
+    ]
+    assert scoring_notes(relp.score(model, [batch], "atp", ["head"])) == []

@@ -124,6 +124,7 @@ def test_scores_equal_those_of_plain_hugging_face(name: str) -> None:
         close(model.logits(BATCH.original), sites.oracle.hf(input_ids=BATCH.original).logits[:, -1])
         atp = score(model, [BATCH], "atp", kinds, keep_examples=True)
         exact = score(model, [BATCH], "act_patch", [k for k in kinds if k != "mlp_neuron"], keep_examples=True)
+        assert exact.meta["patched_share_computed"] < 0.4  # runs start at the patched block and position
         before = sites.value(BATCH.original)
         for kind in kinds:
             for layer in range(N_LAYERS):
