@@ -131,9 +131,18 @@ class NodeBatch(Batch):
             applied = at.applied
             for where, grad in self._parts(point, at):
                 before = total.get(where)
-                part = point.weigh(wide(grad))
+                part = self.shared(point, where, point.weigh(wide(grad)))
                 total[where] = part if before is None else before + part
         return total, applied
+
+    def shared(self, point: Point, where: tuple[str, int], gradient: Tensor) -> Tensor:
+        """A part's gradient, as far as each node has a share in it."""
+        if point.part == "whole":
+            return gradient
+        kind, layer = NODE_KINDS[where[0]], where[1]
+        delta = wide(self.source[kind.name][layer]) - wide(self.run[kind.name][layer])
+        share = self.streams.shares(kind, layer, delta).sqrt()
+        return gradient * (share if point.part == "secant" else 1 - share)
 
     def _parts(self, point: Point, at: Gradients) -> Iterator[tuple[tuple[str, int], Tensor]]:
         """(kind, layer) → the gradient of the nodes there that the point is for, 0 for others."""

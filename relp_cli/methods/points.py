@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from relp_cli.methods.setup import CHUNK_TOKENS
-from relp_cli.methods.space import Batch, Point
+from relp_cli.methods.space import Batch, Part, Point
 from relp_cli.methods.table import Params
 from relp_cli.nodes.access import EMBEDDED
 
@@ -35,10 +35,14 @@ class RelpParams(Params):
     endpoints: the other point of two-point rules. "patch": the patch prompt. "position" (what `relp+secant` does): one for
     each changed position, the run with this token alone replaced; a node at a changed position has its own, any other the
     mean over them. More than max_endpoints changed positions are taken in groups of neighbours.
+
+    blend: the rules count by √t, with t how far a node moves its layer's stream, and the plain gradient by the rest
+    (`share.py`): one more backward pass, and 2 forward.
     """
 
     rules: tuple[str, ...] | None = None
     endpoints: Literal["patch", "position"] = "patch"
+    blend: bool = False
     max_endpoints: int = Field(default=8, ge=1)
     auto_cells: int = Field(default=256, ge=16)
     auto_seed: int = 0
@@ -91,25 +95,28 @@ def atp(_: Batch, __: Params) -> Iterable[Point]:
 def relp(on: Batch, params: RelpParams) -> Iterator[Point]:
     """2 forward + 1 backward for all units; with c endpoints by position 1 + 2c forward + c backward."""
     rules = rules_of(on, params)
+    part: Part = "secant" if params.blend else "whole"
+    if params.blend:
+        yield Point(part="tangent")
     if params.endpoints == "position" and on.two_point(rules):
-        yield from endpoints(on, rules, params.max_endpoints)
+        yield from endpoints(on, rules, params.max_endpoints, part)
     else:
-        yield Point(rules=rules, other=on.recorded(rules))
+        yield Point(rules=rules, other=on.recorded(rules), part=part)
 
 
-def endpoints(on: Batch, rules: tuple[str, ...], most: int) -> Iterator[Point]:
+def endpoints(on: Batch, rules: tuple[str, ...], most: int, part: Part = "whole") -> Iterator[Point]:
     """One point per changed position, or group of them, of the pair that has most; weighed by where it counts."""
     run, source = on.setup.run, on.setup.source
     groups = changed_groups(run, source, most)
     n, count = int(groups.max()) + 1, groups.max(1).values + 1  # of the pair with most, and of each
     on.meta["endpoints"] = max(n, 1)
     if n <= 1:  # then the source is the one endpoint of every pair
-        yield Point(rules=rules, other=on.recorded(rules))
+        yield Point(rules=rules, other=on.recorded(rules), part=part)
         return
     for g in range(n):
         other = on.recorded_on(torch.where(groups == g, source, run), rules)
         mean = ((groups < 0) & (g < count[:, None])) / count.clamp_min(1)[:, None]
-        yield Point((groups == g) + mean, rules=rules, other=other)
+        yield Point((groups == g) + mean, rules=rules, other=other, part=part)
 
 
 def changed_groups(run: Tensor, source: Tensor, most: int) -> Int[Tensor, "batch pos"]:

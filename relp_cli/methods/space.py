@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from jaxtyping import Int
@@ -22,10 +22,13 @@ from relp_cli.lrp.context import Recorded, recording
 from relp_cli.lrp.rules import parse_rules
 from relp_cli.methods.request import Progress
 from relp_cli.methods.setup import CHUNK_TOKENS, Passes, Setup, fitting
+from relp_cli.methods.share import Streams
 from relp_cli.methods.table import Result
 from relp_cli.models.model import Hook, Model
 from relp_cli.spaces.units import Units
 from relp_cli.tasks.pairs import PairBatch
+
+Part = Literal["whole", "tangent", "secant"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Point:
 
     weight: its share of the average, one for all or Float[batch, pos]. moved: hook point → Float[batch, pos, width]; nothing:
     the run as it is. rules, other: what `lrp` is given. of: whose scores these gradients are for (`Place.of`); None: everything.
+    part: of a blend by share (`share.py`), what a node has the share √t of, or 1 − √t; else the whole.
     """
 
     weight: float | Tensor = 1.0
@@ -41,6 +45,7 @@ class Point:
     rules: tuple[str, ...] = ()
     other: Recorded | None = None
     of: Any = None
+    part: Part = "whole"
 
     def weigh(self, gradient: Tensor) -> Tensor:
         """weight · gradient Float[batch, pos, width]."""
@@ -83,6 +88,14 @@ class Batch(ABC):
         """Progress within the batch."""
         if self._tick:
             self._tick(done, total, what)
+
+    @property
+    def streams(self) -> Streams:
+        """The stream's changes, which shares are of: 2 forward passes."""
+        if "streams" not in self._read:
+            self._read["streams"] = Streams(self.setup)
+        found: Streams = self._read["streams"]
+        return found
 
     def forget(self) -> None:
         """Drop what was read."""
