@@ -25,12 +25,14 @@ from relp_cli.lrp.context import Recorded, lrp
 from relp_cli.lrp.rules import ActiveRule, NormForm, parse_rules
 from relp_cli.methods.core import must_reach, refuse_metric
 from relp_cli.methods.setup import Setup
-from relp_cli.methods.space import Point, added, of_point, together
+from relp_cli.methods.share import Streams, share_of
+from relp_cli.methods.space import Part, Point, added, of_part, of_point, together
 from relp_cli.models.model import Hook, Model
 from relp_cli.nodes.access import capture
 from relp_cli.precision import wide
 from relp_cli.spaces.graph import QKV, Graph
 
+FINAL = "ln_final.hook_in"
 CHUNK = 1 << 22  # numbers of writer differences formed at a time (16 MiB in float32)
 
 
@@ -87,7 +89,7 @@ class _Taps:
         self.seen: dict[str, Tensor] = {}
         layers = range(model.shape.n_layers)
         self.reads = [reads(model, n) for n in layers]
-        self.inputs = [point for at in self.reads for point in (at.stream, at.mlp)] + ["ln_final.hook_in"]
+        self.inputs = [point for at in self.reads for point in (at.stream, at.mlp)] + [FINAL]
         self.heads = [f"blocks.{n}.attn.{part}.hook_out" for n in layers for part in QKV]
         self.scales = [f"{at.norm.name}.hook_scale" for at in self.reads if at.norm.component is not None]
 
@@ -167,7 +169,7 @@ def _readers(
         heads={part: [of(f"blocks.{n}.attn.{part}.hook_out", n) for n in layers] for part in QKV},
         attention=[of(taps.reads[n].stream, n) for n in layers],
         mlps=[of(taps.reads[n].mlp, n) for n in layers],
-        logits=must_reach(grads["ln_final.hook_in"], "ln_final", taps.model.shape.n_layers, []),
+        logits=must_reach(grads[FINAL], "ln_final", taps.model.shape.n_layers, []),
         x=[taps.seen[taps.reads[n].stream].detach() for n in layers],
         scale=[scale(n) for n in layers],
         values=written,
@@ -239,8 +241,13 @@ class Products:
             self._kept = values
         return values
 
-    def scores(self, at: Readers, writers: slice = slice(None)) -> Tensor:
-        """Float[batch, writer, reader], or per position Float[batch, pos, writer, reader]; only rows `writers`, others 0."""
+    def scores(
+        self, at: Readers, writers: slice = slice(None), part: Part = "whole", streams: Streams | None = None
+    ) -> Tensor:
+        """Float[batch, writer, reader], or per position Float[batch, pos, writer, reader]; only rows `writers`, others 0.
+
+        part: of a blend, by each writer's share of the change of what its reader reads (`streams`).
+        """
         graph, (batch, pos) = self.graph, self.delta.input.shape[:2]
         first, stop, _ = writers.indices(len(graph.writers))
         out = self.delta.input.new_zeros(batch, *([pos] if self.positions else []), *graph.mask.shape)
@@ -251,10 +258,30 @@ class Products:
                 last = min(graph.written_before(layer, "mlp"), stop)
                 if last > first:
                     pull_back(self.model, at, layer, rows, grads)
-                    _dot(out, deltas, grads, rows, slice(first, last), graph.readers_of(layer))
+                    heads, mlp = graph.readers_of(layer), graph.readers_of(layer).stop - 1
+                    if streams is None:
+                        _dot(out, deltas, grads, rows, slice(first, last), heads)
+                        continue
+                    of_heads, of_mlp = (_of_part(deltas, streams.at(p)[rows], part) for p in inputs(self.model, layer))
+                    _dot(out, of_heads, grads[:-1], rows, slice(first, last), slice(heads.start, mlp))
+                    _dot(out, of_mlp, grads[-1:], rows, slice(first, last), slice(mlp, mlp + 1))
             last_reader = slice(len(graph.readers) - 1, len(graph.readers))
+            if streams is not None:
+                deltas = _of_part(deltas, streams.at(FINAL)[rows], part)
             _dot(out, deltas, at.logits[rows][None].to(deltas.dtype), rows, slice(first, stop), last_reader)
         return out.mul_(graph.mask.to(out.device))
+
+
+def inputs(model: Model, layer: int) -> tuple[str, str]:
+    """Where the stream stands that a layer's heads read, and its MLP."""
+    read = reads(model, layer)
+    return read.stream, read.stream if read.shared else read.mlp
+
+
+def _of_part(deltas: Tensor, change: Tensor, part: Part) -> Tensor:
+    """Writers' differences Float[writer, batch, pos, d_model], as far as each is a share of what a reader's input changes by."""
+    share = share_of(torch.einsum("wbpd,bpd->wbp", deltas, change.to(deltas.dtype)), change.square().sum(-1))
+    return deltas * of_part(part, share)[..., None]
 
 
 def _dot(out: Tensor, deltas: Tensor, grads: Tensor, rows: slice, writers: slice, readers: slice) -> None:

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from relp_cli.edges.check import check_once
 from relp_cli.edges.edge_patch import Patcher
-from relp_cli.edges.gradients import Products, Readers, reader_gradients
+from relp_cli.edges.gradients import FINAL, Products, Readers, inputs, reader_gradients
 from relp_cli.edges.reads import reads
 from relp_cli.edges.stream import Recorder, Written, keeping, mean_written, written
 from relp_cli.errors import RelpError, unknown
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import position_axis
 from relp_cli.methods.setup import CHUNK_TOKENS, Passes, Setup
+from relp_cli.methods.share import Streams
 from relp_cli.methods.space import Batch, Place, Point, added, of_point, together
 from relp_cli.methods.table import Result
 from relp_cli.models.model import Model
@@ -143,6 +144,11 @@ class EdgeBatch(Batch):
     def product(self, start: Written, end: Written, at: Readers) -> Mapping[str, Tensor]:
         return self.result(Products(self.model, self.graph, end - start, self.positions).scores(at)).scores
 
+    def read_streams(self) -> Streams:
+        """What every reader reads."""
+        read = [p for layer in range(self.model.shape.n_layers) for p in inputs(self.model, layer)]
+        return Streams(self.setup, [*read, FINAL])
+
     def attribute(self, points: Iterable[Point]) -> Result:
         products = None
         total, applied = torch.zeros(()), {}
@@ -151,7 +157,9 @@ class EdgeBatch(Batch):
                 products = Products(self.model, self.graph, self.source - self.run, self.positions)
             weighed = at.weighed(point) if isinstance(point.weight, Tensor) else at
             factor = 1.0 if weighed is not at else point.weight
-            total, applied = total + factor * products.scores(weighed, point.of or slice(None)), at.applied
+            streams = None if point.part == "whole" else self.streams
+            scores = products.scores(weighed, point.of or slice(None), point.part, streams)
+            total, applied = total + factor * scores, at.applied
             del at, weighed  # before the next pass, not during it
         return self.result(total, applied)
 

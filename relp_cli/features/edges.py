@@ -96,6 +96,11 @@ def feature_edges(
     for done, chunk in enumerate(chunks):
         on = FeatureBatch(feature_setup(model, found, chunk, request, Passes()), found)
         points = tuple(row.load()[0](on, parsed))
+        if any(point.part != "whole" or isinstance(point.weight, Tensor) for point in points):
+            raise RelpError(
+                "edges between features are scored at one endpoint and without a blend: score with --set endpoints=patch "
+                "--set blend=false"
+            )
         grads, applied = on.site_gradients(points)
         slots = circuit.slots(chunk).to(model.device)
         for target, first, scores in _Batch(on, nodes, circuit.labels, slots, points, grads).edges():

@@ -25,7 +25,8 @@ from relp_cli.methods.nodes import NodeBatch, NodesAt
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import position_axis
 from relp_cli.methods.setup import CHUNK_TOKENS, Passes, Setup
-from relp_cli.methods.space import Place, Point
+from relp_cli.methods.share import share_of
+from relp_cli.methods.space import Part, Place, Point, of_part
 from relp_cli.methods.table import Result
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import Activations
@@ -127,22 +128,33 @@ class FeatureBatch(NodeBatch):
         return self._products(lambda site: self.difference(start, end, site), grads)
 
     def attribute(self, points: Iterable[Point]) -> Result:
-        grads, applied = self.site_gradients(points)
-        return Result(self._products(self.delta, grads), applied, self.meta)
+        parts, applied = self.mean_gradients(points)
+        found: dict[str, Tensor] = {}
+        for part, grads in parts.items():
+            of_sites = {site: grads[site.node_kind.name, site.at] for site in self.dictionaries}
+            for name, scores in self._products(self.delta, of_sites, part).items():
+                found[name] = found[name] + scores if name in found else scores
+        return Result(found, applied, self.meta)
 
     def site_gradients(self, points: Iterable[Point]) -> tuple[dict[Site, Tensor], dict[str, int]]:
         """Per site the mean of ∂L/∂x over the points that are for it, Float[batch, pos, d_model], and the rules applied."""
-        mean, applied = self.mean_gradients(points)
-        return {site: mean[site.node_kind.name, site.at] for site in self.dictionaries}, applied
+        parts, applied = self.mean_gradients(points)
+        return {site: parts["whole"][site.node_kind.name, site.at] for site in self.dictionaries}, applied
 
     def _products(
-        self, delta: Callable[[Site], tuple[Tensor, Tensor]], grads: Mapping[Site, Tensor]
+        self, delta: Callable[[Site], tuple[Tensor, Tensor]], grads: Mapping[Site, Tensor], part: Part = "whole"
     ) -> dict[str, Tensor]:
         scores = {}
         for site, d in self.dictionaries.items():
             (delta_f, delta_e), g = delta(site), wide(grads[site])
-            scores[site.name] = self.setup.to_slots((delta_f * (g @ wide(d.w_dec).T))[:, None])[:, 0]
-            scores[f"{site.name}/error"] = self.setup.to_slots((delta_e * g).sum(-1)[:, None])[:, 0]
+            features, errors = delta_f * (g @ wide(d.w_dec).T), (delta_e * g).sum(-1)
+            if part != "whole":
+                change = self.streams.change(site.layer)
+                norm = change.square().sum(-1)
+                features = features * of_part(part, share_of(delta_f * (change @ wide(d.w_dec).T), norm[..., None]))
+                errors = errors * of_part(part, share_of((delta_e * change).sum(-1), norm))
+            scores[site.name] = self.setup.to_slots(features[:, None])[:, 0]
+            scores[f"{site.name}/error"] = self.setup.to_slots(errors[:, None])[:, 0]
         return scores
 
     def patch(self) -> Result:

@@ -199,7 +199,7 @@ for _row in (
 @dataclass(frozen=True)
 class RuleSet:
     """Rules that go together (`relp+secant`), in place of all others but those on linear layers; a model without gates or
-    caps goes without their rules. endpoints: where two-point rules have the other point (`methods.points`).
+    caps goes without their rules. endpoints, blend: what `relp` does with them unless asked otherwise (`methods.points`).
     """
 
     name: str
@@ -207,12 +207,13 @@ class RuleSet:
     description: str
     source: str
     endpoints: Literal["patch", "position"] = "patch"
+    blend: bool = False
 
 
 RULE_SETS: Registry[RuleSet] = Registry("rule set")
 for _set in (
     RuleSet("secant", ("lnx", "act2", "gate2", "attn2", "softmax2", "qk2", "softcap2"),
-            "every layer's secant, one endpoint per changed position", OURS, "position"),
+            "every layer's secant, one endpoint per changed position, by the node's share", OURS, "position", True),
     RuleSet("local", ("ln2", "act2", "gate2", "local", "softcap2"), "secants that change one thing at a time", OURS),
     RuleSet("two_point", ("ln2", "act2", "gate2", "attn2"), "secants, but for the softmax and 1/σ", OURS),
     RuleSet("attnlrp", ("ln", "identity", "half", "half_pv", "half_qk"), "AttnLRP's", "Achtibat et al. 2024"),

@@ -17,7 +17,7 @@ from relp_cli.methods.patching import patch_nodes
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import position_axis
 from relp_cli.methods.setup import Passes
-from relp_cli.methods.space import Batch, Place, Point, added, of_point, together
+from relp_cli.methods.space import Batch, Part, Place, Point, added, of_part, of_point, together
 from relp_cli.methods.table import Result
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import Activations, capture, split, units
@@ -118,31 +118,32 @@ class NodeBatch(Batch):
         return products(self.setup, differences(end, start), at.grads)
 
     def attribute(self, points: Iterable[Point]) -> Result:
-        found, applied = self.mean_gradients(points)
-        layers = range(self.model.shape.n_layers)
-        mean = {kind.name: [found[kind.name, n] for n in layers] for kind in self.setup.kinds}
-        return Result(products(self.setup, differences(self.source, self.run), mean), applied, self.meta)
+        parts, applied = self.mean_gradients(points)
+        deltas = differences(self.source, self.run)
+        mean: Activations = {kind.name: [] for kind in self.setup.kinds}
+        for kind in self.setup.kinds:
+            for n, delta in enumerate(deltas[kind.name]):
+                shares = [self._share(part, kind, n, delta) * grads[kind.name, n] for part, grads in parts.items()]
+                mean[kind.name].append(torch.stack(shares).sum(0) if len(shares) > 1 else shares[0])
+        return Result(products(self.setup, deltas, mean), applied, self.meta)
 
-    def mean_gradients(self, points: Iterable[Point]) -> tuple[dict[tuple[str, int], Tensor], dict[str, int]]:
-        """(kind, layer) → Σ weight · ∂L/∂n over the points that are for it, Float[batch, pos, width]; the rules applied."""
-        total: dict[tuple[str, int], Tensor] = {}
+    def mean_gradients(
+        self, points: Iterable[Point]
+    ) -> tuple[dict[Part, dict[tuple[str, int], Tensor]], dict[str, int]]:
+        """Part → (kind, layer) → Σ weight · ∂L/∂n over its points, Float[batch, pos, width]; and the rules applied."""
+        parts: dict[Part, dict[tuple[str, int], Tensor]] = {}
         applied: dict[str, int] = {}
         for point, at in self.passes(points):
             applied = at.applied
+            total = parts.setdefault(point.part, {})
             for where, grad in self._parts(point, at):
-                before = total.get(where)
-                part = self.shared(point, where, point.weigh(wide(grad)))
-                total[where] = part if before is None else before + part
-        return total, applied
+                before, grad = total.get(where), point.weigh(wide(grad))
+                total[where] = grad if before is None else before + grad
+        return parts, applied
 
-    def shared(self, point: Point, where: tuple[str, int], gradient: Tensor) -> Tensor:
-        """A part's gradient, as far as each node has a share in it."""
-        if point.part == "whole":
-            return gradient
-        kind, layer = NODE_KINDS[where[0]], where[1]
-        delta = wide(self.source[kind.name][layer]) - wide(self.run[kind.name][layer])
-        share = self.streams.shares(kind, layer, delta).sqrt()
-        return gradient * (share if point.part == "secant" else 1 - share)
+    def _share(self, part: Part, kind: NodeKind, layer: int, delta: Tensor) -> Tensor | float:
+        """What a site's nodes have of a part: Float[batch, pos, width]."""
+        return 1.0 if part == "whole" else of_part(part, self.streams.shares(kind, layer, delta))
 
     def _parts(self, point: Point, at: Gradients) -> Iterator[tuple[tuple[str, int], Tensor]]:
         """(kind, layer) → the gradient of the nodes there that the point is for, 0 for others."""

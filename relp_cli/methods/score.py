@@ -109,9 +109,9 @@ def resolve_method(
     if row.rules and (model or extra):
         preset = model.family.rules if model else ()
         params["rules"] = with_extra_rules(model, tuple(params.get("rules", preset)), extra)
-    if "endpoints" in known and "endpoints" not in params:
-        for rule_set in (RULE_SETS[name] for name in extra if name in RULE_SETS):
-            params["endpoints"] = rule_set.endpoints
+    for rule_set in (RULE_SETS[name] for name in extra if name in RULE_SETS):
+        own = {"endpoints": rule_set.endpoints, "blend": rule_set.blend}
+        params = {k: v for k, v in own.items() if k in known} | params
     try:
         parsed = schema(**params)
     except ValidationError as error:

@@ -6,14 +6,16 @@ quadratic function the coefficient of a move by the fraction t of the way is exa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from relp_cli.lrp.sites import centred, linear_layer, weighted
 from relp_cli.methods.setup import Setup
-from relp_cli.models.model import Hook, Model
-from relp_cli.nodes.access import per_node, split
+from relp_cli.models.model import Hook
+from relp_cli.nodes.access import EMBEDDED, per_node, split
 from relp_cli.nodes.kinds import NodeKind
 from relp_cli.precision import wide
 
@@ -25,17 +27,26 @@ WRITES: dict[str, tuple[str, str]] = {
     "blocks.{l}.mlp.out.hook_in": ("mlp.out", "ln2_post"),
     "blocks.{l}.hook_attn_out": ("", ""),
     "blocks.{l}.hook_mlp_out": ("", ""),
+    "blocks.{l}.hook_out": ("", ""),
 }
 
 
-class Streams:
-    """The change of every layer's resid_post from run to source, and the scales of the run's post-norms: 2 forward passes."""
+def share_of(along: Tensor, square: Tensor) -> Tensor:
+    """⟨contribution, Δr⟩ / ‖Δr‖², from 0 to 1; 1 where nothing changes."""
+    return (along / square).nan_to_num(1.0).clamp(0, 1)
 
-    def __init__(self, setup: Setup) -> None:
+
+class Streams:
+    """What stands at some hook points in run and source (2 forward passes), by default what every layer leaves behind, and the
+    scales of post-norms.
+    """
+
+    def __init__(self, setup: Setup, points: Sequence[str] = ()) -> None:
         self.setup, self.model = setup, setup.model
         layers = range(self.model.shape.n_layers)
         scales = [f"blocks.{n}.{norm}.hook_scale" for n in layers for norm in ("ln1_post", "ln2_post")]
-        self.points = [STREAM.format(l=n) for n in layers] + [p for p in scales if p in self.model.points]
+        default = [EMBEDDED, *(STREAM.format(l=n) for n in layers), *(p for p in scales if p in self.model.points)]
+        self.points = list(dict.fromkeys(points or default))
         self.run, self.source = self._read(setup.run), self._read(setup.source)
 
     def _read(self, tokens: Tensor) -> dict[str, Tensor]:
@@ -49,9 +60,13 @@ class Streams:
         self.setup.passes.forward += 1
         return seen
 
+    def at(self, point: str) -> Float[Tensor, "batch pos d_model"]:
+        """Source − run."""
+        return wide(self.source[point]) - wide(self.run[point])
+
     def change(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
-        name = STREAM.format(l=layer)
-        return wide(self.source[name]) - wide(self.run[name])
+        """Of a layer's resid_post; −1: of what the first block reads."""
+        return self.at(STREAM.format(l=layer) if layer >= 0 else EMBEDDED)
 
     def shares(self, kind: NodeKind, layer: int, delta: Float[Tensor, "batch pos width"]) -> Tensor:
         """⟨a node's contribution to the stream, Δr⟩ / ‖Δr‖², from 0 to 1, of each node; over the width of its site."""
@@ -60,7 +75,7 @@ class Streams:
         change = self.change(layer)
         along = per_node(self.model, kind, delta * self._read_back(kind, layer, change))
         along = along[..., None] if kind.split == "vector" else along
-        share = (along / change.square().sum(-1, keepdim=True)).nan_to_num(1.0).clamp(0, 1)
+        share = share_of(along, change.square().sum(-1, keepdim=True))
         return share[..., None].expand_as(split(self.model, kind, delta)).flatten(-2)
 
     def _read_back(self, kind: NodeKind, layer: int, change: Tensor) -> Tensor:
@@ -73,8 +88,5 @@ class Streams:
         if scale is not None:
             component = self.model.component(f"blocks.{layer}.{norm}")
             change = centred(component, weighted(component, change)) / scale
-        return change @ _weight(self.model, f"blocks.{layer}.{linear}").to(change.dtype)
-
-
-def _weight(model: Model, name: str) -> Float[Tensor, "out in"]:
-    return linear_layer(model, name)[0]
+        weight, _ = linear_layer(self.model, f"blocks.{layer}.{linear}")
+        return change @ weight.to(change.dtype)

@@ -93,9 +93,12 @@ class Batch(ABC):
     def streams(self) -> Streams:
         """The stream's changes, which shares are of: 2 forward passes."""
         if "streams" not in self._read:
-            self._read["streams"] = Streams(self.setup)
+            self._read["streams"] = self.read_streams()
         found: Streams = self._read["streams"]
         return found
+
+    def read_streams(self) -> Streams:
+        return Streams(self.setup)
 
     def forget(self) -> None:
         """Drop what was read."""
@@ -221,6 +224,14 @@ class Scorer(Protocol):
 def added(moved: Mapping[str, Tensor]) -> list[tuple[str, Hook]]:
     """The hooks that add to a run's values."""
     return [(name, lambda value, change=change: (value + change).to(value.dtype)) for name, change in moved.items()]  # type: ignore[misc]
+
+
+def of_part(part: Part, share: Tensor) -> Tensor:
+    """What a unit with share t of the stream's change has of a part of a blend: √t of the secant, the rest of the tangent.
+
+    √t and not t: with it single neurons agree best with exact patching (docs/rules.md).
+    """
+    return share.sqrt() if part == "secant" else 1 - share.sqrt()
 
 
 def _groups(points: Iterable[Point], size: int) -> Iterator[list[Point]]:

@@ -58,14 +58,14 @@ def test_edges_are_complete_and_make_up_the_stream(shape: str) -> None:
     """
     c = case(shape)
     assert c.batch.patch is not None
-    got = run(c, "relp+secant", ["edges"], endpoints="patch")["edges"]
+    got = run(c, "relp+secant", ["edges"], endpoints="patch", blend=False)["edges"]
     writers, readers = zip(*(name.split("->") for name in got.edge_names()), strict=True)
     assert got.examples is not None
     into_logits = torch.tensor([reader == "logits" for reader in readers])
     close(got.examples[:, 0, into_logits].sum(-1), value(c, c.batch.patch) - value(c, c.batch.original))
     from_input = torch.tensor([writer == writers[0] for writer in writers])
     for ends in ("patch", "position"):
-        edges = run(c, "relp+secant", ["edges"], endpoints=ends)["edges"].examples
+        edges = run(c, "relp+secant", ["edges"], endpoints=ends, blend=False)["edges"].examples
         nodes = run(c, "relp+secant", ["resid_pre"], endpoints=ends)["resid_pre"].examples
         close(edges[:, 0, from_input].sum(-1), nodes[:, 0].sum(-1))
 
@@ -170,7 +170,7 @@ def test_each_changed_position_has_its_own_endpoint(shape: str) -> None:
     patch = ids.clone()
     patch[:, 2], patch[0, 4] = (ids[:, 2] + 1) % 50, (ids[0, 4] + 3) % 50
     batch = PairBatch(ids, patch, c.batch.answer[:2], c.batch.foil[:2])
-    got = run(c, "relp+secant", ["resid_pre", "mlp_out"], [batch])
+    got = run(c, "relp+secant", ["resid_pre", "mlp_out"], [batch], blend=False)
     rules = with_extra_rules(c.model, c.model.family.rules, ["secant"])
     assert got.meta["endpoints"] == 2
     assert (got.meta["forwards_per_pair"], got.meta["backwards_per_pair"]) == (1 + 2 * 2, 2)
@@ -208,7 +208,7 @@ def test_more_changed_positions_than_endpoints_share_them_with_neighbours() -> N
     none = -1
     assert changed_groups(run_, source, 8).tolist() == [[none, 0, 1, 2, none, 3, 4], [none] * 3 + [0] + [none] * 3]
     assert changed_groups(run_, source, 2).tolist() == [[none, 0, 0, 0, none, 1, 1], [none] * 3 + [0] + [none] * 3]
-    got = run(case("gpt2"), "relp+secant", ["resid_pre"], max_endpoints=2)
+    got = run(case("gpt2"), "relp+secant", ["resid_pre"], max_endpoints=2, blend=False)
     assert got.meta["endpoints"] == 2
 
 
@@ -217,7 +217,7 @@ def test_one_changed_token_is_exact_and_costs_what_relp_costs() -> None:
     patch = c.batch.original.clone()
     patch[:, 3] = (patch[:, 3] + 1) % 50
     batch = PairBatch(c.batch.original, patch, c.batch.answer, c.batch.foil)
-    got, exact = (run(c, m, ["resid_pre"], [batch]) for m in ("relp+secant", "act_patch"))
+    got, exact = run(c, "relp+secant", ["resid_pre"], [batch], blend=False), run(c, "act_patch", ["resid_pre"], [batch])
     close(got["resid_pre"].examples, exact["resid_pre"].examples)
     assert (got.meta["forwards_per_pair"], got.meta["backwards_per_pair"]) == (2, 1)
 
@@ -248,3 +248,67 @@ def test_expected_gradients_are_integrated_gradients_at_random_points() -> None:
     assert (one["resid_pre"].mean - fine.mean).abs().max() > (many.mean - fine.mean).abs().max()
     halves = [run(c, "expected_gradients", ["resid_pre"], [c.batch.rows(slice(i, i + 2))])["resid_pre"] for i in (0, 2)]
     close(torch.cat([h.examples for h in halves]), one["resid_pre"].examples)
+
+
+def contribution(c: Case, kind: str, layer: int, delta: Tensor) -> Tensor:
+    """What each node of a GPT-2 or Gemma-2 layer adds to the stream where its value moves by delta, [batch, pos, unit, d_model],
+    from the Hugging Face weights; a post-norm divides by what it divides by in the run.
+    """
+    w, gpt2 = c.weights, c.config.model_type == "gpt2"
+    at = f"transformer.h.{layer}." if gpt2 else f"model.layers.{layer}."
+    name = {"head": ("attn.c_proj", "self_attn.o_proj"), "mlp_neuron": ("mlp.c_proj", "mlp.down_proj")}[kind][not gpt2]
+    weight = w[f"{at}{name}.weight"] if gpt2 else w[f"{at}{name}.weight"].T  # [in, out]
+    n_units = c.config.num_attention_heads if kind == "head" else delta.shape[-1]
+    out = torch.einsum("bpui,uio->bpuo", delta.unflatten(-1, (n_units, -1)), weight.unflatten(0, (n_units, -1)))
+    if gpt2:
+        return out
+    norm, point = {"head": ("post_attention", "ln1_post"), "mlp_neuron": ("post_feedforward", "ln2_post")}[kind]
+    seen: dict[str, Tensor] = {}
+    with torch.no_grad(), c.model.hooks({f"blocks.{layer}.{point}.hook_in": lambda v: seen.__setitem__("x", v)}):
+        c.model.logits(c.batch.original)
+    scale = (seen["x"].square().mean(-1) + c.config.rms_norm_eps).sqrt()
+    return out * (1 + w[f"{at}{norm}_layernorm.weight"]) / scale[:, :, None, None]
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "gemma2"])
+def test_a_blend_is_the_secant_by_the_root_of_the_share_and_the_gradient_by_the_rest(shape: str) -> None:
+    c = case(shape)
+    kinds = ["resid_pre", "query", "mlp_out", "head", "mlp_neuron"]
+    whole = run(c, "relp+secant", kinds, blend=False)
+    plain, got = run(c, "atp", kinds), run(c, "relp+secant", kinds)
+    for kind in ("resid_pre", "query"):
+        close(got[kind].examples, whole[kind].examples)
+    streams = {}
+    for which, tokens in (("run", c.batch.original), ("source", c.batch.patch)):
+        with exact_float64(), torch.no_grad(), capture(c.model, [NODE_KINDS[k] for k in (*kinds, "resid_dim")]) as seen:
+            c.model.logits(tokens)
+        streams[which] = seen
+    for kind in ("head", "mlp_neuron", "mlp_out"):
+        for layer in range(3):
+            change = streams["source"]["resid_dim"][layer] - streams["run"]["resid_dim"][layer]
+            delta = streams["source"][kind][layer] - streams["run"][kind][layer]
+            with exact_float64():
+                parts = delta[:, :, None] if kind == "mlp_out" else contribution(c, kind, layer, delta)
+            t = ((parts * change[:, :, None]).sum(-1) / change.square().sum(-1, keepdim=True)).nan_to_num(1).clamp(0, 1)
+            w = (t[..., 0] if kind == "mlp_out" else t).sqrt()
+            assert 0.01 < w.mean() < 0.99
+            close(
+                got[kind].examples[:, layer],
+                w * whole[kind].examples[:, layer] + (1 - w) * plain[kind].examples[:, layer],
+            )
+
+
+def test_a_blend_of_edges_is_by_each_writers_share_of_what_its_reader_reads() -> None:
+    """Per position: the embedding is all that changes what the first block's heads read, so they have the secant; elsewhere a
+    score lies between the two, or is one of them.
+    """
+    c = case("gpt2")
+    blend, whole = (run(c, "relp+secant", ["edges"], positions="keep", blend=b)["edges"] for b in (True, False))
+    plain = run(c, "atp", ["edges"], positions="keep")["edges"]
+    names = blend.edge_names()
+    first = torch.tensor([n.startswith(names[0].split("->")[0] + "->a0.") for n in names])
+    assert first.any()
+    close(blend.examples[..., first], whole.examples[..., first])
+    low, high = torch.minimum(whole.examples, plain.examples), torch.maximum(whole.examples, plain.examples)
+    assert ((blend.examples >= low - 1e-12) & (blend.examples <= high + 1e-12)).all()
+    assert (blend.examples - whole.examples).abs().max() > 1e-3
