@@ -7,6 +7,8 @@ from collections.abc import Callable
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -98,10 +100,33 @@ def gemma2(vocab: int) -> PreTrainedModel:
     return Gemma2ForCausalLM(config)
 
 
+def gemma3(vocab: int) -> PreTrainedModel:
+    """Norms on queries and keys, norms before and after each sublayer, sliding window in every other layer."""
+    config = Gemma3TextConfig(
+        vocab_size=vocab,
+        hidden_size=D_MODEL,
+        intermediate_size=3 * D_MODEL,
+        num_hidden_layers=4,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=D_MODEL // HEADS,
+        query_pre_attn_scalar=D_MODEL // HEADS,
+        max_position_embeddings=CONTEXT,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        attention_dropout=0.0,
+        bos_token_id=BOS,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return Gemma3ForCausalLM(config)
+
+
 SHAPES: dict[str, Callable[[int], PreTrainedModel]] = {
     "tiny-gpt2": gpt2,
     "tiny-pythia": pythia,
     "tiny-qwen2": qwen2,
     "tiny-gemma2": gemma2,
+    "tiny-gemma3": gemma3,
     "deep-gpt2": lambda vocab: gpt2(vocab, layers=12),
 }
