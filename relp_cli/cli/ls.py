@@ -87,7 +87,7 @@ def _nodes() -> list[dict[str, Any]]:
 
 
 def _rules() -> list[dict[str, Any]]:
-    from relp_cli.lrp.rules import RULES
+    from relp_cli.lrp.rules import RULE_SETS, RULES
     from relp_cli.models.families import FAMILIES
 
     presets = {name: [f.name for _, f in FAMILIES.items() if name in f.rules] for name in RULES}
@@ -95,6 +95,10 @@ def _rules() -> list[dict[str, Any]]:
         {"rule": r.name + (f"={r.default:g}" if r.default is not None else ""), "acts on": r.site,
          "what": r.description, "preset of": ", ".join(presets[r.name]), "source": r.source}
         for _, r in RULES.items()
+    ] + [
+        {"rule": r.name, "acts on": "all of these", "what": f"{r.description}: {', '.join(r.rules)}", "preset of": "",
+         "source": r.source}
+        for _, r in RULE_SETS.items()
     ]  # fmt: skip
 
 

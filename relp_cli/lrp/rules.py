@@ -238,6 +238,10 @@ def parse_rules(names: list[str] | tuple[str, ...]) -> list[ActiveRule]:
     active: list[ActiveRule] = []
     for text in names:
         name, _, value = text.strip().partition("=")
+        if name in RULE_SETS and name not in RULES:
+            raise RelpError(
+                f"'{name}' is a set of rules, {', '.join(RULE_SETS[name].rules)}: ask for method 'relp+{name}'"
+            )
         rule = RULES[name]
         if value and rule.default is None:
             raise RelpError(f"rule '{name}' takes no parameter, got '{text}'")

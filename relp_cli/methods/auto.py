@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,21 +39,43 @@ Cells = dict[str, np.ndarray]  # node kind → Int[cell, (pair, layer, label, un
 LEAST_PAIRS, DRAWS = 8, 2000
 
 
-def candidates(model: Model, nodes: Sequence[str], baseline: str = "patch") -> dict[str, Rules]:
-    """Name → rules. The first is the family's preset. Two-point rules need a patch prompt; under AH queries have no score."""
+@dataclass(frozen=True)
+class Candidate:
+    """Rules, and what `relp` does with them (`RelpParams`)."""
+
+    rules: Rules
+    endpoints: str = "patch"
+    blend: bool = False
+
+    @property
+    def words(self) -> list[str]:
+        """For people and files."""
+        return [*self.rules, *(["endpoints=position"] if self.endpoints != "patch" else []), *(["blend"] * self.blend)]
+
+
+def candidates(model: Model, nodes: Sequence[str], baseline: str = "patch") -> dict[str, Candidate]:
+    """Name → candidate. The first is the family's preset. Two-point rules need a patch prompt; under AH queries have no score."""
     preset = model.family.rules
-    two_point = with_extra_rules(model, preset, ["two_point"])
-    out: dict[str, Rules] = {"preset": preset, "preset + ah": (*preset, "ah"), "no rules": ()}
-    if baseline == "patch":
-        out["two-point"] = two_point
-        out["two-point, plain attention"] = tuple(r for r in two_point if r != "attn2")
-        if "gate2" in two_point:
-            halved = tuple("half" if r == "gate2" else r for r in two_point)
-            out["two-point, half"] = halved
-            out["two-point, half, plain attention"] = tuple(r for r in halved if r != "attn2")
+    out = {"preset": preset, "preset + ah": (*preset, "ah"), "no rules": ()}
     if {"query", "key"} & set(nodes):
         del out["preset + ah"]
-    return out
+    found = {name: Candidate(rules) for name, rules in out.items()}
+    if baseline != "patch":
+        return found
+    two_point = with_extra_rules(model, preset, ["two_point"])
+    two = {"two-point": two_point, "two-point, plain attention": tuple(r for r in two_point if r != "attn2")}
+    if "gate2" in two_point:
+        halved = tuple("half" if r == "gate2" else r for r in two_point)
+        two["two-point, half"] = halved
+        two["two-point, half, plain attention"] = tuple(r for r in halved if r != "attn2")
+    found |= {name: Candidate(rules) for name, rules in two.items()}
+    local, secant = (with_extra_rules(model, preset, [name]) for name in ("local", "secant"))
+    return found | {
+        "local": Candidate(local),
+        "local, blend": Candidate(local, blend=True),
+        "secant": Candidate(secant, "position"),
+        "secant, blend": Candidate(secant, "position", True),
+    }
 
 
 def score_auto(
@@ -67,10 +89,10 @@ def score_auto(
     choosing = [b.rows(rows) for b, rows in zip(pairs, aside, strict=True) if rows.any()]
     scoring = [b.rows(~rows) for b, rows in zip(pairs, aside, strict=True)]
     table, chosen, cost = choose(model, choosing, params, nodes, request)
-    by_rules: dict[Rules, list[str]] = {}
+    by_rules: dict[Candidate, list[str]] = {}
     for kind in nodes:
         by_rules.setdefault(chosen[kind], []).append(kind)
-    parts = [score_units(model, scoring, "relp", kinds, request, rules=rules) for rules, kinds in by_rules.items()]
+    parts = [score_units(model, scoring, "relp", kinds, request, **vars(how)) for how, kinds in by_rules.items()]
     n_scored = sum(len(b) for b in scoring)
     several = len(by_rules) > 1
     applied = {
@@ -87,7 +109,7 @@ def score_auto(
         "backwards_per_pair": round(sum(p.meta["backwards_per_pair"] for p in parts) + cost["backwards"] / n_scored, 3),
         "seconds": round(sum(p.meta["seconds"] for p in parts) + cost["seconds"], 3),
         "auto": {
-            "chosen": {kind: list(rules) for kind, rules in chosen.items()},
+            "chosen": {kind: how.words for kind, how in chosen.items()},
             "table": table,
             "pairs_set_aside": sum(len(b) for b in choosing),
             "cost_of_the_choice": cost,
@@ -120,21 +142,21 @@ def set_aside(pairs: Sequence[PairBatch], seed: int) -> list[Tensor]:
 
 def choose(
     model: Model, pairs: Sequence[PairBatch], params: RelpParams, nodes: Sequence[str], request: Request
-) -> tuple[list[dict[str, Any]], dict[str, Rules], dict[str, Any]]:
-    """(table, kind → rules, cost): one row per kind and candidate; forwards and backwards are over one pair."""
+) -> tuple[list[dict[str, Any]], dict[str, Candidate], dict[str, Any]]:
+    """(table, kind → candidate, cost): one row per kind and candidate; forwards and backwards are over one pair."""
     import time
 
     started = time.perf_counter()
     sets = candidates(model, nodes, request.baseline)
     kept = replace(request, keep_examples=True)
-    estimates = {name: score_units(model, pairs, "relp", nodes, kept, rules=rules) for name, rules in sets.items()}
+    estimates = {name: score_units(model, pairs, "relp", nodes, kept, **vars(how)) for name, how in sets.items()}
     cells = {kind: _sample(kind, [e[kind] for e in estimates.values()], params) for kind in nodes}
     exact, forwards = exact_cells(model, pairs, cells, next(iter(estimates.values())), request)
     table, chosen = [], {}
     for kind in nodes:
         values = {name: _at(e[kind], cells[kind]) for name, e in estimates.items()}
         rows, best = _compare(kind, values, exact[kind], params.auto_seed)
-        table += [row | {"rules": list(sets[row["candidate"]])} for row in rows]
+        table += [row | {"rules": sets[row["candidate"]].words} for row in rows]
         chosen[kind] = sets[best]
     n = sum(len(b) for b in pairs)
     cost = {

@@ -376,7 +376,8 @@ def test_refusals(dicts: Callable[..., Dictionaries], monkeypatch: pytest.Monkey
     found = dicts("pythia")
     circuit = some_nodes(found)
     with pytest.raises(
-        RelpError, match=r"need gradients \(atp, relp, ig_inputs, relp_ig, ig_activations\), not method 'act_patch'"
+        RelpError,
+        match=r"need gradients \(atp, relp, ig_inputs, expected_gradients, relp_ig, .*\), not method 'act_patch'",
     ):
         found_edges("pythia", circuit, "act_patch", dictionary=found)
     with pytest.raises(RelpError, match="unknown direction for features 'noise'"):

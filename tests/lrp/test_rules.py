@@ -68,6 +68,7 @@ def test_counts_are_in_the_scores_and_together_count_as_alone():
     ("shape", "rules", "message"),
     [
         ("gpt2", ["identiy"], "unknown rule 'identiy'; did you mean 'identity'"),
+        ("gpt2", ["secant"], "'secant' is a set of rules, lnx, .*: ask for method 'relp\\+secant'"),
         ("gpt2", ["half"], "'half' matches no layer.*not gated"),
         ("pythia", ["ln", "gate2"], "'gate2' matches no layer.*not gated"),
         ("llama", ["softcap"], "'softcap' matches no layer"),

@@ -7,7 +7,7 @@ from oracles.wrapped import case, close, double_by_default, exact_float64, pairs
 
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.compare import run_comparison
-from relp_cli.methods.auto import _compare, candidates, exact_cells, set_aside
+from relp_cli.methods.auto import Candidate, _compare, candidates, exact_cells, set_aside
 from relp_cli.methods.request import Request
 from relp_cli.tasks.pairs import PairBatch
 
@@ -59,7 +59,10 @@ def test_pairs_of_the_choice_are_not_scored_and_the_rest_is_relp_with_the_chosen
     rest = [b.rows(~a) for b, a in zip(given, aside, strict=True)]
     for kind in KINDS:
         chosen = got.meta["auto"]["chosen"][kind]
-        want = run(c, "relp", [kind], rest, rules=chosen, keep_examples=True)[kind]
+        rules = [r for r in chosen if r not in ("endpoints=position", "blend")]
+        ends = "position" if "endpoints=position" in chosen else "patch"
+        how = {"rules": rules, "endpoints": ends, "blend": "blend" in chosen}
+        want = run(c, "relp", [kind], rest, keep_examples=True, **how)[kind]
         assert not got[kind].present[away].any()
         assert (got[kind].examples[away] == 0).all()
         close(got[kind].examples[~away], want.examples)
@@ -101,8 +104,11 @@ def test_a_clear_winner_is_taken_and_a_doubtful_one_is_not():
 
 def test_candidates_fit_the_model_the_nodes_and_the_baseline():
     gpt2, qwen2 = case("gpt2").model, case("qwen2").model
-    assert candidates(gpt2, KINDS)["two-point"] == ("ln2", "act2", "attn2")
-    assert candidates(qwen2, KINDS)["two-point, half"] == ("ln2", "act2", "half", "attn2")
+    assert candidates(gpt2, KINDS)["two-point"] == Candidate(("ln2", "act2", "attn2"))
+    assert candidates(qwen2, KINDS)["two-point, half"] == Candidate(("ln2", "act2", "half", "attn2"))
+    secant = ("lnx", "act2", "attn2", "softmax2", "qk2")
+    assert candidates(gpt2, KINDS)["secant, blend"] == Candidate(secant, "position", blend=True)
+    assert candidates(gpt2, KINDS)["secant, blend"].words == [*secant, "endpoints=position", "blend"]
     assert next(iter(candidates(gpt2, KINDS))) == "preset"
     assert "preset + ah" not in candidates(gpt2, ("query",))
     assert set(candidates(qwen2, KINDS, "zero")) == {"preset", "preset + ah", "no rules"}
