@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from relp_cli.edges.check import check_once
 from relp_cli.edges.edge_patch import Patcher
 from relp_cli.edges.gradients import FINAL, Products, Readers, inputs, reader_gradients
 from relp_cli.edges.reads import reads
-from relp_cli.edges.stream import Recorder, Written, keeping, mean_written, written
+from relp_cli.edges.stream import Recorder, Written, keeping, mean_written, ungrouped, written
 from relp_cli.errors import RelpError, unknown
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import position_axis
@@ -143,6 +144,9 @@ class EdgeBatch(Batch):
 
     def product(self, start: Written, end: Written, at: Readers) -> Mapping[str, Tensor]:
         return self.result(Products(self.model, self.graph, end - start, self.positions).scores(at)).scores
+
+    def as_scored(self) -> AbstractContextManager[None]:
+        return ungrouped(self.model)
 
     def read_streams(self) -> Streams:
         """What every reader reads."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -127,9 +128,13 @@ class Batch(ABC):
             return None
         if self.setup.baseline != "patch":
             raise RelpError(f"two-point rules need a patch prompt, not baseline '{self.setup.baseline}'")
-        with torch.no_grad(), recording(self.model, rules) as other:
+        with torch.no_grad(), self.as_scored(), recording(self.model, rules) as other:
             self._read["source"] = self.read_source()
         return other
+
+    def as_scored(self) -> AbstractContextManager[None]:
+        """The model as gradients are taken of it, so that what is recorded has the same shapes."""
+        return nullcontext()
 
     @staticmethod
     def two_point(rules: Sequence[str]) -> bool:
@@ -140,7 +145,7 @@ class Batch(ABC):
         """What two-point rules need of another endpoint, a prompt of the run's length: 1 forward pass."""
         if self.setup.baseline != "patch":
             raise RelpError(f"two-point rules need a patch prompt, not baseline '{self.setup.baseline}'")
-        with torch.no_grad(), recording(self.model, rules) as other:
+        with torch.no_grad(), self.as_scored(), recording(self.model, rules) as other:
             self.model.logits(tokens)
         self.setup.passes.forward += 1
         return other
