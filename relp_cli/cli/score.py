@@ -35,6 +35,9 @@ def command(
     revision: RevisionOption = None,
     method: Annotated[str, typer.Option(help="relp ls methods; `relp+ah` adds a rule.")] = "relp",
     nodes: Annotated[str, typer.Option(help="Node kinds, comma-separated (relp ls nodes).")] = COMPONENTS,
+    budget: Annotated[
+        float | None, typer.Option(help="Of method screened: the share of nodes that is patched exactly (default: .2).")
+    ] = None,
     annotations: Annotated[
         Path | None, typer.Option(help="What features mean: JSON lines with site, feature, annotation.")
     ] = None,
@@ -58,7 +61,7 @@ def command(
         nodes = ",".join(default_nodes(method, comma(nodes, "--nodes")))
     spec = score_spec(
         task=task, model=at_revision(model, revision), method=method, nodes=comma(nodes, "--nodes"),
-        keep_examples=per_example, params=how.params, **how.of_spec,
+        keep_examples=per_example, params=how.params | ({} if budget is None else {"budget": budget}), **how.of_spec,
     )  # fmt: skip
     from relp_cli.runs.cost import describe_cost
     from relp_cli.runs.scoring import Prepared, Session, check_request, prepare, score_run, scoring_notes

@@ -10,8 +10,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -22,9 +21,9 @@ from torch import Tensor
 from relp_cli.errors import RelpError
 from relp_cli.lrp.rules import RULE_SETS
 from relp_cli.methods.nodes import NodeBatch
-from relp_cli.methods.patching import patch_each
+from relp_cli.methods.patching import patch_nodes
 from relp_cli.methods.points import RelpParams, relp
-from relp_cli.methods.score import with_extra_rules
+from relp_cli.methods.score import position_axis, with_extra_rules
 from relp_cli.methods.setup import CHUNK_TOKENS
 from relp_cli.methods.space import Point
 from relp_cli.methods.table import Params, Result
@@ -50,31 +49,36 @@ Values = dict[str, Tensor]  # node kind → Float[batch, layer, slot, unit]
 def screened(batches: Sequence[NodeBatch], params: ScreenedParams) -> list[Result]:
     """Cost: three estimates, and a forward pass per node that is patched exactly."""
     estimates = [_estimates(on) for on in batches]
-    labels = tuple(dict.fromkeys(label for on in batches for label in on.labels))
+    _, labels = position_axis([on.setup.batch for on in batches])
     slots = [torch.tensor([labels.index(label) for label in on.labels]) for on in batches]
-    results: list[Values] = [{} for _ in batches]
-    about: dict[str, Any] = {}
-    for kind in batches[0].setup.kinds:
-        means = {name: _mean([e[name][kind.name] for e in estimates], slots, len(labels)) for name in estimates[0]}
-        top, drawn = choose(means, params)
-        for on, slot, estimate, result in zip(batches, slots, estimates, results, strict=True):
-            base = estimate[BASE][kind.name]
-            result[kind.name] = _exact(on, kind.name, (top | drawn)[:, slot], base, params.chunk_tokens)
-        exact = _mean([r[kind.name] for r in results], slots, len(labels))
-        base = means[BASE]
-        slope = ((exact * base)[top].sum() / base[top].square().sum()).nan_to_num(1.0)
-        for slot, estimate, result in zip(slots, estimates, results, strict=True):
-            known = (top | drawn)[:, slot].to(base.device)
-            values = torch.where(known, result[kind.name], slope * estimate[BASE][kind.name])
-            result[kind.name] = values[..., 0] if kind.split == "vector" else values
-        error = (exact - slope * base)[drawn].abs().cpu()
-        about[kind.name] = {
-            "exact": int((top | drawn).sum()), "of": int(_alive(means).sum()), "slope": slope.item(),
-            "audited": int(drawn.sum()), "audit_largest_error": error.max().item() if len(error) else None,
-            "audit_95%": error.double().quantile(0.95).item() if len(error) else None,
-            "patched": pack(top | drawn),
+    kinds = [kind.name for kind in batches[0].setup.kinds]
+    means = {
+        kind: {m: _mean([e[m][kind] for e in estimates], slots, len(labels)) for m in estimates[0]} for kind in kinds
+    }
+    chosen = {kind: choose(means[kind], params) for kind in kinds}
+    patched = {kind: top | drawn for kind, (top, drawn) in chosen.items()}
+    exact = [
+        _exact(on, {k: m[:, slot] for k, m in patched.items()}, params) for on, slot in zip(batches, slots, strict=True)
+    ]
+    about, slopes = {}, {}
+    for kind, (top, drawn) in chosen.items():
+        known, base = _mean([e[kind] for e in exact], slots, len(labels)), means[kind][BASE]
+        slopes[kind] = ((known * base)[top].sum() / base[top].square().sum()).nan_to_num(1.0).item()
+        error = (known - slopes[kind] * base)[drawn].abs()
+        about[kind] = {
+            "exact": int(patched[kind].sum()), "of": int(_alive(means[kind]).sum()), "slope": slopes[kind],
+            "audited": len(error), "audit_largest_error": error.max().item() if len(error) else None,
+            "audit_95%": error.quantile(0.95).item() if len(error) else None, "patched": pack(patched[kind]),
         }  # fmt: skip
-    return [Result(r, meta={"screened": about} | on.meta) for r, on in zip(results, batches, strict=True)]
+    results = []
+    for on, slot, estimate, values in zip(batches, slots, estimates, exact, strict=True):
+        scores = {
+            kind: torch.where(patched[kind][:, slot].to(value.device), value, slopes[kind] * estimate[BASE][kind])
+            for kind, value in values.items()
+        }
+        scores = {k: v[..., 0] if NODE_KINDS[k].split == "vector" else v for k, v in scores.items()}
+        results.append(Result(scores, meta={**on.meta, "screened": about}))
+    return results
 
 
 def choose(
@@ -92,7 +96,7 @@ def choose(
     top[first] = True
     rest = (alive.flatten() & ~top).nonzero()[:, 0].numpy()
     drawn = torch.zeros_like(top)
-    count = min(len(rest), round(params.audit * len(first)))
+    count = min(len(rest), max(int(params.audit > 0), round(params.audit * len(first))))
     drawn[torch.from_numpy(np.random.default_rng(params.seed).permutation(rest)[:count])] = True
     return top.view(alive.shape), drawn.view(alive.shape)
 
@@ -110,14 +114,12 @@ def unpack(text: str, shape: Sequence[int]) -> Tensor:
 
 def _estimates(on: NodeBatch) -> dict[str, Values]:
     """Per method, with a unit axis throughout."""
-    rules = with_extra_rules(on.model, on.model.family.rules, [BASE])
-    how = {"endpoints": RULE_SETS[BASE].endpoints, "blend": RULE_SETS[BASE].blend}
-    points = {
-        "atp": lambda: [Point()],
-        "relp": lambda: relp(on, RelpParams()),
-        BASE: lambda: relp(on, RelpParams(rules=rules, **how)),
-    }
-    found = {name: dict(on.attribute(make()).scores) for name, make in points.items()}  # type: ignore[no-untyped-call]
+    rules, base = with_extra_rules(on.model, on.model.family.rules, [BASE]), RULE_SETS[BASE]
+    secant = RelpParams(rules=rules, endpoints=base.endpoints, blend=base.blend)
+    points: list[tuple[str, Iterable[Point]]] = [
+        ("atp", [Point()]), ("relp", relp(on, RelpParams())), (BASE, relp(on, secant)),
+    ]  # fmt: skip
+    found = {name: dict(on.attribute(made).scores) for name, made in points}
     vectors = {kind.name for kind in on.setup.kinds if kind.split == "vector"}
     return {name: {k: v[..., None] if k in vectors else v for k, v in s.items()} for name, s in found.items()}
 
@@ -138,14 +140,10 @@ def _mean(values: Sequence[Tensor], slots: Sequence[Tensor], n_labels: int) -> F
     return total / count[:, None]
 
 
-def _exact(on: NodeBatch, kind: str, mask: Bool[Tensor, "layer slot unit"], like: Tensor, chunk_tokens: int) -> Tensor:
-    """Exact effects of the masked nodes, 0 elsewhere: Float[batch, layer, slot, unit]."""
-    out, source = torch.zeros_like(like), on.source
-    for layer, nodes in enumerate(mask):
-        at = nodes.nonzero()
-        if len(at):
-            found = patch_each(on.setup, source, (NODE_KINDS[kind], layer), at, chunk_tokens=chunk_tokens)
-            slot, unit = at.to(out.device).unbind(1)
-            out[:, layer, slot, unit] = found.T.to(out.dtype)
-        on.tick(layer + 1, len(mask), f"exact patching of {kind}")
-    return out
+def _exact(on: NodeBatch, masks: Mapping[str, Bool[Tensor, "layer slot unit"]], params: ScreenedParams) -> Values:
+    """Exact effects of the masked nodes, 0 elsewhere."""
+    wanted = {
+        (kind, n): nodes[None].expand(len(on), -1, -1) for kind, mask in masks.items() for n, nodes in enumerate(mask)
+    }
+    found = patch_nodes(on.setup, on.source, wanted, params.chunk_tokens, on.tick)
+    return {kind: torch.stack([found[kind, n] for n in range(len(mask))], 1) for kind, mask in masks.items()}

@@ -192,8 +192,8 @@ def score_run(
 
 
 def scoring_notes(scores: Scores) -> list[str]:
-    """What `relp+auto` chose, and how many pairs it took to choose; dictionaries that were trained on another model; exact
-    effects that a narrow dtype rounds to 0.
+    """What people have to know of scores: what `relp+auto` chose on how many pairs, what `screened` patched, dictionaries that
+    were trained on another model, exact effects that a narrow dtype rounds to 0.
     """
     notes, meta = [], scores.meta
     if other := meta.get("dictionary_of"):
@@ -207,7 +207,15 @@ def scoring_notes(scores: Scores) -> list[str]:
         chosen = "; ".join(f"{kind}: {', '.join(rules) or 'no rules'}" for kind, rules in auto["chosen"].items())
         aside, of = auto["pairs_set_aside"], auto["pairs_set_aside"] + meta["n_pairs"]
         notes.append(f"auto: {aside} of {of} pairs were used to choose the rules; chosen for {chosen}")
-    return notes
+    return notes + [_screened_note(kind, row) for kind, row in meta.get("screened", {}).items()]
+
+
+def _screened_note(kind: str, row: dict[str, Any]) -> str:
+    line = f"screened: {row['exact']} of {row['of']} {kind} nodes patched exactly, the rest {row['slope']:.2f} × the estimate"
+    if not row["audited"]:
+        return line
+    largest, most = row["audit_largest_error"], row["audit_95%"]
+    return f"{line}; of {row['audited']} random ones among these the largest error is {largest:.3g}, 95 % are within {most:.3g}"
 
 
 def with_meta(scores: Scores, prepared: Prepared, spec: ScoreSpec, digest: str) -> Scores:
