@@ -31,8 +31,7 @@ def _effects(setup: Setup, groups: Sequence[Rows], first: int = 0) -> Float[Tens
     """The same of several groups of rows, whose hooks see the positions from `first` on."""
     trace, _ = setup.traced
     rows = torch.cat([group.example for group in groups])
-    with torch.no_grad():
-        logits, computed = trace.logits(groups, first)
+    logits, computed = trace.logits(groups, first)
     setup.passes.patched += len(rows)
     setup.passes.computed += computed
     found = setup.value(logits, rows) - setup.prompt_value("run")[rows]
@@ -83,6 +82,8 @@ def patch_nodes(
         cells = [(at, mask[:, slot].nonzero()) for at, mask in todo.items()]
         for part in _parts(cells, fitting(setup.batch.n_pos - first, chunk_tokens)):
             groups = [_rows(setup, source, at, of, positions, first) for at, of in part]
+            if len(positions) == 1:
+                groups = _later(setup, groups, [NODE_KINDS[kind] for (kind, _), _ in part], first)
             found = _effects(setup, groups, first).split([len(of) for _, of in part])
             for (at, of), effect in zip(part, found, strict=True):
                 out[at][of[:, 0], slot, of[:, 1]] = effect
@@ -100,6 +101,18 @@ def _moved(setup: Setup, source: Activations, at: At) -> Bool[Tensor, "pairs slo
     if layer == setup.model.shape.n_layers - 1 and not kind.attended:
         differs[:, :-1] = False  # only the last position's logits are read
     return torch.stack([differs[:, setup.slots == slot].any(1) for slot in range(len(setup.labels))], 1)
+
+
+def _later(setup: Setup, groups: Sequence[Rows], kinds: Sequence[NodeKind], position: int) -> list[Rows]:
+    """Rows of nodes at one position that no other position of their layer reads begin with what the layer then writes there."""
+    trace, out = setup.traced[0], list(groups)
+    chosen = [i for i, kind in enumerate(kinds) if trace.way.positions and not kind.attended]
+    if chosen:
+        rows, computed = trace.through([groups[i] for i in chosen], position)
+        setup.passes.computed += computed
+        for i, later in zip(chosen, rows, strict=True):
+            out[i] = later
+    return out
 
 
 def _parts(cells: Sequence[tuple[At, Tensor]], size: int) -> Iterator[list[tuple[At, Tensor]]]:

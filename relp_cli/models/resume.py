@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -83,6 +84,7 @@ class Trace:
         """Where a pass starts whose rows change at `position` and later."""
         return position if self.way.positions else 0
 
+    @torch.no_grad()
     def logits(self, groups: Sequence[Rows], first: int = 0) -> tuple[Float[Tensor, "rows vocab"], float]:
         """Logits at the last position of every row, group after group, and what was computed for them, in whole runs.
 
@@ -94,50 +96,94 @@ class Trace:
         if not self.way.blocks:
             with self.model.hooks(list(groups[0].hooks)):
                 return self.model.logits(self.tokens[groups[0].example]), float(len(groups[0].example))
+        joining, hooks, where = self._placed(groups)
+        prompts = self._prompts(groups)
+        with self._joined(joining, first), self.model.hooks(hooks):
+            past = self._past(joining, first) if first else None
+            logits = self.model.logits(prompts[:, first:], past=past)
+        n, n_pos = self.model.shape.n_layers, self.tokens.shape[1]
+        computed = sum(len(rows) * (n - layer) for layer, rows in enumerate(joining)) / n * (1 - first / n_pos)
+        return torch.cat([logits[rows] for rows in where]), computed
+
+    @torch.no_grad()
+    def through(self, groups: Sequence[Rows], position: int) -> tuple[list[Rows], float]:
+        """The same rows, each beginning a block later, and what was computed for that: each block is called on its own rows,
+        at the one position that they change, which no other position of that block reads.
+        """
+        if len(groups) > 1 and not self.way.together:
+            found = [self.through([group], position) for group in groups]
+            return [rows for (rows,), _ in found], sum(computed for _, computed in found)
+        n, seen = self.model.shape.n_layers, dict[int, Tensor]()
+        joining, hooks, where = self._placed(groups, growing=False)
+        prompts, layers = self._prompts(groups), [group.layer(n) for group in groups]
+        hooks += [(f"blocks.{layer}.hook_out", partial(seen.__setitem__, layer)) for layer in set(layers)]
+        hooks.append(("ln_final.hook_in", lambda value: value[: len(prompts)]))  # nobody reads these logits
+        with self._joined(joining, position, growing=False), self.model.hooks(hooks):
+            past = self._past(joining, position, growing=False) if position else None
+            self.model.logits(prompts[:, position : position + 1], past=past)
+        rows = [
+            Rows([(self._reads(layer + 1), _putting(seen[layer][at]))], group.example)
+            for layer, group, at in zip(layers, groups, where, strict=True)
+        ]
+        return rows, sum(map(len, joining)) / n / self.tokens.shape[1]
+
+    def _prompts(self, groups: Sequence[Rows]) -> Tensor:
+        """What the model is called on: one prompt for all, or each row's own."""
+        return self.tokens[:1] if self.way.together else self.tokens[groups[0].example]
+
+    def _reads(self, layer: int) -> str:
+        """Hook point of what a block reads, or of what is read behind the last."""
+        return f"blocks.{layer}.hook_in" if layer < self.model.shape.n_layers else "ln_final.hook_in"
+
+    def _placed(
+        self, groups: Sequence[Rows], growing: bool = True
+    ) -> tuple[list[Tensor], list[tuple[str, Hook]], list[slice]]:
+        """Per layer the examples of the rows that begin there, the hooks on rows of a pass, and which rows each group is.
+
+        growing: rows stay in the pass; otherwise every block has its own alone.
+        """
         n = self.model.shape.n_layers
         layers = [group.layer(n) for group in groups]
-        joining, hooks, begin = [self.tokens.new_zeros(0)] * (n + 1), [], 0
-        where = {}
+        joining: list[list[Tensor]] = [[] for _ in range(n + 1)]
+        hooks: list[tuple[str, Hook]] = []
+        where, begin = [slice(0)] * len(groups), 0
         for i in sorted(range(len(groups)), key=lambda i: layers[i]):
-            rows = slice(begin, begin := begin + len(groups[i].example))
-            joining[layers[i]] = torch.cat([joining[layers[i]], groups[i].example])
-            hooks += [(name, _of_rows(fn, rows)) for name, fn in groups[i].hooks]
-            where[i] = rows
-        prompts = self.tokens[:1] if self.way.together else self.tokens[groups[0].example]
-        with self._joined(joining, first), self.model.hooks(hooks):
-            logits = self.model.logits(prompts[:, first:], past=self._past(joining, first) if first else None)
-        blocks = sum(len(rows) * (n - layer) for layer, rows in enumerate(joining)) / n
-        ordered = torch.cat([logits[where[i]] for i in range(len(groups))])
-        return ordered, blocks * (1 - first / self.tokens.shape[1])
+            if not growing and not joining[layers[i]]:
+                begin = 0
+            where[i] = slice(begin, begin := begin + len(groups[i].example))
+            joining[layers[i]].append(groups[i].example)
+            hooks += [(name, _of_rows(fn, where[i])) for name, fn in groups[i].hooks]
+        return [torch.cat(rows) if rows else self.tokens.new_zeros(0) for rows in joining], hooks, where
 
-    def _past(self, joining: Sequence[Tensor], first: int) -> Cache:
+    def _past(self, joining: Sequence[Tensor], first: int, growing: bool = True) -> Cache:
         """The known run's keys and values before `first`, of the rows that are in each block."""
-        inside = [torch.cat(list(joining[: layer + 1])) for layer in range(len(joining) - 1)]
+        inside = [torch.cat(list(joining[: n + 1])) if growing else joining[n] for n in range(len(joining) - 1)]
         of_layers = zip(self.keys, self.values, inside, strict=True)
         return Cache(layers=[_Earlier(k[:, :, :first], v[:, :, :first], rows) for k, v, rows in of_layers])
 
     @contextmanager
-    def _joined(self, joining: Sequence[Tensor], first: int) -> Iterator[None]:
+    def _joined(self, joining: Sequence[Tensor], first: int, growing: bool = True) -> Iterator[None]:
         """Blocks that no row is in are passed over, and rows come in before the block that they begin with."""
-        inside, n = 0, len(joining) - 1
+        inside, n, at = 0, len(joining) - 1, slice(first, None if growing else first + 1)
         with ExitStack() as stack:
             for layer in range(n):
                 block = self.model.component(f"blocks.{layer}")
+                inside = inside if growing else 0
                 if len(joining[layer]):
-                    join = _on_input(self._join(layer, inside, joining[layer], first))
+                    join = _on_input(self._join(layer, inside, joining[layer], at))
                     stack.callback(block.register_forward_pre_hook(join, with_kwargs=True).remove)
                 inside += len(joining[layer])
                 if not inside:
                     stack.enter_context(_passed_over(block, self.widths[layer]))
                 if layer == n - 1 and len(joining[n]):
-                    join = _on_output(self._join(n, inside, joining[n], first))
+                    join = _on_output(self._join(n, inside, joining[n], at))
                     stack.callback(block.register_forward_hook(join).remove)
             yield
 
-    def _join(self, layer: int, inside: int, rows: Tensor, first: int) -> Callable[[Tensor], Tensor]:
+    def _join(self, layer: int, inside: int, rows: Tensor, at: slice) -> Callable[[Tensor], Tensor]:
         def join(stream: Tensor) -> Tensor:
             self.model.batch[0] = inside + len(rows)
-            new = self.streams[layer][rows, first:]
+            new = self.streams[layer][rows, at]
             return torch.cat([stream, new]) if inside else new
 
         return join
@@ -195,14 +241,21 @@ def _stands(model: Model, tokens: Tensor, way: Way) -> bool:
     try:
         trace, logits = record(model, tokens, way)
         half, rows = tokens.shape[1] // 2, torch.arange(len(tokens), device=tokens.device)
-        got, want, groups = [logits], [model.logits(tokens)], []
+        got, want, groups, first = [logits], [model.logits(tokens)], [], trace.first(half)
         for layer in {min(1, model.shape.n_layers - 1), model.shape.n_layers - 1}:
             noise = _noise(trace.streams[layer], half)
-            point = f"blocks.{layer}.hook_in"
-            groups.append(Rows([(point, _adding(noise[:, trace.first(half) :]))], rows))
-            with model.hooks({point: _adding(noise)}):
-                want.append(model.logits(tokens))
-        got.append(trace.logits(groups, trace.first(half))[0])
+            at_one = noise.clone()
+            at_one[:, half + 1 :] = 0
+            read, written = f"blocks.{layer}.hook_in", f"blocks.{layer}.hook_mlp_out"
+            groups.append(Rows([(read, _adding(noise[:, first:]))], rows))
+            if way.positions:
+                groups += trace.through([Rows([(written, _adding(at_one[:, half : half + 1]))], rows)], half)[0]
+            else:
+                groups.append(Rows([(written, _adding(at_one[:, first:]))], rows))
+            for point, change in ((read, noise), (written, at_one)):
+                with model.hooks({point: _adding(change)}):
+                    want.append(model.logits(tokens))
+        got.append(trace.logits(groups, first)[0])
         return _agree(torch.cat(got), torch.cat(want))
     except Exception:  # whatever a model's own code trips over when it is given rows that it does not expect
         return False
@@ -219,6 +272,11 @@ def _noise(stream: Tensor, half: int) -> Tensor:
 
 def _adding(change: Tensor) -> Hook:
     return lambda value: value + change
+
+
+def _putting(stream: Tensor) -> Hook:
+    """What the first position of a pass reads, Float[rows, 1, d_model], is replaced."""
+    return lambda value: torch.cat([stream, value[:, 1:]], 1)
 
 
 def _agree(got: Tensor, want: Tensor) -> bool:
