@@ -39,10 +39,18 @@ class Way:
     blocks: bool = True
     positions: bool = True
     together: bool = True
+    last: bool = True
 
 
-WHOLE = Way(blocks=False, positions=False, together=False)
-WAYS = (Way(), Way(together=False), Way(positions=False, together=False), WHOLE)
+WHOLE = Way(blocks=False, positions=False, together=False, last=False)
+WAYS = (
+    Way(),
+    Way(last=False),
+    Way(together=False),
+    Way(together=False, last=False),
+    Way(positions=False, together=False, last=False),
+    WHOLE,
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class Trace:
                 return self.model.logits(self.tokens[groups[0].example]), float(len(groups[0].example))
         joining, hooks, where = self._placed(groups)
         prompts = self._prompts(groups)
-        with self._joined(joining, first), self.model.hooks(hooks):
+        with self._joined(joining, first), self.model.hooks([*hooks, *self._of_last(hooks)]):
             past = self._past(joining, first) if first else None
             logits = self.model.logits(prompts[:, first:], past=past)
         n, n_pos = self.model.shape.n_layers, self.tokens.shape[1]
@@ -126,6 +134,14 @@ class Trace:
             for layer, group, at in zip(layers, groups, where, strict=True)
         ]
         return rows, sum(map(len, joining)) / n / self.tokens.shape[1]
+
+    def _of_last(self, hooks: Sequence[tuple[str, Hook]]) -> list[tuple[str, Hook]]:
+        """The last block's MLP reads the last position alone, unless some hook is there; what it adds to others is not read."""
+        block = f"blocks.{self.model.shape.n_layers - 1}."
+        free = all(
+            not name.startswith(block) or name.startswith((f"{block}hook_in", f"{block}attn.")) for name, _ in hooks
+        )
+        return [(f"{block}mlp.hook_in", lambda value: value[:, -1:])] if self.way.last and free else []
 
     def _prompts(self, groups: Sequence[Rows]) -> Tensor:
         """What the model is called on: one prompt for all, or each row's own."""
@@ -246,7 +262,7 @@ def _stands(model: Model, tokens: Tensor, way: Way) -> bool:
             noise = _noise(trace.streams[layer], half)
             at_one = noise.clone()
             at_one[:, half + 1 :] = 0
-            read, written = f"blocks.{layer}.hook_in", f"blocks.{layer}.hook_mlp_out"
+            read, written = f"blocks.{layer}.hook_in", f"blocks.{max(0, layer - 1)}.hook_mlp_out"
             groups.append(Rows([(read, _adding(noise[:, first:]))], rows))
             if way.positions:
                 groups += trace.through([Rows([(written, _adding(at_one[:, half : half + 1]))], rows)], half)[0]
