@@ -15,7 +15,7 @@ from torch import Tensor
 
 from relp_cli.methods.setup import CHUNK_TOKENS, Setup, fitting
 from relp_cli.models.model import Hook
-from relp_cli.models.resume import Rows
+from relp_cli.models.resume import Rows, putting
 from relp_cli.nodes.access import Activations, split, units
 from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
 
@@ -67,25 +67,33 @@ def patch_nodes(
 ) -> dict[At, Float[Tensor, "pairs slots units"]]:
     """L(run | n ← n(source)) − L(run) of every node on its own, for each pair; 0 where it is not wanted (None: all are).
 
-    Positions that share a slot are patched jointly. Rows of a pass are (node, pair) cells of one slot, which pass by pass come
-    to at most `chunk_tokens` tokens.
+    Positions that share a slot are patched jointly. Rows of a pass are nodes of one slot, each on one pair, of at most
+    `chunk_tokens` tokens together.
     """
-    (trace, _), n_slots, model = setup.traced, len(setup.labels), setup.model
-    value = setup.prompt_value("run")
+    trace, value = setup.traced[0], setup.prompt_value("run")
     todo = {at: _moved(setup, source, at) for at in sorted(wanted, key=lambda at: at[1])}
     todo = {at: moved if (mask := wanted[at]) is None else moved & mask.to(moved.device) for at, moved in todo.items()}
-    out = {at: value.new_zeros(len(setup.batch), n_slots, units(model, NODE_KINDS[at[0]])) for at in wanted}
+    out = {at: value.new_zeros(len(value), len(setup.labels), units(setup.model, NODE_KINDS[at[0]])) for at in wanted}
     done, total = 0, sum(int(mask.sum()) for mask in todo.values())
-    for slot in range(n_slots):
-        positions = (setup.slots == slot).nonzero()[:, 0]
-        first = trace.first(int(positions[0]))
-        cells = [(at, mask[:, slot].nonzero()) for at, mask in todo.items()]
-        for part in _parts(cells, fitting(setup.batch.n_pos - first, chunk_tokens)):
-            groups = [_rows(setup, source, at, of, positions, first) for at, of in part]
-            if len(positions) == 1:
-                groups = _later(setup, groups, [NODE_KINDS[kind] for (kind, _), _ in part], first)
-            found = _effects(setup, groups, first).split([len(of) for _, of in part])
-            for (at, of), effect in zip(part, found, strict=True):
+    for part in _parts([(at, mask.any(1).nonzero()) for at, mask in todo.items()], setup.batch.n_pos, chunk_tokens):
+        written = _written(setup, source, part)
+        for slot in range(len(setup.labels)):
+            positions = (setup.slots == slot).nonzero()[:, 0]
+            first, groups, cells = trace.first(int(positions[0])), [], []
+            for at, of in part:
+                here = todo[at][of[:, 0], slot, of[:, 1]]
+                if not here.any():
+                    continue
+                cells.append((at, of[here]))
+                if at in written:
+                    put = putting(written[at][here], positions, first)
+                    groups.append(trace.beginning(at[1] + 1, put, of[here, 0]))
+                else:
+                    groups.append(_rows(setup, source, at, of[here], positions, first))
+            if not groups:
+                continue
+            found = _effects(setup, groups, first).split([len(of) for _, of in cells])
+            for (at, of), effect in zip(cells, found, strict=True):
                 out[at][of[:, 0], slot, of[:, 1]] = effect
                 done += len(of)
             if tick:
@@ -103,22 +111,21 @@ def _moved(setup: Setup, source: Activations, at: At) -> Bool[Tensor, "pairs slo
     return torch.stack([differs[:, setup.slots == slot].any(1) for slot in range(len(setup.labels))], 1)
 
 
-def _later(setup: Setup, groups: Sequence[Rows], kinds: Sequence[NodeKind], position: int) -> list[Rows]:
-    """Rows of nodes at one position that no other position of their layer reads begin with what the layer then writes there."""
-    trace, out = setup.traced[0], list(groups)
-    chosen = [i for i, kind in enumerate(kinds) if trace.way.positions and not kind.attended]
-    if chosen:
-        rows, computed = trace.through([groups[i] for i in chosen], position)
-        setup.passes.computed += computed
-        for i, later in zip(chosen, rows, strict=True):
-            out[i] = later
-    return out
+def _written(setup: Setup, source: Activations, part: Sequence[tuple[At, Tensor]]) -> dict[At, Tensor]:
+    """What a layer writes where a node is put whose own position alone reads it there: for these, all positions in one row."""
+    trace, every = setup.traced[0], torch.arange(setup.batch.n_pos, device=setup.model.device)
+    within = [(at, of) for at, of in part if not NODE_KINDS[at[0]].attended and at[1] < setup.model.shape.n_layers - 1]
+    if not within or not trace.way.blocks:
+        return {}
+    streams, computed = trace.through([_rows(setup, source, at, of, every, 0) for at, of in within])
+    setup.passes.computed += computed
+    return {at: stream for (at, _), stream in zip(within, streams, strict=True)}
 
 
-def _parts(cells: Sequence[tuple[At, Tensor]], size: int) -> Iterator[list[tuple[At, Tensor]]]:
-    """All cells in order, at most `size` at a time."""
+def _parts(cells: Sequence[tuple[At, Tensor]], n_pos: int, chunk_tokens: int) -> Iterator[list[tuple[At, Tensor]]]:
+    """All (pair, unit) rows of `n_pos` positions in order, as many at a time as `chunk_tokens` allows."""
     part: list[tuple[At, Tensor]] = []
-    room = size
+    room = size = fitting(n_pos, chunk_tokens)
     for at, rest in cells:
         while len(rest):
             part.append((at, rest[:room]))

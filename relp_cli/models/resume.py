@@ -114,26 +114,26 @@ class Trace:
         return torch.cat([logits[rows] for rows in where]), computed
 
     @torch.no_grad()
-    def through(self, groups: Sequence[Rows], position: int) -> tuple[list[Rows], float]:
-        """The same rows, each beginning a block later, and what was computed for that: each block is called on its own rows,
-        at the one position that they change, which no other position of that block reads.
+    def through(self, groups: Sequence[Rows]) -> tuple[list[Float[Tensor, "rows pos d_model"]], float]:
+        """What each row's own block writes, and what was computed for that, in whole runs: every block is called on the rows that
+        begin there. Where a change is of values that no other position of the block reads, one row holds all positions' changes.
         """
         if len(groups) > 1 and not self.way.together:
-            found = [self.through([group], position) for group in groups]
-            return [rows for (rows,), _ in found], sum(computed for _, computed in found)
+            found = [self.through([group]) for group in groups]
+            return [streams for (streams,), _ in found], sum(computed for _, computed in found)
         n, seen = self.model.shape.n_layers, dict[int, Tensor]()
         joining, hooks, where = self._placed(groups, growing=False)
         prompts, layers = self._prompts(groups), [group.layer(n) for group in groups]
         hooks += [(f"blocks.{layer}.hook_out", partial(seen.__setitem__, layer)) for layer in set(layers)]
         hooks.append(("ln_final.hook_in", lambda value: value[: len(prompts)]))  # nobody reads these logits
-        with self._joined(joining, position, growing=False), self.model.hooks(hooks):
-            past = self._past(joining, position, growing=False) if position else None
-            self.model.logits(prompts[:, position : position + 1], past=past)
-        rows = [
-            Rows([(self._reads(layer + 1), _putting(seen[layer][at]))], group.example)
-            for layer, group, at in zip(layers, groups, where, strict=True)
-        ]
-        return rows, sum(map(len, joining)) / n / self.tokens.shape[1]
+        with self._joined(joining, 0, growing=False), self.model.hooks(hooks):
+            self.model.logits(prompts)
+        return [seen[layer][rows] for layer, rows in zip(layers, where, strict=True)], sum(map(len, joining)) / n
+
+    def beginning(self, layer: int, put: Hook, example: Tensor) -> Rows:
+        """Rows that differ in what block `layer` reads, or what is read behind the last."""
+        inside = layer < self.model.shape.n_layers
+        return Rows([(f"blocks.{layer}.hook_in" if inside else "ln_final.hook_in", put)], example)
 
     def _of_last(self, hooks: Sequence[tuple[str, Hook]]) -> list[tuple[str, Hook]]:
         """The last block's MLP reads the last position alone, unless some hook is there; what it adds to others is not read."""
@@ -146,10 +146,6 @@ class Trace:
     def _prompts(self, groups: Sequence[Rows]) -> Tensor:
         """What the model is called on: one prompt for all, or each row's own."""
         return self.tokens[:1] if self.way.together else self.tokens[groups[0].example]
-
-    def _reads(self, layer: int) -> str:
-        """Hook point of what a block reads, or of what is read behind the last."""
-        return f"blocks.{layer}.hook_in" if layer < self.model.shape.n_layers else "ln_final.hook_in"
 
     def _placed(
         self, groups: Sequence[Rows], growing: bool = True
@@ -171,35 +167,35 @@ class Trace:
             hooks += [(name, _of_rows(fn, where[i])) for name, fn in groups[i].hooks]
         return [torch.cat(rows) if rows else self.tokens.new_zeros(0) for rows in joining], hooks, where
 
-    def _past(self, joining: Sequence[Tensor], first: int, growing: bool = True) -> Cache:
+    def _past(self, joining: Sequence[Tensor], first: int) -> Cache:
         """The known run's keys and values before `first`, of the rows that are in each block."""
-        inside = [torch.cat(list(joining[: n + 1])) if growing else joining[n] for n in range(len(joining) - 1)]
+        inside = [torch.cat(list(joining[: n + 1])) for n in range(len(joining) - 1)]
         of_layers = zip(self.keys, self.values, inside, strict=True)
         return Cache(layers=[_Earlier(k[:, :, :first], v[:, :, :first], rows) for k, v, rows in of_layers])
 
     @contextmanager
     def _joined(self, joining: Sequence[Tensor], first: int, growing: bool = True) -> Iterator[None]:
         """Blocks that no row is in are passed over, and rows come in before the block that they begin with."""
-        inside, n, at = 0, len(joining) - 1, slice(first, None if growing else first + 1)
+        inside, n = 0, len(joining) - 1
         with ExitStack() as stack:
             for layer in range(n):
                 block = self.model.component(f"blocks.{layer}")
                 inside = inside if growing else 0
                 if len(joining[layer]):
-                    join = _on_input(self._join(layer, inside, joining[layer], at))
+                    join = _on_input(self._join(layer, inside, joining[layer], first))
                     stack.callback(block.register_forward_pre_hook(join, with_kwargs=True).remove)
                 inside += len(joining[layer])
                 if not inside:
                     stack.enter_context(_passed_over(block, self.widths[layer]))
                 if layer == n - 1 and len(joining[n]):
-                    join = _on_output(self._join(n, inside, joining[n], at))
+                    join = _on_output(self._join(n, inside, joining[n], first))
                     stack.callback(block.register_forward_hook(join).remove)
             yield
 
-    def _join(self, layer: int, inside: int, rows: Tensor, at: slice) -> Callable[[Tensor], Tensor]:
+    def _join(self, layer: int, inside: int, rows: Tensor, first: int) -> Callable[[Tensor], Tensor]:
         def join(stream: Tensor) -> Tensor:
             self.model.batch[0] = inside + len(rows)
-            new = self.streams[layer][rows, at]
+            new = self.streams[layer][rows, first:]
             return torch.cat([stream, new]) if inside else new
 
         return join
@@ -262,12 +258,11 @@ def _stands(model: Model, tokens: Tensor, way: Way) -> bool:
             noise = _noise(trace.streams[layer], half)
             at_one = noise.clone()
             at_one[:, half + 1 :] = 0
-            read, written = f"blocks.{layer}.hook_in", f"blocks.{max(0, layer - 1)}.hook_mlp_out"
+            before = max(0, layer - 1)
+            read, written = f"blocks.{layer}.hook_in", f"blocks.{before}.hook_mlp_out"
+            (streams,), _ = trace.through([Rows([(written, _adding(noise))], rows)])
             groups.append(Rows([(read, _adding(noise[:, first:]))], rows))
-            if way.positions:
-                groups += trace.through([Rows([(written, _adding(at_one[:, half : half + 1]))], rows)], half)[0]
-            else:
-                groups.append(Rows([(written, _adding(at_one[:, first:]))], rows))
+            groups.append(trace.beginning(before + 1, putting(streams, torch.tensor([half]), first), rows))
             for point, change in ((read, noise), (written, at_one)):
                 with model.hooks({point: _adding(change)}):
                     want.append(model.logits(tokens))
@@ -290,9 +285,15 @@ def _adding(change: Tensor) -> Hook:
     return lambda value: value + change
 
 
-def _putting(stream: Tensor) -> Hook:
-    """What the first position of a pass reads, Float[rows, 1, d_model], is replaced."""
-    return lambda value: torch.cat([stream, value[:, 1:]], 1)
+def putting(stream: Float[Tensor, "rows pos d_model"], positions: Int[Tensor, " at"], first: int) -> Hook:
+    """The stream at these positions in place of a value's, which begins with position `first`."""
+
+    def hook(value: Tensor) -> Tensor:
+        value = value.clone()
+        value[:, positions - first] = stream[:, positions]
+        return value
+
+    return hook
 
 
 def _agree(got: Tensor, want: Tensor) -> bool:

@@ -10,7 +10,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,14 +21,21 @@ from relp_cli.errors import unknown
 from relp_cli.evaluation.edge_ablation import EdgeAblation
 from relp_cli.evaluation.evaluate import Ablating
 from relp_cli.evaluation.node_circuits import NodeAblator
+from relp_cli.methods.patching import patch_nodes
+from relp_cli.methods.request import Request
 from relp_cli.methods.score import COMPONENTS
+from relp_cli.methods.setup import Passes
 from relp_cli.models.load import wrap
 from relp_cli.models.model import Model
+from relp_cli.nodes.access import units
+from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.scoring import score
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.graph import Graph
 from relp_cli.spaces.nodes import units_of
 from relp_cli.tasks.pairs import PairBatch
+
+LOOP = "TransformerLens's loop, 1 node"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +49,9 @@ class Fixture:
 
 @dataclass(frozen=True)
 class Bench:
-    """One row: `run` is timed against `baseline`; `limit` is the ratio that the project promises."""
+    """One row: `run` is timed against `baseline`; `limit` is the ratio that the project promises. Where either returns a number,
+    it did so many at once, and the time is of one.
+    """
 
     name: str
     baseline: str
@@ -151,7 +160,43 @@ def _prepared(f: Fixture) -> Any:
     return run, keep, next(run.batches())[1]
 
 
-BASELINES: dict[str, Callable[[Fixture], None]] = {
+def _sample(f: Fixture, kind: str) -> dict[tuple[str, int], torch.Tensor]:
+    """Of each kind an eighth of its layers × positions, all alike, and one unit of each; for every pair."""
+    count, pos = units(f.model, NODE_KINDS[kind]), torch.arange(f.batch.n_pos)
+    masks = {}
+    for layer in range(f.model.shape.n_layers):
+        mask = torch.zeros(len(f.batch), len(pos), count, dtype=torch.bool)
+        mask[:, pos, (5 * layer + pos) % count] = (3 * layer + pos) % 8 == 0
+        masks[kind, layer] = mask
+    return masks
+
+
+def _exact(kinds: Sequence[str] = COMPONENTS, shared: int = 0) -> Callable[[Fixture], int]:
+    """Exact patching of a sample, returning how many nodes; shared: at how many positions the prompts begin alike."""
+
+    def run(f: Fixture) -> int:
+        assert f.batch.patch is not None
+        patch = torch.cat([f.batch.original[:, :shared], f.batch.patch[:, shared:]], 1)
+        setup = Request().setup(f.model, replace(f.batch, patch=patch), tuple(NODE_KINDS[k] for k in kinds), Passes())
+        wanted = {at: mask for kind in kinds for at, mask in _sample(f, kind).items()}
+        patch_nodes(setup, setup.source_activations(), wanted)
+        return sum(int(mask[0].sum()) for mask in wanted.values())
+
+    return run
+
+
+def _transformer_lens_loop(f: Fixture) -> int:
+    """TransformerLens's way: `run_with_hooks` for every node. One node of each layer; they all take the same time."""
+    layers = f.model.shape.n_layers
+    with torch.no_grad():
+        for layer in range(layers):
+            hook = (f"blocks.{layer}.hook_mlp_out", lambda value, hook: value * (torch.arange(16) != 8)[:, None])  # noqa: ARG005
+            f.model.bridge.run_with_hooks(f.batch.original, fwd_hooks=[hook])
+    return layers
+
+
+BASELINES: dict[str, Callable[[Fixture], Any]] = {
+    LOOP: _transformer_lens_loop,
     "2 forward + 1 backward": plain_two_forward_one_backward,
     "1 forward": plain_forward,
     "1 forward + 1 backward": plain_pass,
@@ -172,6 +217,9 @@ BENCHES = [
     Bench("relp_edges", "2 forward + 1 backward", _score("relp_edges", ("edges",)), 1.5),
     Bench("eap_ig, 5 steps", "2 forward + 1 backward", _score("eap_ig", ("edges",), steps=5), 6.0),
     Bench("one edge circuit", "1 forward", _edge_point, 2.0),
+    Bench("act_patch, 1 node", LOOP, _exact(), 0.2),
+    Bench("act_patch, 1 node, same first half", LOOP, _exact(shared=8), 0.1),
+    Bench("act_patch, 1 head or neuron", LOOP, _exact(("head", "mlp_neuron")), 0.2),
 ]
 
 
@@ -200,8 +248,8 @@ def _time(f: Fixture, bench: Bench, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         for run, spent in zip(pair, times, strict=True):
             start = time.perf_counter()
-            run(f)
-            spent.append(time.perf_counter() - start)
+            count = run(f)
+            spent.append((time.perf_counter() - start) / (count if isinstance(count, int) else 1))
     base, mine = (statistics.median(t) for t in times)
     return {"what": bench.name, "baseline": bench.baseline, "baseline s": base, "s": mine, "ratio": mine / base,
             "limit": bench.limit if bench.limit is not None else float("nan")}  # fmt: skip
