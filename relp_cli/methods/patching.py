@@ -8,6 +8,7 @@ without one. Nodes are put by `patch_sets` (sets of nodes, of any kinds and laye
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -75,30 +76,39 @@ def patch_nodes(
     todo = {at: moved if (mask := wanted[at]) is None else moved & mask.to(moved.device) for at, moved in todo.items()}
     out = {at: value.new_zeros(len(value), len(setup.labels), units(setup.model, NODE_KINDS[at[0]])) for at in wanted}
     done, total = 0, sum(int(mask.sum()) for mask in todo.values())
-    for part in _parts([(at, mask.any(1).nonzero()) for at, mask in todo.items()], setup.batch.n_pos, chunk_tokens):
-        written = _written(setup, source, part)
+    for part in _parts(todo, fitting(setup.batch.n_pos, chunk_tokens)):
+        part = _written(setup, source, part)
         for slot in range(len(setup.labels)):
-            positions = (setup.slots == slot).nonzero()[:, 0]
-            first, groups, cells = trace.first(int(positions[0])), [], []
-            for at, of in part:
-                here = todo[at][of[:, 0], slot, of[:, 1]]
-                if not here.any():
-                    continue
-                cells.append((at, of[here]))
-                if at in written:
-                    put = putting(written[at][here], positions, first)
-                    groups.append(trace.beginning(at[1] + 1, put, of[here, 0]))
-                else:
-                    groups.append(_rows(setup, source, at, of[here], positions, first))
-            if not groups:
+            here = [cells.of(cells.slots[:, slot]) for cells in part if cells.slots[:, slot].any()]
+            if not here:
                 continue
-            found = _effects(setup, groups, first).split([len(of) for _, of in cells])
-            for (at, of), effect in zip(cells, found, strict=True):
-                out[at][of[:, 0], slot, of[:, 1]] = effect
-                done += len(of)
+            positions = (setup.slots == slot).nonzero()[:, 0]
+            first = trace.first(int(positions[0]))
+            found = _effects(setup, [_rows(setup, source, cells, positions, first) for cells in here], first)
+            for cells, effect in zip(here, found.split([len(cells.pair) for cells in here]), strict=True):
+                out[cells.at][cells.pair, slot, cells.unit] = effect
+            done += len(found)
             if tick:
                 tick(done, total, "patched runs")
     return out
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Nodes of one kind and layer, each on one pair, at the `slots` where they are wanted. written: what their layer writes where
+    they are put, Float[rows, pos, d_model].
+    """
+
+    at: At
+    pair: Int[Tensor, " rows"]
+    unit: Int[Tensor, " rows"]
+    slots: Bool[Tensor, "rows slots"]
+    written: Tensor | None = None
+
+    def of(self, rows: slice | Tensor) -> Cells:
+        """Some of them."""
+        written = None if self.written is None else self.written[rows]
+        return Cells(self.at, self.pair[rows], self.unit[rows], self.slots[rows], written)
 
 
 def _moved(setup: Setup, source: Activations, at: At) -> Bool[Tensor, "pairs slots units"]:
@@ -111,25 +121,17 @@ def _moved(setup: Setup, source: Activations, at: At) -> Bool[Tensor, "pairs slo
     return torch.stack([differs[:, setup.slots == slot].any(1) for slot in range(len(setup.labels))], 1)
 
 
-def _written(setup: Setup, source: Activations, part: Sequence[tuple[At, Tensor]]) -> dict[At, Tensor]:
-    """What a layer writes where a node is put whose own position alone reads it there: for these, all positions in one row."""
-    trace, every = setup.traced[0], torch.arange(setup.batch.n_pos, device=setup.model.device)
-    within = [(at, of) for at, of in part if not NODE_KINDS[at[0]].attended and at[1] < setup.model.shape.n_layers - 1]
-    if not within or not trace.way.blocks:
-        return {}
-    streams, computed = trace.through([_rows(setup, source, at, of, every, 0) for at, of in within])
-    setup.passes.computed += computed
-    return {at: stream for (at, _), stream in zip(within, streams, strict=True)}
-
-
-def _parts(cells: Sequence[tuple[At, Tensor]], n_pos: int, chunk_tokens: int) -> Iterator[list[tuple[At, Tensor]]]:
-    """All (pair, unit) rows of `n_pos` positions in order, as many at a time as `chunk_tokens` allows."""
-    part: list[tuple[At, Tensor]] = []
-    room = size = fitting(n_pos, chunk_tokens)
-    for at, rest in cells:
-        while len(rest):
-            part.append((at, rest[:room]))
-            rest, room = rest[room:], room - len(rest[:room])
+def _parts(todo: Mapping[At, Tensor], size: int) -> Iterator[list[Cells]]:
+    """All cells in order, at most `size` rows of them at a time."""
+    part: list[Cells] = []
+    room = size
+    for at, mask in todo.items():
+        pair, unit = mask.any(1).nonzero().unbind(1)
+        cells = Cells(at, pair, unit, mask[pair, :, unit])
+        begin = 0
+        while begin < len(pair):
+            part.append(cells.of(slice(begin, begin + room)))
+            begin, room = begin + room, room - len(part[-1].pair)
             if not room:
                 yield part
                 part, room = [], size
@@ -137,16 +139,38 @@ def _parts(cells: Sequence[tuple[At, Tensor]], n_pos: int, chunk_tokens: int) ->
         yield part
 
 
-def _rows(setup: Setup, source: Activations, at: At, cells: Tensor, positions: Tensor, first: int) -> Rows:
-    """Rows in which the nodes of `cells` Int[cell, (pair, unit)] are put, at these positions."""
-    kind, layer = NODE_KINDS[at[0]], at[1]
-    pair, unit = cells.unbind(1)
-    where = (pair[:, None], positions[None], unit[:, None])
-    new = split(setup.model, kind, source[kind.name][layer])[where]
+def _written(setup: Setup, source: Activations, part: Sequence[Cells]) -> list[Cells]:
+    """The cells, and of nodes that their layer reads at their own position alone, what it writes: one row has all positions,
+    which saves work where more than two are wanted.
+    """
+    trace, every, out = setup.traced[0], torch.arange(setup.batch.n_pos, device=setup.model.device), list(part)
+    within = [
+        i
+        for i, cells in enumerate(part)
+        if trace.way.blocks
+        and not NODE_KINDS[cells.at[0]].attended
+        and cells.at[1] < setup.model.shape.n_layers - 1
+        and cells.slots.sum() > 2 * len(cells.slots)
+    ]
+    if within:
+        streams, computed = trace.through([_rows(setup, source, part[i], every, 0) for i in within])
+        setup.passes.computed += computed
+        for i, stream in zip(within, streams, strict=True):
+            out[i] = replace(part[i], written=stream)
+    return out
+
+
+def _rows(setup: Setup, source: Activations, cells: Cells, positions: Tensor, first: int) -> Rows:
+    """Rows in which the nodes of `cells` are put at these positions, or what their layer then writes there."""
+    kind, layer = NODE_KINDS[cells.at[0]], cells.at[1]
+    pair, unit = cells.pair, cells.unit
+    if cells.written is not None:
+        return setup.traced[0].beginning(layer + 1, putting(cells.written, positions, first), pair)
+    new = split(setup.model, kind, source[kind.name][layer])[pair[:, None], positions, unit[:, None]]
 
     def hook(value: Tensor) -> Tensor:
         nodes = split(setup.model, kind, value).clone()
-        nodes[torch.arange(len(pair), device=pair.device)[:, None], positions[None] - first, unit[:, None]] = new
+        nodes[torch.arange(len(pair), device=pair.device)[:, None], positions - first, unit[:, None]] = new
         return nodes.flatten(-2)
 
     return Rows([(kind.point(layer), hook)], pair)
