@@ -32,6 +32,7 @@ check: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/relp bench
+	$(BIN)/relp bench --layers 24 --rounds 1 --only act_patch
 
 models: $(VENV)/.ready
 	$(BIN)/python -m relp_cli.models.training
