@@ -240,11 +240,14 @@ def of_part(part: Part, share: Tensor) -> Tensor:
 
 
 def _groups(points: Iterable[Point], size: int) -> Iterator[list[Point]]:
-    """Runs of at most `size` points that move the same hook points under the same rules."""
+    """Runs of at most `size` points that move the same hook points under the same rules; of a fraction of that where an
+    endpoint's values, of all layers, are held for each of them.
+    """
     group: list[Point] = []
     for point in points:
+        most = size if point.other is None else max(1, size // 32)
         if group and (
-            len(group) == size or point.moved.keys() != group[0].moved.keys() or point.rules != group[0].rules
+            len(group) >= most or point.moved.keys() != group[0].moved.keys() or point.rules != group[0].rules
         ):
             yield group
             group = []
