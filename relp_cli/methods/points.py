@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from relp_cli.errors import RelpError
 from relp_cli.methods.setup import CHUNK_TOKENS
 from relp_cli.methods.space import Batch, Part, Point
 from relp_cli.methods.table import Params
@@ -96,9 +97,18 @@ def relp(on: Batch, params: RelpParams) -> Iterator[Point]:
     """2 forward + 1 backward for all units; with c endpoints by position 1 + 2c forward + c backward."""
     rules = rules_of(on, params)
     part: Part = "secant" if params.blend else "whole"
+    by_position = params.endpoints == "position"
+    if by_position and not on.two_point(rules):
+        raise RelpError(
+            f"endpoints=position is for two-point rules; there is none among {', '.join(rules) or 'no rules'}"
+        )
+    if params.blend and on.setup.baseline != "patch":
+        raise RelpError(
+            f"a blend needs a patch prompt, whose streams shares are of, not baseline '{on.setup.baseline}'"
+        )
     if params.blend:
         yield Point(part="tangent")
-    if params.endpoints == "position" and on.two_point(rules):
+    if by_position:
         yield from endpoints(on, rules, params.max_endpoints, part)
     else:
         yield Point(rules=rules, other=on.recorded(rules), part=part)

@@ -222,6 +222,18 @@ def test_one_changed_token_is_exact_and_costs_what_relp_costs() -> None:
     assert (got.meta["forwards_per_pair"], got.meta["backwards_per_pair"]) == (2, 1)
 
 
+def test_what_needs_two_prompts_or_two_points_says_so() -> None:
+    c = case("gpt2")
+    with pytest.raises(RelpError, match="endpoints=position is for two-point rules; there is none among ln, identity"):
+        run(c, "relp", ["resid_pre"], endpoints="position")
+    with pytest.raises(
+        RelpError, match="a blend needs a patch prompt, whose streams shares are of, not baseline 'zero'"
+    ):
+        run(c, "relp", ["resid_pre"], blend=True, baseline="zero")
+    with pytest.raises(RelpError, match="not baseline 'zero'"):
+        run(c, "relp+secant", ["resid_pre"], baseline="zero")
+
+
 def test_rule_sets_stand_in_place_of_all_but_linear_rules() -> None:
     gpt2, gemma2 = case("gpt2").model, case("gemma2").model
     assert with_extra_rules(gpt2, ("ln", "identity", "gamma=0.5"), ["secant"]) == (
