@@ -208,12 +208,14 @@ class RuleSet:
     source: str
     endpoints: Literal["patch", "position"] = "patch"
     blend: bool = False
+    cost: str = "2 forward + 1 backward"
 
 
 RULE_SETS: Registry[RuleSet] = Registry("rule set")
 for _set in (
     RuleSet("secant", ("lnx", "act2", "gate2", "attn2", "softmax2", "qk2", "softcap2"),
-            "every layer's secant, one endpoint per changed position, by the node's share", OURS, "position", True),
+            "every layer's secant, one endpoint per changed position, by the node's share", OURS, "position", True,
+            "4 + 2c forward + 1 + c backward for c changed positions (5 + 2 where c = 1)"),
     RuleSet("local", ("ln2", "act2", "gate2", "local", "softcap2"), "secants that change one thing at a time", OURS),
     RuleSet("two_point", ("ln2", "act2", "gate2", "attn2"), "secants, but for the softmax and 1/σ", OURS),
     RuleSet("attnlrp", ("ln", "identity", "half", "half_pv", "half_qk"), "AttnLRP's", "Achtibat et al. 2024"),

@@ -105,11 +105,15 @@ def resolve_method(
         raise RelpError(f"method '{name}' takes no rules, got '{method}'; only relp variants take '+rule'")
     if extra == ["auto"] and params.get("rules") is not None:
         raise RelpError(f"rules 'auto' stand alone: give '{method}', or rules by name, not both")
+    sets = [e for e in extra if e in RULE_SETS]
+    lost = [r for r in params.get("rules") or () if sets and r.partition("=")[0] in RULES and _row(r).site != "linear"]
+    if lost:
+        raise RelpError(f"'{sets[0]}' stands in place of rule '{lost[0]}': give '{method}', or rules by name, not both")
     params = {**row.defaults, **{k: v for k, v in params.items() if v is not None}, **row.fixed}
     if row.rules and (model or extra):
         preset = model.family.rules if model else ()
         params["rules"] = with_extra_rules(model, tuple(params.get("rules", preset)), extra)
-    for rule_set in (RULE_SETS[name] for name in extra if name in RULE_SETS):
+    for rule_set in (RULE_SETS[name] for name in sets):
         own = {"endpoints": rule_set.endpoints, "blend": rule_set.blend}
         params = {k: v for k, v in own.items() if k in known} | params
     try:

@@ -9,6 +9,7 @@ import torch
 
 from relp_cli.features.kinds import SCORED
 from relp_cli.features.load import load_dictionaries
+from relp_cli.lrp.rules import RULE_SETS
 from relp_cli.methods.table import METHODS
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import units
@@ -36,7 +37,7 @@ def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> 
     batch = min(spec.batch_size, max(len(b) for b in pairs))
     activations = batch * max(b.n_pos for b in pairs) * width * model.shape.n_layers * per_value * 3
     weights = sum(p.numel() for p in model.hf.parameters()) * per_value
-    forwards = f"{row.cost} per pair ({n_pairs} pairs)"
+    forwards = f"{cost_of(spec.method)} per pair ({n_pairs} pairs)"
     if spec.method.endswith("+auto") or spec.params.get("rules") == "auto":
         forwards += "; to choose rules, another such pass per candidate set and 256 exactly patched cells"
     if row.each:
@@ -66,6 +67,12 @@ def _patched(model: Model, batch: PairBatch, kind: NodeKind, baseline: str) -> i
     return units(model, kind) * (n * cells if kind.attended else (n - 1) * cells + last)
 
 
+def cost_of(method: str) -> str:
+    """Passes of a method, or of the rule set that was added to it."""
+    name, *extra = method.split("+")
+    return next((RULE_SETS[e].cost for e in extra if e in RULE_SETS), METHODS[name].cost)
+
+
 def _edges_cost(model: Model, n_pairs: int, positions: int, spec: ScoreSpec) -> dict[str, Any]:
     """The same for edges: exact methods run the model once per edge (and position)."""
     edges, row = Graph.of(model.shape).n_edges, METHODS[spec.method.partition("+")[0]]
@@ -73,7 +80,7 @@ def _edges_cost(model: Model, n_pairs: int, positions: int, spec: ScoreSpec) -> 
     return {
         "pairs": n_pairs,
         "nodes": {"edges": edges * positions},
-        "forwards": f"{row.cost} per pair ({n_pairs} pairs)"
+        "forwards": f"{cost_of(spec.method)} per pair ({n_pairs} pairs)"
         if exact is None
         else f"{(exact + 2) * n_pairs:,} runs of one pair ({n_pairs} pairs)",
         "memory": f"{edges * positions * 8 * 2 / 2**20:.1f} MiB for scores",

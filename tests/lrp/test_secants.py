@@ -246,6 +246,8 @@ def test_rule_sets_stand_in_place_of_all_but_linear_rules() -> None:
         assert run(case("llama"), f"relp+{name}", ["resid_pre"])["resid_pre"].mean.isfinite().all(), name
     with pytest.raises(RelpError, match="unknown rule 'secnat'; did you mean 'secant'"):
         run(case("gpt2"), "relp+secnat", ["resid_pre"])
+    with pytest.raises(RelpError, match="'local' stands in place of rule 'softmax2'"):
+        run(case("gpt2"), "relp+local", ["resid_pre"], rules=["gamma=0.5", "softmax2"])
     with pytest.raises(RelpError, match="'local' and 'softmax2' both replace the softmax"):
         run(case("gpt2"), "relp", ["resid_pre"], rules=["local", "softmax2"])
 
