@@ -96,7 +96,9 @@ def compare_tasks(
         label = labels[spec.model]
         notes += [f"{label}, {prepared.task.name}: {line}" for line in prepared.notes]
         scores = {method: _scores(one, prepared, session, folder, progress) for method, one in specs.items()}
-        notes += [f"{label}, {m}: {line}" for m, of_method in scores.items() for line in scoring_notes(of_method)]
+        notes += [
+            f"{label}, {prepared.task.name}: {line}" for found in scores.values() for line in scoring_notes(found)
+        ]
         result = run_comparison(
             prepared.model, prepared.pairs, options.methods, options.nodes, prepared.metric, spec.direction,
             options.reference, options.top_k, seed=spec.seed, scores=scores,
