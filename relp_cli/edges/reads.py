@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from relp_cli.lrp.sites import linear_parameters
+from relp_cli.lrp.sites import centred, linear_parameters, weighted
 from relp_cli.models.model import Model
 from relp_cli.spaces.graph import QKV
 
@@ -35,14 +35,11 @@ class Norm:
         return getattr(self.component, "bias", None) if self.centres else None
 
     def centre(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-        return x - x.mean(-1, keepdim=True) if self.centres else x
+        return x if self.component is None else centred(self.component, x)
 
     def weighted(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         """x times the norm's weight."""
-        weight = getattr(self.component, "weight", None)
-        if self.component is None or weight is None:
-            return x
-        return x * (1 + weight if self.component.uses_weight_offset else weight)
+        return x if self.component is None else weighted(self.component, x)
 
     def sigma(self, centred: Float[Tensor, "... d_model"]) -> Tensor | float:
         """What the centred stream is divided by: Float[..., 1]."""
@@ -52,8 +49,8 @@ class Norm:
         return (mean_square + _epsilon(self, centred)).sqrt()
 
     def __call__(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-        centred = self.centre(x)
-        out = self.weighted(centred / self.sigma(centred))
+        numerator = self.centre(x)
+        out = self.weighted(numerator / self.sigma(numerator))
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
 

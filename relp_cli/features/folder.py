@@ -53,6 +53,7 @@ def floats(path: Path, state: Mapping[str, Tensor], counts: Collection[str] = ()
 
 
 def dtype_name(tensor: Tensor) -> str:
+    """As people write it: `float32`."""
     return _name(tensor.dtype)
 
 

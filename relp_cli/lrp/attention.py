@@ -76,12 +76,11 @@ def _scores(model: Model, name: str, rule: ActiveRule | None, capped: ActiveRule
     def surrogate(v: Values, _: Tensor, other: Values | None) -> Tensor:
         q, k = read.queries_and_keys(v)
         theirs = None if other is None else read.expanded(other["q"], other["k"])
-        raw = q @ k.transpose(-2, -1) * read.scale
+        raw = read.scores(q, k)
         if rule:
             raw = replace(raw, rule.rule.fn(q, k, *(theirs or (None, None))) * read.scale)
         if capped:
-            before = theirs and theirs[0] @ theirs[1].transpose(-2, -1) * read.scale
-            return capped.rule.fn(raw, cap, before)
+            return capped.rule.fn(raw, cap, theirs and read.scores(*theirs))
         return raw if cap is None else cap * torch.tanh(raw / cap)
 
     def record(v: Values) -> dict[str, Tensor]:
@@ -89,14 +88,12 @@ def _scores(model: Model, name: str, rule: ActiveRule | None, capped: ActiveRule
         return {"q": q, "k": k, "scores": v["scores"]}
 
     def value(v: Values, other: Values | None) -> Tensor:
-        q, k = read.queries_and_keys(v)
-        raw = q @ k.transpose(-2, -1) * read.scale
+        raw = read.scores(*read.queries_and_keys(v))
         if cap is not None:
             return cap * torch.tanh(raw / cap)
         if other is None:
             return raw
-        theirs = read.expanded(other["q"], other["k"])
-        return raw + (other["scores"] - theirs[0] @ theirs[1].transpose(-2, -1) * read.scale)
+        return raw + (other["scores"] - read.scores(*read.expanded(other["q"], other["k"])))
 
     write = f"{name}.hook_attn_scores"
     rules = tuple(str(r) for r in (rule, capped) if r)
@@ -173,6 +170,10 @@ class Products:
     def queries_and_keys(self, v: Values) -> tuple[Tensor, Tensor]:
         """Of a run's inputs, one key per query head."""
         return self.expanded(*self.raw(v))
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """Scaled products, before cap, bias and mask: Float[batch, head, query, key]."""
+        return q @ k.transpose(-2, -1) * self.scale
 
     @staticmethod
     def expanded(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -123,8 +123,12 @@ class NodeBatch(Batch):
         mean: Activations = {kind.name: [] for kind in self.setup.kinds}
         for kind in self.setup.kinds:
             for n, delta in enumerate(deltas[kind.name]):
-                shares = [self._share(part, kind, n, delta) * grads[kind.name, n] for part, grads in parts.items()]
-                mean[kind.name].append(torch.stack(shares).sum(0) if len(shares) > 1 else shares[0])
+                if "whole" in parts:
+                    mean[kind.name].append(parts["whole"][kind.name, n])
+                    continue
+                share = self.streams.shares(kind, n, delta)
+                shared = [of_part(part, share) * grads[kind.name, n] for part, grads in parts.items()]
+                mean[kind.name].append(torch.stack(shared).sum(0))
         return Result(products(self.setup, deltas, mean), applied, self.meta)
 
     def mean_gradients(
@@ -140,10 +144,6 @@ class NodeBatch(Batch):
                 before, grad = total.get(where), point.weigh(wide(grad))
                 total[where] = grad if before is None else before + grad
         return parts, applied
-
-    def _share(self, part: Part, kind: NodeKind, layer: int, delta: Tensor) -> Tensor | float:
-        """What a site's nodes have of a part: Float[batch, pos, width]."""
-        return 1.0 if part == "whole" else of_part(part, self.streams.shares(kind, layer, delta))
 
     def _parts(self, point: Point, at: Gradients) -> Iterator[tuple[tuple[str, int], Tensor]]:
         """(kind, layer) → the gradient of the nodes there that the point is for, 0 for others."""

@@ -265,6 +265,8 @@ def together(points: Sequence[Point]) -> tuple[dict[str, Tensor], Recorded | Non
     """`moved` of several points as rows [point, batch] of one pass, and `other` for these rows."""
     first = points[0]
     moved = {name: torch.cat([p.moved[name] for p in points]) for name in first.moved}
+    if len(points) == 1:
+        return moved, first.other  # as it is: joining would copy what all layers hold
     others = [p.other for p in points if p.other is not None]
     other = first.other and {
         site: {key: torch.cat([o[site][key] for o in others]) for key in values} for site, values in first.other.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from transformers import (
     Gemma2Config,
@@ -77,48 +78,32 @@ def qwen2(vocab: int) -> PreTrainedModel:
     return Qwen2ForCausalLM(config)
 
 
+GEMMA: dict[str, Any] = {
+    "hidden_size": D_MODEL,
+    "intermediate_size": 3 * D_MODEL,
+    "num_hidden_layers": 4,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": D_MODEL // HEADS,
+    "query_pre_attn_scalar": D_MODEL // HEADS,
+    "max_position_embeddings": CONTEXT,
+    "sliding_window": 8,
+    "attention_dropout": 0.0,
+    "bos_token_id": BOS,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
 def gemma2(vocab: int) -> PreTrainedModel:
     """Norms before and after each sublayer, softcaps on attention and logits, sliding window in every other layer."""
-    config = Gemma2Config(
-        vocab_size=vocab,
-        hidden_size=D_MODEL,
-        intermediate_size=3 * D_MODEL,
-        num_hidden_layers=4,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=D_MODEL // HEADS,
-        query_pre_attn_scalar=D_MODEL // HEADS,
-        max_position_embeddings=CONTEXT,
-        sliding_window=8,
-        attn_logit_softcapping=50.0,
-        final_logit_softcapping=30.0,
-        attention_dropout=0.0,
-        bos_token_id=BOS,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    config = Gemma2Config(vocab_size=vocab, attn_logit_softcapping=50.0, final_logit_softcapping=30.0, **GEMMA)
     return Gemma2ForCausalLM(config)
 
 
 def gemma3(vocab: int) -> PreTrainedModel:
     """Norms on queries and keys, norms before and after each sublayer, sliding window in every other layer."""
-    config = Gemma3TextConfig(
-        vocab_size=vocab,
-        hidden_size=D_MODEL,
-        intermediate_size=3 * D_MODEL,
-        num_hidden_layers=4,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=D_MODEL // HEADS,
-        query_pre_attn_scalar=D_MODEL // HEADS,
-        max_position_embeddings=CONTEXT,
-        sliding_window=8,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        attention_dropout=0.0,
-        bos_token_id=BOS,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    config = Gemma3TextConfig(vocab_size=vocab, layer_types=["sliding_attention", "full_attention"] * 2, **GEMMA)
     return Gemma3ForCausalLM(config)
 
 
