@@ -141,3 +141,19 @@ class Encoder:
             if not self.is_outcome(ids):
                 raise RelpError(f"{where}answer '{answer}' is not a single token of {self.name}: {self.pieces(ids)}")
         return tuple(ids[0] for ids in found)
+
+    def first_ids(
+        self, prompt: str, answer: str, foil: str, join: str | None, where: str
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The first token of an answer and of its foil, which have equally many. Raises: RelpError otherwise, and where they
+        share it or it is unknown.
+        """
+        two = self.outcomes(prompt, (answer, foil), join)
+        pieces = f"'{answer}' ({self.pieces(two[0])}) and '{foil}' ({self.pieces(two[1])})"
+        if not all(two) or self.unk in (two[0][0], two[1][0]):
+            raise RelpError(f"{where}{pieces}: not what follows the prompt in the vocabulary of {self.name}")
+        if len(two[0]) != len(two[1]):
+            raise RelpError(f"{where}{pieces} have different token lengths for {self.name}")
+        if two[0][0] == two[1][0]:
+            raise RelpError(f"{where}{pieces} begin with the same token for {self.name}")
+        return two[0][:1], two[1][:1]

@@ -29,6 +29,7 @@ class RawPair:
     join:      what stands between prompt and answer; None: a space where two words would touch.
     ids:       token ids of (original, patch) that a file gives instead of text.
     outcome_ids: token ids of (answer, foil) that a file gives instead of text.
+    first:     answer and foil of several tokens are read by the first one, where they have equally many (MIB).
     labels:    one role per token of the text, given by a file.
     where:     `file:line: ` for error messages, empty for generated pairs.
     """
@@ -38,6 +39,7 @@ class RawPair:
     join: str | None = None
     ids: tuple[tuple[int, ...], tuple[int, ...] | None] | None = None
     outcome_ids: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    first: bool = False
     labels: tuple[str, ...] | None = None
     split: str | None = None
     where: str = ""

@@ -1,4 +1,4 @@
-"""A pair file as records with their places: JSON-lines, a JSON list, `{"prompts": [...]}`, or CSV.
+"""A pair file as records with their places: JSON-lines, a JSON list, `{"prompts": [...]}`, CSV, or parquet.
 
 Text is data: a line ends at a line feed and nowhere else (U+2028 may stand in JSON strings), a key stands once in an object,
 and whatever does not parse is one line that names file and line.
@@ -15,20 +15,40 @@ from typing import Any
 
 from relp_cli.errors import RelpError
 
-FILE_ENDINGS = (".jsonl", ".json", ".csv")
+FILE_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 Record = tuple[str, dict[str, Any]]  # (`file:line: `, values)
 
 
 def read_records(path: Path) -> list[Record]:
     """Raises: RelpError `file:line: what was expected` on what cannot be read, and on a file without records."""
+    records = list(_parquet_records(path) if path.suffix == ".parquet" else _text_records(path))
+    if not records:
+        raise RelpError(f"{path}: no pairs in this file")
+    return records
+
+
+def _text_records(path: Path) -> Iterable[Record]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RelpError(f"{path}: cannot be read: {error}") from None
-    records = list(_csv_records(path, text) if path.suffix == ".csv" else _json_records(path, text))
-    if not records:
-        raise RelpError(f"{path}: no pairs in this file")
-    return records
+    return _csv_records(path, text) if path.suffix == ".csv" else _json_records(path, text)
+
+
+def _parquet_records(path: Path) -> Iterator[Record]:
+    """Rows, whose places are their numbers from 1 up. Columns of structs are objects, as in JSON."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise RelpError(
+            f"{path}: reading .parquet needs pyarrow, which is not installed: pip install 'relp-cli[parquet]'"
+        ) from error
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise RelpError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+    yield from ((f"{path}:{i}: ", row) for i, row in enumerate(rows, 1))
 
 
 def _csv_records(path: Path, text: str) -> Iterable[Record]:

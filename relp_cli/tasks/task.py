@@ -124,7 +124,7 @@ class Task:
 
 
 def load_task(name_or_path: str | Path) -> Task:
-    """A shipped task ("ioi"), a task YAML, or a file of pairs (.jsonl, .json, .csv).
+    """A shipped task ("ioi"), a task YAML, or a file of pairs (.jsonl, .json, .csv, .parquet).
 
     Raises: RelpError, one line `file:line: key: what was expected`; unknown names with the nearest shipped one.
     """

@@ -152,6 +152,8 @@ def tokenise(raw: RawPair, encoder: Encoder) -> TokenPair:
         raise RelpError(f"{where}original has {len(original)} token ids, patch {len(patch)}; pairs are never padded")
     if raw.outcome_ids is not None:
         answer, foil = raw.outcome_ids
+    elif raw.first:
+        answer, foil = encoder.first_ids(pair.original, pair.answer[0], pair.foil[0], raw.join, where)
     else:
         answer, foil = (
             encoder.outcome_ids(pair.original, texts, raw.join, where) if texts else ()

@@ -1,6 +1,7 @@
 """Pair files: each format, the splits of a fixed file, and each mistake as one line with file and line number."""
 
 import json
+import sys
 
 import pytest
 
@@ -84,6 +85,26 @@ def test_feature_circuits(tmp_path):
     )
     assert sorted(batch.answer.tolist()) == sorted([[IDS["runs"]], [IDS["run"]]])
     assert batch.original.tolist()[0] == [0, *ids("The dog")]
+
+
+def test_parquet_is_read_as_the_same_records_in_json(tmp_path, monkeypatch):
+    pyarrow, parquet = (pytest.importorskip(f"pyarrow{part}") for part in ("", ".parquet"))
+    records = [
+        {"original": f"The dog {w}", "patch": f"The dogs {w}", "answer": ["runs"], "foil": ["run"]}
+        for w in ("was", "so")
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    got, want = only_batch(tmp_path / "a.parquet"), only_batch(write(tmp_path, "a.jsonl", lines(*records)))
+    for field in ("original", "patch", "answer", "foil"):
+        assert getattr(got, field).tolist() == getattr(want, field).tolist()
+    parquet.write_table(pyarrow.Table.from_pylist([*records, {**records[0], "patch": None}]), tmp_path / "b.parquet")
+    with pytest.raises(RelpError, match=r"b\.parquet:3: patch: expected text, got None"):
+        load_task(tmp_path / "b.parquet")
+    with pytest.raises(RelpError, match=r"c\.parquet: cannot be read"):
+        load_task(write(tmp_path, "c.parquet", "no parquet"))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(RelpError, match=r"needs pyarrow, which is not installed: pip install 'relp-cli\[parquet\]'"):
+        load_task(tmp_path / "a.parquet")
 
 
 def test_eap_ig_csv(tmp_path):
