@@ -18,10 +18,7 @@ from relp_cli.edges.run import edge_logits
 from relp_cli.edges.stream import written
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.ablation_table import ABLATIONS
-from relp_cli.evaluation.areas import MIB_FRACTIONS, areas
-from relp_cli.evaluation.curve import edge_curve
 from relp_cli.evaluation.edge_ablation import EdgeAblation
-from relp_cli.runs.evaluating import circuits_of
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.edges import circuit_of_names, edge_circuit, edge_mask
 from relp_cli.spaces.graph import Graph
@@ -272,21 +269,6 @@ def test_information_flow_by_hand(shape: str) -> None:
         want = share[..., -1] if v == "logits" else share.mean(-1)
         close(scores.mean[scores.mask[:, column], column], want.mean(-1))
     assert not scores.meta["signed"]
-
-
-def test_mib_curve() -> None:
-    c = case("gpt2")
-    scores = run(c, "eap", ["edges"])["edges"]
-    table, cpr, cmd = outcome(lambda: edge_curve(c.model, [c.batch], scores, ablation="zero", bootstrap=5))
-    assert table.ranking.tolist() == ["signed"] * 10 + ["absolute"] * 10
-    assert tuple(table.fraction) == 2 * MIB_FRACTIONS  # no points merged
-    assert table.n_nodes.tolist() == 2 * [int(f * 262) for f in MIB_FRACTIONS]
-    signed, absolute = (table[table.ranking == r] for r in ("signed", "absolute"))
-    assert cpr == areas(MIB_FRACTIONS, signed.faithfulness)[0]
-    assert cmd == areas(MIB_FRACTIONS, absolute.faithfulness)[1]
-    assert not signed.faithfulness.equals(absolute.faithfulness)
-    assert table.faithfulness.iloc[-1] == pytest.approx(1)
-    assert [len(s) for s in (circuits_of(scores.whole, "fractions:mib"), MIB_FRACTIONS)] == [10, 10]
 
 
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
