@@ -97,7 +97,9 @@ def mib_circuits(scores: Scores, fractions: Sequence[float] = MIB_FRACTIONS) -> 
     if scores.units.space not in SPACES_OF_MIB:
         raise RelpError(f"MIB measures {' and '.join(SPACES_OF_MIB)}, not {scores.units.space}")
     summed = without_positions(scores)
-    more = {"prune": "from_input"} if summed.units.space == "edges" else {}  # nodes do not say what they read
+    more: dict[str, Any] = (
+        {"prune": "from_input"} if summed.units.space == "edges" else {}
+    )  # nodes do not say what they read
     return {
         ranking: [select(summed, top_k=int(p * len(summed.units)), sign=ranking, **more) for p in fractions]
         for ranking in (RANKINGS if scores.meta.get("signed", True) else RANKINGS[1:])
