@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from relp_cli import BATCH_SIZE
@@ -27,6 +28,7 @@ def score(
     batch_size: int = BATCH_SIZE,
     keep_examples: bool | None = None,
     progress: Progress | None = None,
+    state: Path | None = None,
     **params: Any,
 ) -> Scores:
     """Score nodes, edges or features of a model on prompt pairs.
@@ -36,6 +38,7 @@ def score(
                terms of a `dictionary=`. By default edges for methods that score nothing else (`eap`).
     direction: "noising" (the original runs, patch values go in) or "denoising" (the reverse).
     baseline:  what n(x_p) is: "patch", "zero", or "mean" over all given originals per position.
+    state:     a file in which methods that learn keep what is unfinished, and go on from if it is there.
     params:    the method's own parameters (`rules=[...]` for relp), and the space's (`methods.score.score_units`);
                unknown ones are errors.
 
@@ -44,7 +47,7 @@ def score(
     """
     if tuple(nodes) == COMPONENTS:
         nodes = default_nodes(method, COMPONENTS)
-    request = Request(metric, direction, baseline, batch_size, keep_examples, progress)
+    request = Request(metric, direction, baseline, batch_size, keep_examples, progress, state)
     space = space_for(nodes)
     own = {name: value for name, value in params.items() if name not in space.options}
     _, parsed = resolve_method(method, own, space.name, model)

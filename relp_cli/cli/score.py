@@ -38,6 +38,9 @@ def command(
     budget: Annotated[
         float | None, typer.Option(help="Of method screened: the share of nodes that is patched exactly (default: .2).")
     ] = None,
+    start: Annotated[
+        str | None, typer.Option(help="Of methods that learn: the run whose ranking they start from.")
+    ] = None,
     annotations: Annotated[
         Path | None, typer.Option(help="What features mean: JSON lines with site, feature, annotation.")
     ] = None,
@@ -59,9 +62,10 @@ def command(
         nodes = "feature" if nodes == COMPONENTS else nodes
     elif nodes == COMPONENTS:
         nodes = ",".join(default_nodes(method, comma(nodes, "--nodes")))
+    own = {name: value for name, value in (("budget", budget), ("start", start)) if value is not None}
     spec = score_spec(
         task=task, model=at_revision(model, revision), method=method, nodes=comma(nodes, "--nodes"),
-        keep_examples=per_example, params=how.params | ({} if budget is None else {"budget": budget}), **how.of_spec,
+        keep_examples=per_example, params=how.params | own, **how.of_spec,
     )  # fmt: skip
     from relp_cli.runs.cost import describe_cost
     from relp_cli.runs.scoring import Prepared, Session, check_request, prepare, score_run, scoring_notes

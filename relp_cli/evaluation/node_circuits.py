@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,8 +10,9 @@ from torch import Tensor
 from relp_cli.evaluation.ablation import Ablation
 from relp_cli.evaluation.evaluate import Ablating
 from relp_cli.models.model import Hook, Model
-from relp_cli.nodes.access import Activations, split
-from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
+from relp_cli.nodes.access import Activations
+from relp_cli.nodes.kinds import NODE_KINDS
+from relp_cli.nodes.masked import keeping
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.tasks.pairs import PairBatch
 
@@ -40,26 +41,7 @@ class NodeAblator:
 
     def hooks(self, keep: Tensor | None, ablated: Activations | None) -> list[tuple[str, Hook]]:
         """What makes the model run only the nodes in `keep`, Bool[pos, unit] at a batch's positions."""
-        masks: Mapping[str, Tensor] = {}
+        masks = None
         if keep is not None:
             masks = {kind.name: self.units.view(kind.name, keep).to(self.model.device) for kind in self.kinds}
-        return [
-            (kind.point(layer), self._keep(kind, masks.get(kind.name), layer, ablated))
-            for kind in self.kinds
-            for layer in range(self.how.exclude, self.model.shape.n_layers)
-        ]
-
-    def _keep(self, kind: NodeKind, mask: Tensor | None, layer: int, ablated: Activations | None) -> Hook:
-        """mask: Bool[layer, pos, units]."""
-
-        def hook(value: Tensor) -> Tensor:
-            other = torch.zeros_like(value) if ablated is None else ablated[kind.name][layer].expand_as(value)
-            if mask is None:
-                return other.contiguous()  # GPT-2's linear layers view their input
-            if kind.split == "unit":
-                return torch.where(mask[layer], value, other)
-            kept = mask[layer][..., None]
-            pieces = torch.where(kept, split(self.model, kind, value), split(self.model, kind, other))
-            return pieces.reshape(value.shape)
-
-        return hook
+        return keeping(self.model, self.kinds, masks, ablated, self.how.exclude)

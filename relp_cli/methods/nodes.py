@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from relp_cli.errors import RelpError
@@ -22,8 +23,10 @@ from relp_cli.methods.table import Result
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import Activations, capture, split, units
 from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
+from relp_cli.nodes.masked import keeping
 from relp_cli.precision import wide
-from relp_cli.spaces.nodes import node_blocks, units_of
+from relp_cli.spaces.nodes import node_blocks, units_of, without_unit_axis
+from relp_cli.spaces.units import Units
 from relp_cli.tasks.pairs import PairBatch
 
 
@@ -162,6 +165,30 @@ class NodeBatch(Batch):
         found = patch_nodes(self.setup, source, every, self.chunk_tokens, self.tick)
         scores = {kind: torch.stack([found[kind.name, n] for n in layers], 1) for kind in self.setup.kinds}
         return Result({kind.name: v[..., 0] if kind.split == "vector" else v for kind, v in scores.items()})
+
+    @cached_property
+    def units(self) -> Units:
+        return units_of(self.model, [kind.name for kind in self.setup.kinds])
+
+    def changed(self) -> Bool[Tensor, "slot unit"]:
+        found, run = [], self.read_run()
+        for kind in self.setup.kinds:
+            pairs = zip(self.source[kind.name], run[kind.name], strict=True)
+            layers = [(split(self.model, kind, s) != split(self.model, kind, r)).any(-1).any(0) for s, r in pairs]
+            found.append(torch.stack(layers))
+        return self.setup.any_of_slots(self.units.joined(found))
+
+    def masked(self, keep: Float[Tensor, "slot unit"]) -> Float[Tensor, " batch"]:
+        at = keep[self.setup.slots.to(keep.device)]
+        masks = {kind: self.units.view(kind, at).to(self.model.device) for kind in self.units.kinds}
+        with self.model.hooks(keeping(self.model, self.setup.kinds, masks, self.source)):
+            logits = self.model.logits(self.setup.run)
+        self.setup.passes.forward += 1
+        return self.setup.value(logits)
+
+    def of_units(self, values: Float[Tensor, "slot unit"]) -> dict[str, Tensor]:
+        views = {kind: without_unit_axis(kind, self.units.view(kind, values)) for kind in self.units.kinds}
+        return {kind: view.expand(len(self), *view.shape) for kind, view in views.items()}
 
 
 def _masked(model: Model, kind: NodeKind, value: Tensor, mask: Bool[Tensor, "pos unit"]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,10 @@ BASELINES = ("patch", "zero", "mean")
 
 @dataclass(frozen=True)
 class Request:
-    """What `relp.score` was asked for besides the model, the pairs, the method and the nodes; see there for meanings."""
+    """What `relp.score` was asked for besides the model, the pairs, the method and the nodes; see there for meanings.
+
+    state: see `Setup`.
+    """
 
     metric: str = "logit_diff"
     direction: str = "noising"
@@ -34,6 +38,7 @@ class Request:
     batch_size: int = BATCH_SIZE
     keep_examples: bool | None = None
     progress: Progress | None = None
+    state: Path | None = None
 
     def check(self, of: str = "", baselines: Sequence[str] = BASELINES) -> None:
         """Raises RelpError for a metric, direction or baseline that does not exist (`of` features, say)."""
@@ -48,7 +53,7 @@ class Request:
         """One batch made ready. `means`: for baseline mean."""
         direction: Any = self.direction
         baseline: Any = self.baseline
-        return Setup(model, batch, METRICS[self.metric], kinds, direction, baseline, means, passes)
+        return Setup(model, batch, METRICS[self.metric], kinds, direction, baseline, means, passes, self.state)
 
     def chunks(self, model: Model, pairs: Sequence[PairBatch]) -> list[PairBatch]:
         """The pairs in batches of at most `batch_size`, on the model's device."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from relp_cli.errors import RelpError
@@ -54,6 +55,7 @@ class Setup:
     With a baseline, source values are zeros or given means and no second prompt is needed.
 
     labels: the distinct position labels of this batch, in order; the `slot` axis of per-example scores.
+    state: the file in which an unfinished computation is kept, to go on from (None: it is not kept).
     """
 
     model: Model
@@ -64,6 +66,7 @@ class Setup:
     baseline: Baseline = "patch"
     means: Means | None = None
     passes: Passes = field(default_factory=Passes)
+    state: Path | None = None
     seen: dict[str, Tensor] = field(default_factory=dict)  # "run", "source": L of a prompt that a pass has already run
     inputs: dict[str, Tensor] = field(
         default_factory=dict
@@ -107,6 +110,11 @@ class Setup:
             return values
         out = values.new_zeros(*values.shape[:2], len(self.labels), *values.shape[3:])
         return out.index_add_(2, self.slots, values)
+
+    def any_of_slots(self, values: Bool[Tensor, "pos unit"]) -> Bool[Tensor, "slot unit"]:
+        """Whether it holds at some of the positions that share a label."""
+        out = torch.zeros(len(self.labels), values.shape[1], device=values.device)
+        return out.index_add_(0, self.slots, values.to(out.dtype)) > 0
 
     @cached_property
     def _reference(self) -> Tensor | None:

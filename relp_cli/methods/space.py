@@ -12,10 +12,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from relp_cli.errors import RelpError
@@ -203,6 +203,28 @@ class Batch(ABC):
     @abstractmethod
     def patch(self) -> Result:
         """Every unit patched on its own, exactly."""
+
+    learning_steps: ClassVar[int] = 500  # of rankings that are learned, by default
+
+    @property
+    def units(self) -> Units:
+        """What is scored, in the order of the next three."""
+        raise NotImplementedError
+
+    def changed(self) -> Bool[Tensor, "slot unit"]:
+        """The units that differ between source and run for some pair: 1 forward pass."""
+        raise NotImplementedError
+
+    def masked(self, keep: Float[Tensor, "slot unit"]) -> Float[Tensor, " batch"]:
+        """L of the run in which every unit is keep·(its running value) + (1 − keep)·(its value in the source), with the graph
+        that leads back to `keep`: 1 forward pass. At 1 and 0 it is what an evaluation with the source's values says of the
+        circuit.
+        """
+        raise NotImplementedError
+
+    def of_units(self, values: Float[Tensor, "slot unit"]) -> Mapping[str, Tensor]:
+        """The same values for every pair, as `Result.scores`."""
+        raise NotImplementedError
 
 
 class Scorer(Protocol):

@@ -85,6 +85,7 @@ class Method:
 
 METHODS: Registry[Method] = Registry("method")
 POINTS, BASELINES = "relp_cli.methods.points", "relp_cli.methods.baselines"
+LEARNED = "relp_cli.methods.learned"
 ALONG = "steps × (forward + backward) + 2 forward"
 FLAT = "zero-gradient regions, saturation"
 for _row in (
@@ -118,6 +119,14 @@ for _row in (
            "c(n), exactly for the budget's share of nodes that estimates call large; scaled estimates for the rest",
            "atp + relp + relp+secant + 1 forward per node of the budget", "what estimates miss", "relp (docs/rules.md)",
            NODES, "all", baselines=("patch",)),
+    Method("learned", f"{LEARNED}:learned:LearnedParams",
+           "the place in a ranking whose circuits of every size keep L, unsigned: larger is needed more",
+           "steps × (forward + backward) of one batch + 2 forward", "what units do together", "MAttr; relp (docs/learned.md)",
+           NODES, "all", signed=False),
+    Method("hard_concrete", f"{LEARNED}:hard_concrete:HardConcreteParams",
+           "log α of gates that are pruned to one size at the least loss of L, unsigned",
+           "steps × (forward + backward) of one batch + 2 forward", "baseline", "Louizos et al. 2018; Wang et al. 2020",
+           NODES, "all", signed=False),
     Method("eap_gp", "relp_cli.edges.eap_gp:eap_gp:EapGpParams",
            "c(u→v), gradient averaged along a path that follows the gradients",
            "steps × (2 forward + 4 backward) + 5 forward", "saturation along the straight path", "Zhang et al. 2025",

@@ -118,11 +118,23 @@ def check_request(spec: ScoreSpec, folder: Path | None = None) -> None:
         check_dictionary(spec.params.get("dictionary"))
     if spec.metric is not None:
         METRICS[spec.metric]
+    if spec.params.get("start") is not None:
+        _start_of(spec)
+
+
+def _start_of(spec: ScoreSpec) -> str:
+    """The checksum of the scores that a learned ranking starts from. Raises RelpError where they are not of these nodes."""
+    start = RunDir(Path(spec.params["start"]))
+    nodes = start.read()["spec"].get("nodes") or []
+    if missing := [name for name in spec.nodes if name not in nodes]:
+        raise RelpError(f"--start {start.path}: this run scored {', '.join(nodes)}, not {missing[0]}")
+    return checksum(start.scores)
 
 
 def digest_of(spec: ScoreSpec, prepared: Prepared, session: Session) -> str:
     """The content hash of a run: its spec, and what the names in it stand for."""
-    return spec.digest(**_contents(spec, prepared, session), metric_used=prepared.metric, relp=__version__)
+    more = {"start_scores": _start_of(spec)} if spec.params.get("start") is not None else {}
+    return spec.digest(**_contents(spec, prepared, session), **more, metric_used=prepared.metric, relp=__version__)
 
 
 def _contents(spec: ScoreSpec, prepared: Prepared, session: Session) -> dict[str, str]:
@@ -174,6 +186,7 @@ def score_run(
         spec.batch_size,
         spec.keep_examples,
         progress,
+        run.unfinished(digest),
         **params,
     )
     scores = with_meta(scores, prepared, spec, digest)
@@ -188,12 +201,13 @@ def score_run(
             "provenance": provenance(),
         }
     )
+    run.unfinished(digest).unlink(missing_ok=True)
     return run, scores, False
 
 
 def scoring_notes(scores: Scores) -> list[str]:
-    """What people have to know of scores: what `relp+auto` chose on how many pairs, what `screened` patched, dictionaries that
-    were trained on another model, exact effects that a narrow dtype rounds to 0.
+    """What people have to know of scores: what `relp+auto` chose on how many pairs, what `screened` patched, what was
+    learned, dictionaries that were trained on another model, exact effects that a narrow dtype rounds to 0.
     """
     notes, meta = [], scores.meta
     if other := meta.get("dictionary_of"):
@@ -207,7 +221,20 @@ def scoring_notes(scores: Scores) -> list[str]:
         chosen = "; ".join(f"{kind}: {', '.join(rules) or 'no rules'}" for kind, rules in auto["chosen"].items())
         aside, of = auto["pairs_set_aside"], auto["pairs_set_aside"] + meta["n_pairs"]
         notes.append(f"auto: {aside} of {of} pairs were used to choose the rules; chosen for {chosen}")
+    if ranking := meta.get("learned"):
+        notes.append(_learned_note(meta["method"], ranking))
     return notes + [_screened_note(kind, row) for kind, row in meta.get("screened", {}).items()]
+
+
+def _learned_note(method: str, row: dict[str, Any]) -> str:
+    first, last = row["metric_first_tenth"], row["metric_last_tenth"]
+    line = (
+        f"{method}: {row['cells']} of {row['of']} nodes × positions change with the source and are ranked (the others: 0); "
+        f"metric of masked runs {first:.3f} in the first, {last:.3f} in the last tenth of {row['steps']} steps"
+    )
+    if "threshold" in row:
+        line += f"; {row['open']} gates are open (relp circuit RUN --threshold {row['threshold']:.6g})"
+    return line
 
 
 def _screened_note(kind: str, row: dict[str, Any]) -> str:
