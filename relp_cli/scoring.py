@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from relp_cli import BATCH_SIZE
@@ -11,6 +11,7 @@ from relp_cli.methods.auto import score_auto
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import COMPONENTS, resolve_method, score_units
 from relp_cli.methods.table import default_nodes
+from relp_cli.methods.unfinished import Unfinished
 from relp_cli.models.model import Model
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.table import space_for
@@ -28,7 +29,7 @@ def score(
     batch_size: int = BATCH_SIZE,
     keep_examples: bool | None = None,
     progress: Progress | None = None,
-    state: Path | None = None,
+    unfinished: Unfinished | None = None,
     **params: Any,
 ) -> Scores:
     """Score nodes, edges or features of a model on prompt pairs.
@@ -38,7 +39,7 @@ def score(
                terms of a `dictionary=`. By default edges for methods that score nothing else (`eap`).
     direction: "noising" (the original runs, patch values go in) or "denoising" (the reverse).
     baseline:  what n(x_p) is: "patch", "zero", or "mean" over all given originals per position.
-    state:     a file in which methods that learn keep what is unfinished, and go on from if it is there.
+    unfinished: where this scoring leaves what it knows, and takes up what an interrupted one of the same request left.
     params:    the method's own parameters (`rules=[...]` for relp), and the space's (`methods.score.score_units`);
                unknown ones are errors.
 
@@ -47,10 +48,10 @@ def score(
     """
     if tuple(nodes) == COMPONENTS:
         nodes = default_nodes(method, COMPONENTS)
-    request = Request(metric, direction, baseline, batch_size, keep_examples, progress, state)
+    request = Request(metric, direction, baseline, batch_size, keep_examples, progress, unfinished)
     space = space_for(nodes)
     own = {name: value for name, value in params.items() if name not in space.options}
     _, parsed = resolve_method(method, own, space.name, model)
     if getattr(parsed, "rules", None) == ("auto",):
-        return score_auto(model, pairs, parsed, nodes, request)  # type: ignore[arg-type]
+        return score_auto(model, pairs, parsed, nodes, replace(request, unfinished=None))  # type: ignore[arg-type]
     return score_units(model, pairs, method, nodes, request, **params)

@@ -10,7 +10,6 @@ kept in a file now and then, so that an interrupted run goes on where it stopped
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,21 +18,16 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from scipy.stats import rankdata
 from torch import Tensor
 
 from relp_cli.errors import RelpError
-from relp_cli.files import write_atomically
 from relp_cli.methods.core import refuse_metric
 from relp_cli.methods.score import merge_labels
 from relp_cli.methods.space import Batch
 from relp_cli.methods.table import Params, Result
 from relp_cli.spaces.scores import Scores, support_sign
 from relp_cli.spaces.table import space_of
-
-SECONDS = 30.0  # between two savings of the state
 
 
 class LearningParams(Params):
@@ -75,7 +69,7 @@ def learn(
     learner = make(_start(params.start, batches[0], cells), steps)
     generator = torch.Generator().manual_seed(params.seed)
     metric = torch.zeros(steps, dtype=torch.float64)
-    state = _State(batches[0].setup.state, torch.optim.Adam(learner.groups, lr=params.lr), generator, metric)
+    state = _State(batches[0], torch.optim.Adam(learner.groups, lr=params.lr), generator, metric)
     sizes = torch.tensor([len(on) for on in batches], dtype=torch.float64)
     for step in range(state.restore(), steps):
         at = int(torch.multinomial(sizes, 1, generator=generator))
@@ -152,32 +146,34 @@ def _start(path: str | None, on: Batch, cells: _Cells) -> Float[Tensor, " cell"]
 
 
 class _State:
-    """What a step depends on, and the file that keeps it (None: nowhere)."""
+    """What a step depends on, and where it is kept (None: nowhere)."""
 
     def __init__(
-        self, path: Path | None, optimizer: torch.optim.Optimizer, generator: torch.Generator, metric: Tensor
+        self,
+        on: Batch,
+        optimizer: torch.optim.Optimizer,
+        generator: torch.Generator,
+        metric: Tensor,
     ) -> None:
-        self.path, self.optimizer, self.generator, self.metric = path, optimizer, generator, metric
-        self.saved = time.monotonic()
+        self.kept, self.passes = on.unfinished, on.setup.passes
+        self.optimizer, self.generator, self.metric = optimizer, generator, metric
 
     def keep(self, done: int) -> None:
-        """Write the state after `done` steps, unless it was written just now."""
-        if self.path is None or time.monotonic() - self.saved < SECONDS:
-            return
-        tensors = {"done": torch.tensor(done), "generator": self.generator.get_state(), "metric": self.metric}
+        """The state after `done` steps."""
+        if self.kept:
+            self.kept.keep(done, self.passes, self._tensors)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"generator": self.generator.get_state(), "metric": self.metric}
         for i, parameter in enumerate(self._parameters()):
             tensors[f"{i}/value"] = parameter.detach()
             tensors |= {f"{i}/{name}": value for name, value in self.optimizer.state[parameter].items()}
-        write_atomically(self.path, save(tensors))
-        self.saved = time.monotonic()
+        return tensors
 
     def restore(self) -> int:
-        """How many steps are done already; a file that cannot be read counts as none, as an unfinished run's does."""
-        if self.path is None or not self.path.is_file():
-            return 0
-        try:
-            tensors = load(self.path.read_bytes())
-        except (OSError, SafetensorError):
+        """How many steps are done already."""
+        done, tensors = self.kept.so_far(self.passes) if self.kept else (0, {})
+        if not done:
             return 0
         self.generator.set_state(tensors["generator"])
         self.metric.copy_(tensors["metric"])
@@ -185,7 +181,7 @@ class _State:
             parts = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(f"{i}/")}
             parameter.data.copy_(parts.pop("value"))
             self.optimizer.state[parameter] = parts
-        return int(tensors["done"])
+        return done
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]

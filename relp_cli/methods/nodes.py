@@ -162,7 +162,7 @@ class NodeBatch(Batch):
         layers = range(self.model.shape.n_layers)
         every = {(kind.name, layer): None for kind in self.setup.kinds for layer in layers}
         source = self.setup.source_activations(self.setup.traced[1])
-        found = patch_nodes(self.setup, source, every, self.chunk_tokens, self.tick)
+        found = patch_nodes(self.setup, source, every, self.chunk_tokens, self.tick, self.unfinished)
         scores = {kind: torch.stack([found[kind.name, n] for n in layers], 1) for kind in self.setup.kinds}
         return Result({kind.name: v[..., 0] if kind.split == "vector" else v for kind, v in scores.items()})
 

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from relp_cli.methods.setup import CHUNK_TOKENS, Setup, fitting
+from relp_cli.methods.unfinished import UnfinishedBatch
 from relp_cli.models.model import Hook
 from relp_cli.models.resume import Rows, putting
 from relp_cli.nodes.access import Activations, split, units
@@ -65,18 +66,26 @@ def patch_nodes(
     wanted: Mapping[At, Bool[Tensor, "pairs slots units"] | None],
     chunk_tokens: int = CHUNK_TOKENS,
     tick: Callable[[int, int, str], None] | None = None,
+    unfinished: UnfinishedBatch | None = None,
 ) -> dict[At, Float[Tensor, "pairs slots units"]]:
     """L(run | n ← n(source)) − L(run) of every node on its own, for each pair; 0 where it is not wanted (None: all are).
 
     Positions that share a slot are patched jointly. Rows of a pass are nodes of one slot, each on one pair, of at most
-    `chunk_tokens` tokens together.
+    `chunk_tokens` tokens together; they go from the first layer to the last. unfinished: what an interrupted call left of this
+    one, and where this one leaves what it knows.
     """
     trace, value = setup.traced[0], setup.prompt_value("run")
     todo = {at: _moved(setup, source, at) for at in sorted(wanted, key=lambda at: at[1])}
     todo = {at: moved if (mask := wanted[at]) is None else moved & mask.to(moved.device) for at, moved in todo.items()}
     out = {at: value.new_zeros(len(value), len(setup.labels), units(setup.model, NODE_KINDS[at[0]])) for at in wanted}
     done, total = 0, sum(int(mask.sum()) for mask in todo.values())
-    for part in _parts(todo, fitting(setup.batch.n_pos, chunk_tokens)):
+    parts_done, known = unfinished.so_far(setup.passes) if unfinished else (0, {})
+    for (kind, layer), effect in out.items() if known else ():
+        effect.copy_(known[f"{kind}.{layer}"])
+    for number, part in enumerate(_parts(todo, fitting(setup.batch.n_pos, chunk_tokens))):
+        if number < parts_done:
+            done += sum(int(cells.slots.sum()) for cells in part)
+            continue
         part = _written(setup, source, part)
         for slot in range(len(setup.labels)):
             here = [cells.of(cells.slots[:, slot]) for cells in part if cells.slots[:, slot].any()]
@@ -90,6 +99,8 @@ def patch_nodes(
             done += len(found)
             if tick:
                 tick(done, total, "patched runs")
+        if unfinished:
+            unfinished.keep(number + 1, setup.passes, lambda: {f"{kind}.{n}": v for (kind, n), v in out.items()})
     return out
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from relp_cli import BATCH_SIZE
 from relp_cli.errors import unknown
 from relp_cli.methods.setup import Means, Passes, Setup
 from relp_cli.methods.table import Method, Params
+from relp_cli.methods.unfinished import Unfinished
 from relp_cli.models.model import Model
 from relp_cli.nodes.kinds import NodeKind
 from relp_cli.tasks.metrics import METRICS
@@ -27,10 +27,7 @@ BASELINES = ("patch", "zero", "mean")
 
 @dataclass(frozen=True)
 class Request:
-    """What `relp.score` was asked for besides the model, the pairs, the method and the nodes; see there for meanings.
-
-    state: see `Setup`.
-    """
+    """What `relp.score` was asked for besides the model, the pairs, the method and the nodes; see there for meanings."""
 
     metric: str = "logit_diff"
     direction: str = "noising"
@@ -38,7 +35,7 @@ class Request:
     batch_size: int = BATCH_SIZE
     keep_examples: bool | None = None
     progress: Progress | None = None
-    state: Path | None = None
+    unfinished: Unfinished | None = None
 
     def check(self, of: str = "", baselines: Sequence[str] = BASELINES) -> None:
         """Raises RelpError for a metric, direction or baseline that does not exist (`of` features, say)."""
@@ -53,7 +50,7 @@ class Request:
         """One batch made ready. `means`: for baseline mean."""
         direction: Any = self.direction
         baseline: Any = self.baseline
-        return Setup(model, batch, METRICS[self.metric], kinds, direction, baseline, means, passes, self.state)
+        return Setup(model, batch, METRICS[self.metric], kinds, direction, baseline, means, passes)
 
     def chunks(self, model: Model, pairs: Sequence[PairBatch]) -> list[PairBatch]:
         """The pairs in batches of at most `batch_size`, on the model's device."""

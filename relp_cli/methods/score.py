@@ -13,6 +13,7 @@ from relp_cli.methods.request import Account, Progress, Request
 from relp_cli.methods.setup import CHUNK_TOKENS
 from relp_cli.methods.space import Batch, Scorer
 from relp_cli.methods.table import METHODS, Method, Params, Result, methods_for
+from relp_cli.methods.unfinished import Unfinished
 from relp_cli.models.model import Model
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.table import SpaceRow, space_for
@@ -53,7 +54,7 @@ def score_units(
     )
     totals = Totals(scorer.units, scorer.labels, account.n_pairs, request.keep_examples)
     result = Result({})
-    for on, result in _results(row, parsed, batches):
+    for on, result in _results(row, parsed, batches, request.unfinished):
         totals.add(scorer.blocks(result.scores), on.labels)
         account.done(on.setup)
         on.forget()
@@ -61,16 +62,25 @@ def score_units(
     return totals.finish(scorer.axis, meta)
 
 
-def _results(row: Method, params: Params, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Result]]:
-    """What an estimator of any sort says of each batch."""
+def _results(
+    row: Method, params: Params, batches: Iterable[Batch], unfinished: Unfinished | None
+) -> Iterator[tuple[Batch, Result]]:
+    """What an estimator of any sort says of each batch; of one by one, what an interrupted scoring said already."""
     function, _ = row.load()
     if row.by == "all":
         every = list(batches)
+        every[0].unfinished = unfinished.of(0) if unfinished else None
         yield from zip(every, function(every, params), strict=True)
         return
-    for on in batches:
-        found = function(on, params)
-        yield on, on.attribute(found) if row.by == "points" else found
+    for number, on in enumerate(batches):
+        on.unfinished = unfinished.of(number) if unfinished else None
+        result = on.unfinished.result(on.setup) if on.unfinished else None
+        if result is None:
+            values = function(on, params)
+            result = on.attribute(values) if row.by == "points" else values
+            if on.unfinished:
+                on.unfinished.keep_result(on.setup, result)
+        yield on, result
 
 
 def _within(progress: Progress | None, number: int, count: int) -> Progress | None:

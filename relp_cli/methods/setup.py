@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -55,7 +54,6 @@ class Setup:
     With a baseline, source values are zeros or given means and no second prompt is needed.
 
     labels: the distinct position labels of this batch, in order; the `slot` axis of per-example scores.
-    state: the file in which an unfinished computation is kept, to go on from (None: it is not kept).
     """
 
     model: Model
@@ -66,7 +64,6 @@ class Setup:
     baseline: Baseline = "patch"
     means: Means | None = None
     passes: Passes = field(default_factory=Passes)
-    state: Path | None = None
     seen: dict[str, Tensor] = field(default_factory=dict)  # "run", "source": L of a prompt that a pass has already run
     inputs: dict[str, Tensor] = field(
         default_factory=dict

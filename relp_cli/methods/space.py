@@ -25,6 +25,7 @@ from relp_cli.methods.request import Progress
 from relp_cli.methods.setup import CHUNK_TOKENS, Passes, Setup, fitting
 from relp_cli.methods.share import Streams
 from relp_cli.methods.table import Result
+from relp_cli.methods.unfinished import UnfinishedBatch
 from relp_cli.models.model import Hook, Model
 from relp_cli.spaces.units import Units
 from relp_cli.tasks.pairs import PairBatch
@@ -66,7 +67,10 @@ class Batch(ABC):
     """One batch of pairs as one space reads it: all that an estimator is given. Readings are made once.
 
     chunk_tokens: how many tokens one pass may hold (points are rows of it). meta: what scores should say of themselves.
+    unfinished: what an interrupted scoring left of this batch, or, with the first, of all.
     """
+
+    unfinished: UnfinishedBatch | None = None
 
     def __init__(self, setup: Setup, chunk_tokens: int = CHUNK_TOKENS, tick: Progress | None = None) -> None:
         self.setup, self.chunk_tokens, self._tick = setup, chunk_tokens, tick

@@ -39,9 +39,10 @@ class RunDir:
     def circuit(self) -> Path:
         return self.path / "circuit.json"
 
-    def unfinished(self, digest: str) -> Path:
-        """Where a method that learns keeps its state, until the scores of that content hash are written."""
-        return self.path / f"unfinished-{digest}.safetensors"
+    @property
+    def unfinished(self) -> Path:
+        """What an interrupted scoring left; gone when the run is done."""
+        return self.path / "unfinished"
 
     def exists(self) -> bool:
         return self.record.is_file()

@@ -14,6 +14,7 @@ from relp_cli.features.load import Dictionaries, check_dictionary, load_dictiona
 from relp_cli.files import check_writable
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import check_baseline, resolve_method
+from relp_cli.methods.unfinished import Unfinished
 from relp_cli.models.load import load_model
 from relp_cli.models.model import Model
 from relp_cli.runs.checked import score_spec
@@ -172,6 +173,7 @@ def score_run(
     if run.is_done(digest):
         return run, load_scores(run, run.read()), True
     check_writable(run.path)
+    unfinished = Unfinished(run.unfinished, digest)
     params = dict(spec.params)
     if "dictionary" in params:
         params["dictionary"] = session.dictionaries(params["dictionary"], prepared.model)
@@ -186,7 +188,7 @@ def score_run(
         spec.batch_size,
         spec.keep_examples,
         progress,
-        run.unfinished(digest),
+        unfinished,
         **params,
     )
     scores = with_meta(scores, prepared, spec, digest)
@@ -201,7 +203,7 @@ def score_run(
             "provenance": provenance(),
         }
     )
-    run.unfinished(digest).unlink(missing_ok=True)
+    unfinished.clear()
     return run, scores, False
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.evaluate import evaluate
-from relp_cli.methods import learning
+from relp_cli.methods import unfinished
 from relp_cli.methods.learned import (
     HardConcreteParams,
     LearnedParams,
@@ -33,6 +33,7 @@ from relp_cli.methods.request import Request
 from relp_cli.methods.setup import Passes
 from relp_cli.methods.space import Batch
 from relp_cli.methods.table import METHODS
+from relp_cli.methods.unfinished import Unfinished
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.table import space_for
@@ -260,9 +261,11 @@ def test_scores_are_of_cells_that_change_and_of_the_seed() -> None:
 def test_an_interrupted_run_goes_on_to_the_same_numbers(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    c, state = case("gpt2"), tmp_path / "state.safetensors"
+    c = case("gpt2")
     whole = run(c, method, ["head"], steps=6)
-    monkeypatch.setattr(learning, "SECONDS", 0.0)
+    monkeypatch.setattr(unfinished, "EVERY", 0.0)
+    monkeypatch.setattr(unfinished, "AT_MOST", 0.0)
+    kept = Unfinished(tmp_path, "x")
 
     def stop(done: int, total: int, what: str) -> None:
         assert (total, what) == (6, f"{'Learned' if method == 'learned' else 'HardConcrete'} steps")
@@ -270,14 +273,14 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(c, method, ["head"], steps=6, state=state, progress=stop)
+        run(c, method, ["head"], steps=6, unfinished=kept, progress=stop)
     done: list[int] = []
-    resumed = run(c, method, ["head"], steps=6, state=state, progress=lambda *at: done.append(at[0]))
+    resumed = run(c, method, ["head"], steps=6, unfinished=kept, progress=lambda *at: done.append(at[0]))
     assert done[0] == 4  # three steps were kept
     assert torch.equal(resumed.mean, whole.mean)
     assert resumed.meta["learned"] == whole.meta["learned"]
-    state.write_bytes(b"damaged")
-    assert torch.equal(run(c, method, ["head"], steps=6, state=state).mean, whole.mean)
+    costs = ("forwards_per_pair", "backwards_per_pair")
+    assert [resumed.meta[k] for k in costs] == [whole.meta[k] for k in costs]
 
 
 def test_a_start_is_the_order_of_other_scores(tmp_path: Path) -> None:
