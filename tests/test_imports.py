@@ -45,7 +45,7 @@ FLOORS = (  # a module imports its own package's modules and those of floors bel
     ("models",),
     ("nodes", "lrp"),
     ("spaces",),
-    ("methods", "circuits"),
+    ("methods", "circuits", "known"),
     ("edges", "features"),
     ("scoring", "selection"),
     ("evaluation",),
@@ -77,7 +77,7 @@ def test_the_reader_of_imports_sees_them():
 
 QUICK = {
     "help": "--help", "help of a verb": "score --help", "tasks": "ls tasks", "methods": "ls methods", "nodes": "ls nodes",
-    "models": "ls models", "runs": "ls runs", "a task": "validate ioi",
+    "models": "ls models", "runs": "ls runs", "cases": "ls cases", "a task": "validate ioi",
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from relp_cli.cli import (
     tasks,
     train_dictionary,
 )
+from relp_cli.cli.benchmarks import Evaluate
 
 app = typer.Typer(
     name="relp",
@@ -30,7 +31,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for module in (score, circuit, evaluate, compare, diagnose, overlap, report, ls, bench):
-    app.command(name=module.__name__.rpartition(".")[2])(module.command)
+    kind = Evaluate if module is evaluate else None
+    app.command(name=module.__name__.rpartition(".")[2], cls=kind)(module.command)
 app.command(name="validate")(tasks.validate)
 app.command(name="show")(tasks.show)
 app.command(name="train-dictionary")(train_dictionary.command)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from relp_cli import BATCH_SIZE
+from relp_cli.cli.benchmarks import refuse_misplaced
 from relp_cli.cli.common import (
     DeviceOption,
     DryRunFlag,
@@ -77,6 +78,7 @@ def command(
 
     Example: relp evaluate runs/ioi --sweep log:1e-4:1:15
     """
+    refuse_misplaced(target)
     if target.endswith((".yaml", ".yml")) or not Path(target).exists():
         from relp_cli.cli.job import named_job, run_job
 

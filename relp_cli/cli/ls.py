@@ -13,7 +13,7 @@ from relp_cli.errors import RelpError, unknown
 
 
 def command(
-    what: Annotated[str, typer.Argument(help="tasks, methods, models, nodes, rules, jobs or runs")],
+    what: Annotated[str, typer.Argument(help="tasks, methods, models, nodes, rules, jobs, cases or runs")],
     json: JsonFlag = False,
 ) -> None:
     """List what there is.
@@ -108,6 +108,16 @@ def _jobs() -> list[dict[str, Any]]:
     return [{"job": name} for name in list_configs("jobs")]
 
 
+def _cases() -> list[dict[str, Any]]:
+    from relp_cli.known.case import case_names, read_case
+
+    return [
+        {"case": c.name, "kind": c.kind, "nodes": " ".join(c.nodes), "edges": "" if c.edges is None else len(c.edges),
+         "about": c.about}
+        for c in map(read_case, case_names())
+    ]  # fmt: skip
+
+
 def _runs() -> list[dict[str, Any]]:
     from relp_cli.runs.rundir import RunDir
 
@@ -129,5 +139,6 @@ LISTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "nodes": _nodes,
     "rules": _rules,
     "jobs": _jobs,
+    "cases": _cases,
     "runs": _runs,
 }
