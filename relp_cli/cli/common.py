@@ -63,6 +63,13 @@ BosOption = Annotated[
 RevisionOption = Annotated[
     str | None, typer.Option(help="The model's branch, tag or commit on the hub (also: --model NAME@REVISION).")
 ]
+UnusableOption = Annotated[
+    str | None,
+    typer.Option(help="Pairs of a file that do not fit the model: error, or drop and count (default: error)."),
+]
+IdsOfOption = Annotated[
+    str | None, typer.Option(help="The model (or tokenizer folder) whose token ids a file of pairs holds.")
+]
 DtypeOption = Annotated[str, typer.Option(help="float32, float64, bfloat16, float16")]
 
 

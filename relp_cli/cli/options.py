@@ -14,7 +14,17 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from relp_cli import BATCH_SIZE
-from relp_cli.cli.common import BosOption, DeviceOption, DtypeOption, assignments, comma, count_option, seed_option
+from relp_cli.cli.common import (
+    BosOption,
+    DeviceOption,
+    DtypeOption,
+    IdsOfOption,
+    UnusableOption,
+    assignments,
+    comma,
+    count_option,
+    seed_option,
+)
 
 
 @dataclass(frozen=True)
@@ -28,13 +38,15 @@ class PairOptions:
     direction: Annotated[str, typer.Option(help="noising (run the original) or denoising.")] = "noising"
     bos: BosOption = None
     only_correct: Annotated[bool, typer.Option(help="Keep the pairs that the model gets right.")] = False
+    unusable: UnusableOption = None
+    ids_of: IdsOfOption = None
     dtype: DtypeOption = "float32"
     device: DeviceOption = None
 
     @property
     def of_spec(self) -> dict[str, Any]:
         """What a `ScoreSpec` knows of these options, under its names."""
-        names = ("pairs", "seed", "split", "metric", "direction", "bos", "only_correct", "dtype")
+        names = ("pairs", "seed", "split", "metric", "direction", "bos", "only_correct", "unusable", "ids_of", "dtype")
         return {name: getattr(self, name) for name in names}
 
 

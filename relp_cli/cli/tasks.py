@@ -9,8 +9,10 @@ import typer
 
 from relp_cli.cli.common import (
     BosOption,
+    IdsOfOption,
     JsonFlag,
     RevisionOption,
+    UnusableOption,
     at_revision,
     count_option,
     note,
@@ -64,6 +66,8 @@ def show(
     seed: Annotated[int, seed_option(help="Draws the pairs.")] = 0,
     split: Annotated[str, typer.Option(help="discovery, heldout or all.")] = "discovery",
     bos: BosOption = None,
+    unusable: UnusableOption = None,
+    ids_of: IdsOfOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Print aligned tokenised pairs with position roles, and the model's own accuracy on them.
@@ -76,7 +80,10 @@ def show(
     from relp_cli.runs.checked import score_spec
     from relp_cli.runs.scoring import Session, prepare
 
-    spec = score_spec(task=task, model=at_revision(model, revision), pairs=pairs, seed=seed, split=split, bos=bos)
+    spec = score_spec(
+        task=task, model=at_revision(model, revision), pairs=pairs, seed=seed, split=split, bos=bos, unusable=unusable,
+        ids_of=ids_of,
+    )  # fmt: skip
     prepared = prepare(spec, Session(), at_most=True)
     tokenizer = prepared.model.tokenizer
 

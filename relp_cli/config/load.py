@@ -2,7 +2,8 @@
 
 1. Each file is composed to YAML nodes, so that every key keeps its line; duplicate keys are refused, and aliases that would
    make more values than the file has characters.
-2. `include: base.yaml` (or a list) puts the base's values underneath: mappings merge, a null removes a key.
+2. `include: base.yaml` (or a list; `columns/NAME.yaml` is a shipped one) puts the base's values underneath: mappings merge, a
+   null removes a key.
 3. Overrides `a.b=value` (the value is YAML) are set last.
 4. pydantic checks the result; its first complaint becomes one RelpError line.
 """
@@ -18,8 +19,10 @@ from typing import Any, Generic, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from relp_cli.config.paths import data_root
 from relp_cli.errors import RelpError, nearest
 
+SHIPPED = "columns/"  # what is included by this name, and is no file beside the YAML, is a shipped one
 MOST_FILES = 100  # that one file may include, each of them counted as often as it is
 M = TypeVar("M", bound=BaseModel)
 Key = tuple[str | int, ...]
@@ -83,6 +86,8 @@ def read_yaml(path: Path, _chain: tuple[Path, ...] = ()) -> Source:
         if not isinstance(base, str):
             raise RelpError(f"{source.at('include')}expected a file name or a list of file names")
         base_path = path.parent / base
+        if not base_path.is_file() and base.startswith(SHIPPED):
+            base_path = data_root("configs") / base
         if not base_path.is_file():
             raise RelpError(f"{source.at('include')}no such file: {base_path}")
         below = read_yaml(base_path, (*_chain, path.resolve()))

@@ -16,7 +16,7 @@ import torch
 
 from relp_cli.errors import RelpError, nearest
 from relp_cli.files import read_object
-from relp_cli.models.catalog import embedded_names
+from relp_cli.models.catalog import EMBEDDED, embedded_names
 from relp_cli.models.checks import check_forward, check_model, flat_points, longest, mlp_form, probe, unscaled_norms
 from relp_cli.models.families import family_of
 from relp_cli.models.folder import content_hash, local_path, split_revision
@@ -118,7 +118,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def _from_pretrained(name: str, local: Path | None, dtype: torch.dtype, revision: str | None) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
@@ -142,13 +142,36 @@ def _from_pretrained(name: str, local: Path | None, dtype: torch.dtype, revision
     folder = local if local is not None and local.is_dir() else None
     if folder and not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return hf, None
+    return hf, _tokenizer(name, folder, where)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of an embedded model, a local folder (which needs no weights) or a hub name (`name@revision`).
+
+    Raises: RelpError where there is none, or where it gives no character offsets (not a fast one).
+    """
+    name, revision = split_revision(name, None)
+    path = EMBEDDED / name if name in embedded_names() else Path(name).expanduser()
+    folder = path if path.is_dir() else None
+    if folder is None:
+        local_path(name)  # a mistyped path or embedded name is refused in the same words as a model's
+    where = {
+        "pretrained_model_name_or_path": folder or name, "revision": revision, "trust_remote_code": False,
+        "local_files_only": folder is not None or not _hub_resolves(),
+    }  # fmt: skip
+    return _tokenizer(name, folder, where)
+
+
+def _tokenizer(name: str, folder: Path | None, where: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     try:
         loader: Any = PreTrainedTokenizerFast if folder and _generic_tokenizer(folder) else AutoTokenizer
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tokenizer = loader.from_pretrained(**where)
             tokenizer("")  # settings of the wrong type are only found in use
-            return hf, tokenizer
+            return tokenizer
     except Exception as error:  # a broken tokenizer.json ends in any exception, bare ones of its Rust library included
         raise RelpError(
             f"model '{name}': its tokenizer cannot be loaded, tokenizer.json or tokenizer_config.json is broken "
@@ -176,8 +199,9 @@ def _generic_tokenizer(folder: Path) -> bool:
     """Whether the folder names the generic tokenizer class. AutoTokenizer overrides it by model type (Qwen2: byte-level
     BPE whatever tokenizer.json says), which would silently change every token."""
     config = folder / "tokenizer_config.json"
-    named = read_object(config).get("tokenizer_class") if config.is_file() else None
-    return named in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    if not config.is_file():
+        return not (folder / "config.json").is_file()  # tokenizer.json alone says all there is
+    return read_object(config).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 def _hub_resolves() -> bool:

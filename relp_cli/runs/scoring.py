@@ -72,18 +72,20 @@ class Prepared:
 def prepare(spec: ScoreSpec, session: Session, at_most: bool = False) -> Prepared:
     """Load, draw and tokenise pairs, and run the model on them.
 
-    at_most: take what there is where the split holds fewer than `spec.pairs` (and say so in `notes`).
+    at_most: take what there is where the split holds fewer than `spec.pairs` (and say so in `notes`); so it is of files, which
+    hold what they hold.
     """
-    task = session.task(spec.task)  # bad tasks are found before a model is loaded
+    task = session.task(spec.task).with_ids_of(spec.ids_of)  # bad tasks are found before a model is loaded
     metric = task.metric if spec.metric is None else spec.metric
     METRICS[metric]
     model = session.model(spec.model, spec.dtype)
+    drawn = (spec.seed, spec.split, spec.bos, spec.unusable)
     try:
-        built = task.build(model, spec.pairs, spec.seed, spec.split, spec.bos)
+        built = task.build(model, spec.pairs, *drawn)
     except TooFewPairs as error:
-        if not at_most or not error.count:
+        if not (at_most or task.fixed) or not error.count:
             raise
-        built = task.build(model, error.count, spec.seed, spec.split, spec.bos)
+        built = task.build(model, error.count, *drawn)
     pairs, notes = built.batches, list(built.notes)
     available = sum(len(b) for b in pairs)
     if available < spec.pairs:

@@ -6,7 +6,14 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+)
 
 from relp_cli import BATCH_SIZE, MOST_SEED
 from relp_cli.errors import RelpError, unknown
@@ -26,6 +33,14 @@ class Common(BaseModel):
     only_correct: bool = False
     dtype: str = "float32"
     batch_size: int = Field(default=BATCH_SIZE, ge=1)
+    unusable: Literal["error", "drop"] | None = None
+    ids_of: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _unasked(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the two of these that only files of pairs know, where they are not given: hashes stay what they were."""
+        values: dict[str, Any] = handler(self)
+        return {name: v for name, v in values.items() if v is not None or name not in ("unusable", "ids_of")}
 
 
 class ScoreSpec(Common):

@@ -15,7 +15,8 @@ Offsets = list[tuple[int, int]]
 class Encoder:
     """A fast Hugging Face tokenizer used without its special tokens, and the BOS id to prepend (None: none).
 
-    merged: answers that merge with the prompt's last word, and how (`outcomes`).
+    merged: answers that merge with the prompt's last word, and how (`outcomes`). words, left_out: of word lists that answers
+    were taken from, all, and those that are no single tokens (`members`).
     """
 
     def __init__(self, tokenizer: Any, model_name: str, bos: int | None) -> None:
@@ -23,6 +24,8 @@ class Encoder:
             raise RelpError(f"the tokenizer of {model_name} gives no character offsets (not a fast tokenizer)")
         self.tokenizer, self.name, self.bos = tokenizer, model_name, bos
         self.merged: dict[str, str] = {}
+        self.words: set[str] = set()
+        self.left_out: set[str] = set()
         self._singles: dict[tuple[str, str, str], bool] = {}
         # A prompt is asked for again with each of its answers.
         self._seen: dict[str, tuple[int, ...]] = {}
@@ -157,3 +160,14 @@ class Encoder:
         if two[0][0] == two[1][0]:
             raise RelpError(f"{where}{pieces} begin with the same token for {self.name}")
         return two[0][:1], two[1][:1]
+
+    def members(self, prompt: str, words: Sequence[str], join: str | None, where: str) -> list[int | None]:
+        """As `outcome_ids`, for words of a list: None for those that are no single tokens, which `left_out` remembers."""
+        found = [ids[0] if self.is_outcome(ids) else None for ids in self.outcomes(prompt, words, join)]
+        self.words.update(words)
+        self.left_out.update(word for word, token in zip(words, found, strict=True) if token is None)
+        if words and not any(token is not None for token in found):
+            raise RelpError(
+                f"{where}none of {len(words)} listed answers ('{words[0]}', …) is a single token of {self.name}"
+            )
+        return found

@@ -7,6 +7,7 @@ and answer is the record's `join`, or `spacing.space_between`.
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from relp_cli.errors import RelpError, nearest
 from relp_cli.registry import Registry
-from relp_cli.tasks.generate import side
+from relp_cli.tasks.generate import DISCOVERY_SHARE, digest
 from relp_cli.tasks.prompt import PromptPair, RawPair
 from relp_cli.tasks.records import read_records
 
@@ -69,7 +70,7 @@ def read_pairs(path: Path) -> list[RawPair]:
     forms = {_recognise(values, where).name for where, values in records}
     if len(forms) > 1:
         raise RelpError(f"{path}: mixes formats in one file: {', '.join(sorted(forms))}")
-    pairs = [_pair(_recognise(values, where), values, where) for where, values in records]
+    pairs = [pair_of(_recognise(values, where), values, where) for where, values in records]
     if len({pair.split is None for pair in pairs}) > 1:
         raise RelpError(f"{path}: some records have the key 'split' and some have not")
     return pairs
@@ -99,9 +100,9 @@ def distinct(pairs: Sequence[RawPair]) -> tuple[list[RawPair], str]:
 def assign_splits(pairs: Sequence[RawPair]) -> tuple[list[RawPair], str]:
     """Each pair with its split, and a note on how it was decided.
 
-    A file's own `split` keys are kept. Otherwise pairs that share a prompt stay together, and each such group is
-    hashed, so that no prompt occurs in both splits; where this leaves a split empty (one prompt in all pairs),
-    originals are hashed instead and only those are disjoint.
+    A file's own `split` keys are kept. Otherwise pairs that share a prompt stay together, and a share of the pairs is held
+    out, whole groups in the order of their hashes, so that no prompt occurs in both splits; where all pairs hang together,
+    they are grouped by their originals instead and only those are disjoint.
     """
     if pairs[0].split is not None:
         return list(pairs), "splits as given by the file"
@@ -117,11 +118,27 @@ def assign_splits(pairs: Sequence[RawPair]) -> tuple[list[RawPair], str]:
         if two is not None:
             a, b = sorted((root(one), root(two)), key=repr)
             group[b] = a
-    split = [replace(raw, split=side(repr(root(_prompts(raw)[0])))) for raw in pairs]
-    if len({raw.split for raw in split}) == 2:
-        return split, "splits share no prompt"
-    split = [replace(raw, split=side(repr(_prompts(raw)[0]))) for raw in pairs]
-    return split, "splits share no original prompt (patch prompts repeat across the whole file)"
+    keys, shared = [repr(root(_prompts(raw)[0])) for raw in pairs], "no prompt"
+    if len(set(keys)) == 1 and len(pairs) > 1:
+        keys = [repr(_prompts(raw)[0]) for raw in pairs]
+        shared = "no original prompt (patch prompts repeat across the whole file)"
+    held = _held_out(keys)
+    split = [
+        replace(raw, split="heldout" if key in held else "discovery") for raw, key in zip(pairs, keys, strict=True)
+    ]
+    count = sum(key in held for key in keys)
+    return split, f"splits share {shared}: {len(pairs) - count} pairs for discovery, {count} held out"
+
+
+def _held_out(keys: Sequence[str]) -> set[str]:
+    """The groups (one key per pair) that are held out: about their share of the pairs, at least one group of several."""
+    sizes = Counter(keys)
+    room, held = round((1 - DISCOVERY_SHARE) * len(keys)), set[str]()
+    for key in sorted(sizes, key=digest):
+        if sizes[key] <= room:
+            held.add(key)
+            room -= sizes[key]
+    return held or ({min(sizes, key=lambda key: (sizes[key], digest(key)))} if len(sizes) > 1 else set())
 
 
 def _prompts(raw: RawPair) -> tuple[object, object | None]:
@@ -148,15 +165,16 @@ def _recognise(values: dict[str, Any], where: str) -> Form:
     return best
 
 
-def _pair(form: Form, values: dict[str, Any], where: str) -> RawPair:
+def pair_of(form: Form, values: dict[str, Any], where: str) -> RawPair:
     """One record as a pair."""
     split = values.get("split")
     if split is not None and split not in ("discovery", "heldout"):
-        raise RelpError(f"{where}split: expected discovery or heldout, got {_shown(split)}")
+        raise RelpError(f"{where}split: expected discovery or heldout, got {shown(split)}")
     join = values.get("join")
     if join is not None and not isinstance(join, str):
-        raise RelpError(f"{where}join: expected text, got {_shown(join)}")
-    ids = outcome_ids = None
+        raise RelpError(f"{where}join: expected text, got {shown(join)}")
+    ids: tuple[tuple[int, ...], tuple[int, ...] | None] | None = None
+    outcome_ids: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     answer: tuple[str, ...] = ()
     foil: tuple[str, ...] = ()
     if form.tokens:
@@ -168,7 +186,8 @@ def _pair(form: Form, values: dict[str, Any], where: str) -> RawPair:
         original = _string(values, form.original, where)
         patch = _string(values, form.patch, where) if form.patch in values else None
     if form.ids:
-        outcome_ids = (_ids(values, form.answer, where), _ids(values, form.foil, where))
+        foil_ids = _ids(values, form.foil, where) if form.foil in values else ()
+        outcome_ids = (_ids(values, form.answer, where), foil_ids)
     else:
         answer = _strings(values, form.answer, where)
         foil = _strings(values, form.foil, where) if form.foil in values else ()
@@ -177,7 +196,7 @@ def _pair(form: Form, values: dict[str, Any], where: str) -> RawPair:
     return RawPair(pair, join=join, ids=ids, outcome_ids=outcome_ids, labels=labels, split=split, where=where)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A wrong value in an error message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -186,7 +205,7 @@ def _shown(value: Any) -> str:
 def _string(values: dict[str, Any], key: str, where: str) -> str:
     value = values[key]
     if not isinstance(value, str) or not value.strip():
-        raise RelpError(f"{where}{key}: expected text, got {_shown(value)}")
+        raise RelpError(f"{where}{key}: expected text, got {shown(value)}")
     return value
 
 
@@ -194,7 +213,7 @@ def _strings(values: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
     """One text, or a list of texts."""
     value = values[key] if isinstance(values[key], list) else [values[key]]
     if not value or not all(isinstance(text, str) and text.strip() for text in value):
-        raise RelpError(f"{where}{key}: expected text or a list of texts, got {_shown(values[key])}")
+        raise RelpError(f"{where}{key}: expected text or a list of texts, got {shown(values[key])}")
     return tuple(dict.fromkeys(value))
 
 
@@ -208,7 +227,7 @@ def _ids(values: dict[str, Any], key: str, where: str) -> tuple[int, ...]:
             value = None
     value = value if isinstance(value, list) else [value]
     if not value or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
-        raise RelpError(f"{where}{key}: expected a token id or a list of token ids, got {_shown(values[key])}")
+        raise RelpError(f"{where}{key}: expected a token id or a list of token ids, got {shown(values[key])}")
     return tuple(value)
 
 
@@ -222,6 +241,6 @@ def _roles(value: Any, original: str, where: str) -> tuple[tuple[tuple[str, int,
     for role, span in value.items() if isinstance(value, dict) else [("roles", [])]:
         good = isinstance(span, list) and len(span) == 2 and all(type(i) is int for i in span)
         if not good or not 0 <= span[0] < span[1] <= len(original):
-            raise RelpError(f"{where}roles: expected a label per token, or role: [start, end], got {_shown(value)}")
+            raise RelpError(f"{where}roles: expected a label per token, or role: [start, end], got {shown(value)}")
         spans.append((str(role), span[0], span[1]))
     return tuple(spans), None

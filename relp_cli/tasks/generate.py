@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from relp_cli.errors import RelpError, nearest
+from relp_cli.tasks.columns import WordSet
 from relp_cli.tasks.prompt import PromptPair, RawPair
-from relp_cli.tasks.spec import TaskText, WordSet
+from relp_cli.tasks.spec import TaskText
 from relp_cli.tasks.template import Mention, Template, Text
 from relp_cli.tasks.words import Row
 
@@ -42,8 +43,12 @@ def content_of(words: Iterable[str]) -> str:
 
 def side(content: str) -> str:
     """The split that a piece of content belongs to, by its hash alone."""
-    digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
-    return "discovery" if int.from_bytes(digest, "big") < DISCOVERY_SHARE * 2**64 else "heldout"
+    return "discovery" if digest(content) < DISCOVERY_SHARE * 2**64 else "heldout"
+
+
+def digest(content: str) -> int:
+    """A number from 0 to 2⁶⁴ − 1 that a piece of content always has."""
+    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big")
 
 
 class TooFewPairs(RelpError):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Listed = Literal["", "answer", "foil", "both", "rows"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class RawPair:
     outcome_ids: token ids of (answer, foil) that a file gives instead of text.
     first:     answer and foil of several tokens are read by the first one, where they have equally many (MIB).
     labels:    one role per token of the text, given by a file.
+    listed:    whose texts are words of a list, of which those that are no single tokens are left out: of one side, of both,
+               or of both row against row (what one side loses the other loses too).
     where:     `file:line: ` for error messages, empty for generated pairs.
     """
 
@@ -42,4 +47,5 @@ class RawPair:
     first: bool = False
     labels: tuple[str, ...] | None = None
     split: str | None = None
+    listed: Listed = ""
     where: str = ""

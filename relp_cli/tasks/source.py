@@ -8,6 +8,7 @@ from pathlib import Path
 
 from relp_cli.errors import RelpError, unknown
 from relp_cli.tasks.files import assign_splits, distinct, read_pairs
+from relp_cli.tasks.mapped import mapped_pairs
 from relp_cli.tasks.mib import MibData, is_mib, read_mib, shared_prompts
 from relp_cli.tasks.prompt import RawPair
 from relp_cli.tasks.records import FILE_ENDINGS, read_records
@@ -41,10 +42,8 @@ def read_source(name_or_path: str | Path) -> TaskSource:
         raise RelpError(f"{path}: no such file")
     if is_mib(read_records(path)[0][1]):
         return mib_source(read_mib(path))
-    raws = read_pairs(path)
-    sets = any(len(ids) > 1 for raw in raws for ids in raw.outcome_ids or (raw.pair.answer, raw.pair.foil))
-    spec = TaskSpec(name=_name_of(path), metric="prob_diff" if sets else "logit_diff", pairs=path.name)
-    return _with_pairs(TaskText(spec, path, content_hash([path])), path, raws)
+    spec = TaskSpec(name=_name_of(path), pairs=path.name)
+    return _with_pairs(TaskText(spec, path, content_hash([path])), path)
 
 
 def mib_source(data: MibData, heldout: str | None = None) -> TaskSource:
@@ -78,12 +77,25 @@ def mib_source(data: MibData, heldout: str | None = None) -> TaskSource:
     return TaskSource(text, tuple(raw for found, _ in parts for raw in found), tuple(notes))
 
 
-def _with_pairs(text: TaskText, path: Path, raws: list[RawPair] | None = None) -> TaskSource:
-    raws, copies = distinct(read_pairs(path) if raws is None else raws)
-    if text.spec.join is not None:
-        raws = [raw if raw.join is not None else replace(raw, join=text.spec.join) for raw in raws]
+def _with_pairs(text: TaskText, path: Path) -> TaskSource:
+    spec, chosen = text.spec, ""
+    if spec.columns is None:
+        raws = read_pairs(path)
+    else:
+        raws, chosen = mapped_pairs(read_records(path), spec.columns, text.lists, spec.only, spec.cut)
+    raws, copies = distinct(raws)
+    if spec.join is not None:
+        raws = [raw if raw.join is not None else replace(raw, join=spec.join) for raw in raws]
+    if "metric" not in spec.model_fields_set:
+        text = replace(text, spec=spec.model_copy(update={"metric": _metric_of(raws)}))
     raws, splits = assign_splits(raws)
-    return TaskSource(text, tuple(raws), tuple(note for note in (splits, copies) if note))
+    return TaskSource(text, tuple(raws), tuple(note for note in (chosen, splits, copies) if note))
+
+
+def _metric_of(raws: list[RawPair]) -> str:
+    """What sets of answers can be measured with."""
+    sets = any(len(ids) > 1 for raw in raws for ids in raw.outcome_ids or (raw.pair.answer, raw.pair.foil))
+    return "prob_diff" if sets else "logit_diff"
 
 
 def _name_of(path: Path) -> str:

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from relp_cli.config.load import Source, load_with_source
 from relp_cli.config.paths import find_config, list_configs
 from relp_cli.errors import RelpError, nearest, unknown
+from relp_cli.tasks.columns import Columns, FormSet, Strict, WordSet
+from relp_cli.tasks.foreign import tokenizer_files
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.records import FILE_ENDINGS
 from relp_cli.tasks.template import Mention, Template, parse
@@ -28,11 +30,7 @@ NAME_BYTES = 100
 _NAME = re.compile(r"\w[\w.-]*")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SlotSpec(_Strict):
+class SlotSpec(Strict):
     """Where a slot's words come from. `single`: its words must be single tokens in their place (default: for lists)."""
 
     list: str | None = Field(default=None, description="a shipped word list, or a file relative to this YAML")
@@ -46,34 +44,22 @@ class SlotSpec(_Strict):
         return self
 
 
-class WordSet(_Strict):
-    """A set of words of an ordered list: those after a slot's word, or those up to and including it."""
-
-    list: str
-    after: str | None = None
-    upto: str | None = None
-
-    @model_validator(mode="after")
-    def _one_of(self) -> WordSet:
-        if (self.after is None) == (self.upto is None):
-            raise ValueError("expected either `after: SLOT` or `upto: SLOT`")
-        return self
-
-    @property
-    def slot(self) -> str:
-        return self.after or self.upto or ""
-
-
-class TaskSpec(_Strict):
+class TaskSpec(Strict):
     """One task: templates, or a file of fixed pairs."""
 
     name: str
     description: str = ""
     metric: str = "logit_diff"
     pairs: str | None = None
-    slots: dict[str, SlotSpec] = {}
+    columns: Columns | None = Field(default=None, description="`pairs` only: which columns of the file are what")
+    only: dict[str, str | int | bool] = Field(
+        default={}, description="`columns` only: column → value of the records taken"
+    )
+    cut: str = Field(default="", description="`columns` only: taken off the start of prompts (a BOS token in the text)")
+    ids_of: str | None = Field(default=None, description="`pairs` only: the model whose token ids the file holds")
+    slots: dict[str, SlotSpec] = Field(default={})
     templates: tuple[str, ...] = ()
-    patch: dict[str, str] = {}
+    patch: dict[str, str] = Field(default={})
     answer: str | tuple[str, ...] | WordSet | None = None
     foil: str | tuple[str, ...] | WordSet | None = None
     balance: tuple[str, ...] = Field(
@@ -171,11 +157,38 @@ def read_task(name_or_path: str | Path) -> TaskText:
             )
         if not file.is_file():
             raise RelpError(f"{source.at('pairs')}no such file: {file}")
-        return TaskText(spec, path, content_hash([*source.files, file]))
+        return _check_columns(spec, source, file)
+    for key in ("columns", "only", "cut", "ids_of"):
+        if getattr(spec, key):
+            raise RelpError(f"{source.at(key)}belongs to `pairs: FILE`")
     for key in ("slots", "templates", "answer"):
         if not getattr(spec, key):
             raise RelpError(f"{source.at(key)}missing; a task needs slots, templates and answer, or `pairs: FILE`")
     return _check_templates(spec, source)
+
+
+def _check_columns(spec: TaskSpec, source: Source, file: Path) -> TaskText:
+    """A file's task, with the word lists that its columns name."""
+    lists: dict[str, WordList] = {}
+    for key in ("only", "cut"):
+        if getattr(spec, key) and spec.columns is None:
+            raise RelpError(f"{source.at(key)}belongs to `columns`")
+    if spec.columns is not None and spec.columns.ids and spec.ids_of is None:
+        raise RelpError(
+            f"{source.at('columns')}token ids need `ids_of: MODEL`, the model whose tokenizer they belong to"
+        )
+    for key, words in (spec.columns.sets if spec.columns is not None else {}).items():
+        at = key if key in source.values["columns"] else "answer"
+        where = source.at("columns", at)
+        _read_into(lists, words.list, source, where)
+        for form in words.forms.values() if isinstance(words, FormSet) else ():
+            if form not in lists[words.list].columns:
+                known = lists[words.list].columns
+                raise RelpError(f"{where}'{words.list}' has no form '{form}'{nearest(form, known)}")
+    files = [*source.files, file, *(words.path for words in lists.values() if words.path is not None)]
+    if spec.ids_of is not None:
+        files += tokenizer_files(spec.ids_of, source.path.parent)
+    return TaskText(spec, source.path, content_hash(files), lists=lists)
 
 
 def content_hash(files: list[Path]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from relp_cli.errors import RelpError
 from relp_cli.tasks.bos import Bos, HasTokenizer, choose_bos
 from relp_cli.tasks.encoder import Encoder
+from relp_cli.tasks.foreign import Foreign
 from relp_cli.tasks.generate import check_split, generate, too_few
 from relp_cli.tasks.pairs import PairBatch
 from relp_cli.tasks.prompt import PromptPair, RawPair
@@ -56,14 +57,31 @@ class Task:
         seed: int = 0,
         split: str = "discovery",
         bos: bool | None = None,
+        unusable: str | None = None,
     ) -> list[PairBatch]:
         """`n` pairs (None: all) as batches, one per (token length, roles). Same seed, same pairs.
 
         split: "discovery", "heldout" (disjoint from it), or "all". bos: prepend BOS or not; None: the
         model's own (TransformerLens's default, unless it was loaded with another). Prompts that start with BOS get no other.
+        unusable: "error" or "drop" pairs of a file that do not fit the model; None: as the task says.
         Raises: RelpError on too few pairs, unequal token lengths, answers of several tokens, unknown words.
         """
-        return self.build(model, n, seed, split, bos).batches
+        return self.build(model, n, seed, split, bos, unusable).batches
+
+    def with_ids_of(self, name: str | None) -> Task:
+        """The task whose file holds token ids of that model (None: of the one that it names itself).
+
+        Raises: RelpError where the file holds none, or the task names another model.
+        """
+        if name is None or name == self.spec.ids_of:
+            return self
+        if not any(_has_ids(raw) for raw in self.fixed):
+            raise RelpError(f"--ids-of {name}: task '{self.name}' holds no token ids")
+        if self.spec.ids_of is not None:
+            raise RelpError(
+                f"--ids-of {name}: task '{self.name}' says that its token ids are those of {self.spec.ids_of}"
+            )
+        return replace(self, spec=self.spec.model_copy(update={"ids_of": name}))
 
     def build(
         self,
@@ -72,6 +90,7 @@ class Task:
         seed: int = 0,
         split: str = "discovery",
         bos: bool | None = None,
+        unusable: str | None = None,
     ) -> Built:
         """As `pairs`, with the texts and what the tokenizer dropped from the word lists."""
         check_split(split)
@@ -80,7 +99,7 @@ class Task:
         chosen = choose_bos(model, bos)
         encoder = Encoder(model.tokenizer, model.name, chosen.id)
         if self.fixed:
-            raws, dropped, note = self._draw_fixed(encoder, n, seed, split)
+            raws, dropped, note = self._draw_fixed(encoder, n, seed, split, unusable or self.spec.unusable)
         else:
             words = vocabulary(self.text, encoder)
             kept = {name: len(rows) for name, rows in words.rows.items()}
@@ -95,7 +114,15 @@ class Task:
         ordered = sorted(groups.values(), key=lambda group: len(group[0][0].roles))
         everything = [tokens for group in ordered for tokens, _ in group]
         about = _about_bos(chosen, everything)
-        notes = [*self.notes, f"BOS: {about}", note, _merged(encoder), _repeated(everything, encoder.name)]
+        notes = [
+            *self.notes,
+            f"BOS: {about}",
+            note,
+            _merged(encoder),
+            _left_out(encoder),
+            self._about_ids(encoder, raws),
+        ]
+        notes.append(_repeated(everything, encoder.name))
         return Built(
             [_batch([tokens for tokens, _ in group]) for group in ordered],
             tuple(pair for group in ordered for _, pair in group),
@@ -105,22 +132,43 @@ class Task:
         )
 
     def _draw_fixed(
-        self, encoder: Encoder, n: int | None, seed: int, split: str
+        self, encoder: Encoder, n: int | None, seed: int, split: str, unusable: str
     ) -> tuple[list[RawPair], dict[str, tuple[int, int]], str]:
         """Pairs of the file, how many (did not fit the model, fit it), and a note on the former."""
         rows = [raw for raw in self.fixed if split in ("all", raw.split)]
-        unusable: list[str] = []
-        if self.spec.unusable == "drop":
-            rows, unusable = _usable(rows, encoder)
+        reasons: list[str] = []
+        foreign = None if self.spec.ids_of is None else Foreign(self.spec.ids_of, self.text.path.parent)
+        if unusable == "drop":
+            rows, reasons = _usable(rows, encoder, foreign)
+        if not rows and reasons:
+            raise RelpError(
+                f"task '{self.name}': none of {len(reasons)} pairs fits {encoder.name}, the first: {reasons[0]}"
+            )
         if not rows or (n is not None and n > len(rows)):
             raise too_few(self.name, n or 1, len(rows), split)
         drawn = random.Random(seed).sample(rows, len(rows) if n is None else n)
-        note = (
-            f"{len(unusable)} of {len(unusable) + len(rows)} pairs dropped, the first: {unusable[0]}"
-            if unusable
-            else ""
+        if foreign is not None:
+            drawn = [foreign.as_text(raw, encoder) for raw in drawn]
+        note = f"{len(reasons)} of {len(reasons) + len(rows)} pairs dropped, the first: {reasons[0]}" if reasons else ""
+        return drawn, {"pairs": (len(reasons), len(rows))}, note
+
+    def _about_ids(self, encoder: Encoder, raws: list[RawPair]) -> str:
+        """A note on whose token ids a file holds."""
+        if self.spec.ids_of is not None:
+            how = (
+                "as they are: the vocabularies are the same"
+                if any(_has_ids(raw) for raw in raws)
+                else "through their text"
+            )
+            return f"token ids of {self.spec.ids_of}, taken for {encoder.name} {how}"
+        told = next((raw for raw in raws if raw.outcome_ids is not None and raw.ids is None), None)
+        if told is None or told.outcome_ids is None or encoder.tokenizer is None:
+            return ""
+        shown = ", ".join(f"{ids[0]} is {encoder.pieces(ids[:1])!r}" for ids in told.outcome_ids if ids)
+        return (
+            f"WARNING: the file's token ids are taken as {encoder.name}'s own ({shown}); of another tokenizer they are wrong: "
+            "say whose they are with `ids_of: MODEL` in a task YAML, or --ids-of MODEL"
         )
-        return drawn, {"pairs": (len(unusable), len(rows))}, note
 
 
 def load_task(name_or_path: str | Path) -> Task:
@@ -133,17 +181,21 @@ def load_task(name_or_path: str | Path) -> Task:
     return Task(spec.name, spec, spec.metric, source.text.hash, source.text, source.fixed, source.notes)
 
 
-def _usable(rows: list[RawPair], encoder: Encoder) -> tuple[list[RawPair], list[str]]:
+def _usable(rows: list[RawPair], encoder: Encoder, foreign: Foreign | None) -> tuple[list[RawPair], list[str]]:
     """The pairs that the model's tokenizer can take, and why each of the others cannot."""
     usable, reasons = [], []
     for raw in rows:
         try:
-            tokenise(raw, encoder)
+            tokenise(raw if foreign is None else foreign.as_text(raw, encoder), encoder)
         except RelpError as error:
             reasons.append(str(error))
         else:
             usable.append(raw)
     return usable, reasons
+
+
+def _has_ids(raw: RawPair) -> bool:
+    return raw.ids is not None or raw.outcome_ids is not None
 
 
 def _about_bos(chosen: Bos, pairs: list[TokenPair]) -> str:
@@ -161,6 +213,16 @@ def _merged(encoder: Encoder) -> str:
     return (
         f"{len(encoder.merged)} answers merge with the prompt's last word ({how}, the first); their own tokens are read, as "
         "a model that writes token by token would go on"
+    )
+
+
+def _left_out(encoder: Encoder) -> str:
+    """A note on listed answers that the model has no token for."""
+    if not encoder.left_out:
+        return ""
+    return (
+        f"{len(encoder.left_out)} of {len(encoder.words)} listed answers are no single tokens of {encoder.name} and are left "
+        f"out ('{min(encoder.left_out)}', …)"
     )
 
 

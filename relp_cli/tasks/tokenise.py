@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from relp_cli.errors import RelpError
+from relp_cli.tasks.columns import WordSet
 from relp_cli.tasks.encoder import Encoder, Offsets
 from relp_cli.tasks.generate import Vocabulary
 from relp_cli.tasks.prompt import RawPair
-from relp_cli.tasks.spec import TaskText, WordSet
+from relp_cli.tasks.spec import TaskText
 from relp_cli.tasks.template import Mention, Template, Text
 from relp_cli.tasks.words import Row
 
@@ -155,10 +156,7 @@ def tokenise(raw: RawPair, encoder: Encoder) -> TokenPair:
     elif raw.first:
         answer, foil = encoder.first_ids(pair.original, pair.answer[0], pair.foil[0], raw.join, where)
     else:
-        answer, foil = (
-            encoder.outcome_ids(pair.original, texts, raw.join, where) if texts else ()
-            for texts in (pair.answer, pair.foil)
-        )
+        answer, foil = _outcomes(raw, encoder)
     if set(answer) & set(foil):
         raise RelpError(f"{where}answer and foil share the token {encoder.pieces(sorted(set(answer) & set(foil))[:1])}")
     written = _starts_with_bos(encoder, original, patch, where)
@@ -167,6 +165,22 @@ def tokenise(raw: RawPair, encoder: Encoder) -> TokenPair:
         original, patch, offsets = original[1:], None if patch is None else patch[1:], offsets[1:]
     roles = ("bos",) * len(bos) + _labels(raw, original, patch, offsets, written)
     return TokenPair(bos + original, None if patch is None else bos + patch, answer, foil, roles, written)
+
+
+def _outcomes(raw: RawPair, encoder: Encoder) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens of answer and foil. Words of lists that are no single tokens are left out, of both where they are rows."""
+    pair, sides = raw.pair, list[list[int | None]]()
+    for name, texts in (("answer", pair.answer), ("foil", pair.foil)):
+        listed = raw.listed in (name, "both", "rows")
+        known = encoder.members if listed else encoder.outcome_ids
+        sides.append(list(known(pair.original, texts, raw.join, raw.where)) if texts else [])
+    if raw.listed == "rows":
+        rows = [row for row in zip(*sides, strict=True) if None not in row]
+        if not rows:
+            raise RelpError(f"{raw.where}no row of the answers' list has single tokens of {encoder.name} in both forms")
+        sides = [list(side) for side in zip(*rows, strict=True)]
+    answer, foil = (tuple(token for token in side if token is not None) for side in sides)
+    return answer, foil
 
 
 def _starts_with_bos(encoder: Encoder, original: tuple[int, ...], patch: tuple[int, ...] | None, where: str) -> bool:
@@ -185,7 +199,7 @@ def _check_aligned(
         return f"original {encoder.pieces(a)} ({len(a)}) / patch {encoder.pieces(b)} ({len(b)})"
 
     if len(a) != len(b):
-        hint = "; `unusable: drop` in a task YAML leaves such pairs of a file out" if raw.where else ""
+        hint = "; `--unusable drop` leaves such pairs of a file out" if raw.where else ""
         raise RelpError(f"{raw.where}original and patch have different token lengths: {shown()}{hint}")
     if a == b:
         raise RelpError(f"{raw.where}original and patch are the same tokens: {encoder.pieces(a)}")

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from relp_cli.tasks.columns import WordSet
 from relp_cli.tasks.generate import Vocabulary, content_of, generate, side
-from relp_cli.tasks.spec import TaskText, WordSet, list_tasks, read_task
+from relp_cli.tasks.spec import TaskText, list_tasks, read_task
 from relp_cli.tasks.template import Mention, Template, parse
 from relp_cli.tasks.words import Row, find_list, read_list
 
