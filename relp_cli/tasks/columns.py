@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 
 class Strict(BaseModel):
@@ -56,7 +56,17 @@ class FormSet(Strict):
         return FormSet(list=self.list, by=self.by, forms={a: two, b: one})
 
 
-OneSet = str | WordSet | FormSet
+def _sort(value: Any) -> str:
+    """Which of the three is meant: what is wrong in one of them is then told of that one alone."""
+    if isinstance(value, FormSet) or (isinstance(value, dict) and ({"by", "forms"} & set(value))):
+        return "forms"
+    return "words" if isinstance(value, dict | WordSet) else "column"
+
+
+OneSet = Annotated[
+    Annotated[str, Tag("column")] | Annotated[WordSet, Tag("words")] | Annotated[FormSet, Tag("forms")],
+    Discriminator(_sort),
+]
 
 
 class Columns(Strict):

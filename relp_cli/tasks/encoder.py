@@ -126,6 +126,14 @@ class Encoder:
     def _no_tokenizer(self) -> RelpError:
         return RelpError(f"{self.name} has no tokenizer: only pairs of token ids can be used with it")
 
+    def check_known(self, ids: Sequence[int], where: str) -> None:
+        """Raises: RelpError for an id that the vocabulary does not have: it is another tokenizer's."""
+        if self.tokenizer is not None and max(ids) >= len(self.tokenizer):
+            raise RelpError(
+                f"{where}token id {max(ids)}: {self.name} has {len(self.tokenizer)} tokens; whose id is it? `ids_of: MODEL` in a "
+                "task YAML, or --ids-of MODEL"
+            )
+
     def is_outcome(self, ids: Sequence[int]) -> bool:
         """Whether an answer is one known token."""
         return len(ids) == 1 and ids[0] != self.unk

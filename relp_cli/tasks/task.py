@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -18,6 +20,8 @@ from relp_cli.tasks.prompt import PromptPair, RawPair
 from relp_cli.tasks.source import read_source
 from relp_cli.tasks.spec import TaskSpec, TaskText
 from relp_cli.tasks.tokenise import TokenPair, tokenise, vocabulary
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class Task:
             raws = generate(self.text, words, n, seed, split)
         groups: dict[tuple[str, ...], list[tuple[TokenPair, PromptPair]]] = {}
         for raw in raws:
-            tokens = tokenise(raw, encoder)
+            tokens = _tried(lambda raw: tokenise(raw, encoder), raw)
             groups.setdefault(tokens.roles, []).append((tokens, raw.pair))
         ordered = sorted(groups.values(), key=lambda group: len(group[0][0].roles))
         everything = [tokens for group in ordered for tokens, _ in group]
@@ -148,7 +152,7 @@ class Task:
             raise too_few(self.name, n or 1, len(rows), split)
         drawn = random.Random(seed).sample(rows, len(rows) if n is None else n)
         if foreign is not None:
-            drawn = [foreign.as_text(raw, encoder) for raw in drawn]
+            drawn = [_tried(lambda raw: foreign.as_text(raw, encoder), raw) for raw in drawn]
         note = f"{len(reasons)} of {len(reasons) + len(rows)} pairs dropped, the first: {reasons[0]}" if reasons else ""
         return drawn, {"pairs": (len(reasons), len(rows))}, note
 
@@ -192,6 +196,15 @@ def _usable(rows: list[RawPair], encoder: Encoder, foreign: Foreign | None) -> t
         else:
             usable.append(raw)
     return usable, reasons
+
+
+def _tried(what: Callable[[RawPair], T], raw: RawPair) -> T:
+    """What it makes of a pair; its refusal of a file's pair says how to go on without."""
+    try:
+        return what(raw)
+    except RelpError as error:
+        hint = "; `--unusable drop` leaves such pairs of a file out" if raw.where else ""
+        raise RelpError(f"{error}{hint}") from None
 
 
 def _has_ids(raw: RawPair) -> bool:

@@ -153,6 +153,7 @@ def tokenise(raw: RawPair, encoder: Encoder) -> TokenPair:
         raise RelpError(f"{where}original has {len(original)} token ids, patch {len(patch)}; pairs are never padded")
     if raw.outcome_ids is not None:
         answer, foil = raw.outcome_ids
+        encoder.check_known((*answer, *foil, *(original if raw.ids is not None else ())), where)
     elif raw.first:
         answer, foil = encoder.first_ids(pair.original, pair.answer[0], pair.foil[0], raw.join, where)
     else:
@@ -199,8 +200,7 @@ def _check_aligned(
         return f"original {encoder.pieces(a)} ({len(a)}) / patch {encoder.pieces(b)} ({len(b)})"
 
     if len(a) != len(b):
-        hint = "; `--unusable drop` leaves such pairs of a file out" if raw.where else ""
-        raise RelpError(f"{raw.where}original and patch have different token lengths: {shown()}{hint}")
+        raise RelpError(f"{raw.where}original and patch have different token lengths: {shown()}")
     if a == b:
         raise RelpError(f"{raw.where}original and patch are the same tokens: {encoder.pieces(a)}")
     if raw.changed is None:

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from relp_cli.errors import RelpError
+from relp_cli.tasks.source import read_source
 from relp_cli.tasks.task import load_task
 from tests.tasks.helpers import Fake, pieces, word_level, write
 
@@ -219,6 +220,18 @@ def test_a_file_with_one_common_patch_prompt_is_split_by_originals_and_says_so(t
     assert all(originals)
     assert not originals[0] & originals[1]
     assert "patch prompts repeat" in task.notes[0]
+
+
+@pytest.mark.parametrize("n", [3, 4, 7, 20, 61])
+def test_a_file_of_any_size_is_split_in_proportion(tmp_path, n):
+    """Every third pair shares its patch prompt with the next: these stay together."""
+    records = [{**TEXT, "original": f"a {i}", "patch": f"b {i - (i % 3 == 1)}"} for i in range(n)]
+    (note, *_), fixed = (source := read_source(write(tmp_path, "a.jsonl", lines(*records)))).notes, source.fixed
+    held = [raw for raw in fixed if raw.split == "heldout"]
+    assert note == f"splits share no prompt: {n - len(held)} pairs for discovery, {len(held)} held out"
+    assert {raw.pair.patch for raw in held}.isdisjoint(raw.pair.patch for raw in fixed if raw not in held)
+    # A quarter, but for a pair of pairs that stays whole; at least one pair of several groups.
+    assert len(held) in (round(n / 4), max(round(n / 4) - 1, 1))
 
 
 def test_a_files_own_split_is_honoured(tmp_path):
