@@ -152,7 +152,7 @@ def test_splits_come_from_file_names(tmp_path: Path) -> None:
     twice = put(tmp_path / "twice", train=rows["Ann"], test=rows["Ann"][:1])
     assert any("WARNING: 1 of 1 held-out pairs have a prompt" in line for line in load_task(twice).notes)
     one = load_task(put(tmp_path / "one", validation=[r for row in rows.values() for r in row]))
-    assert "splits share no prompt" in one.notes
+    assert any("splits share no prompt" in line for line in one.notes)
     (folder / "more.jsonl").write_text(json.dumps(ioi_row("Dee", "Bob")))
     with pytest.raises(RelpError, match=r"more\.jsonl: its name tells no split"):
         load_task(folder)
