@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from relp_cli.edges.neurons import neuron_edges as neuron_edges
     from relp_cli.errors import RelpError as RelpError
+    from relp_cli.evaluation.circuit_tests import circuit_tests as circuit_tests
     from relp_cli.evaluation.compare import compare as compare
     from relp_cli.evaluation.evaluate import evaluate as evaluate
     from relp_cli.evaluation.minimality import applied as applied
@@ -42,6 +43,7 @@ _WHERE = {
     "RelpError": "errors",
     "applied": "evaluation.minimality",
     "Scores": "spaces.scores",
+    "circuit_tests": "evaluation.circuit_tests",
     "compare": "evaluation.compare",
     "evaluate": "evaluation.evaluate",
     "feature_edges": "features.edges",

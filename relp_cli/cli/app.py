@@ -18,6 +18,7 @@ from relp_cli.cli import (
     report,
     score,
     tasks,
+    test,
     train_dictionary,
 )
 from relp_cli.cli.benchmarks import Evaluate
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (score, circuit, evaluate, compare, diagnose, overlap, report, ls, bench):
+for module in (score, circuit, evaluate, test, compare, diagnose, overlap, report, ls, bench):
     kind = Evaluate if module is evaluate else None
     app.command(name=module.__name__.rpartition(".")[2], cls=kind)(module.command)
 app.command(name="validate")(tasks.validate)

@@ -103,7 +103,7 @@ def command(
     asked = Evaluation(
         sweep=sweep, circuit=circuit, task=task, metric=metric, pairs=pairs, seed=seed, errors=errors, ablation=ablation,
         corpus=corpus, exclude_layers=exclude_layers, batch_size=batch_size or BATCH_SIZE,
-        minimality=minimality,
+        alone="drop nodes of" if minimality else "",
     )  # fmt: skip
     at = ready(Path(target), asked, Session(device), output)
     with progress() as bar:

@@ -160,26 +160,7 @@ def _table(
         *circuits,
         *(c.random_like(seed + i, exclude, run.drawable(c)) for c in circuits for i in range(random_circuits)),
     ]
-    values, done, total = Values(len(everything)), 0, sum(map(len, pairs))
-    for batch, ablated in run.batches():
-        with torch.no_grad():
-            logits = model.logits(batch.original)
-
-        def value(
-            keep: Tensor | None, batch: PairBatch = batch, ablated: Any = ablated, logits: Tensor = logits
-        ) -> Tensor:
-            with torch.no_grad():
-                return row.fn(run.logits(batch, keep, ablated), batch.answer, batch.foil, logits)
-
-        values.add("full", 0, row.fn(logits, batch.answer, batch.foil, logits))
-        values.add("empty", 0, value(None))
-        for i, c in enumerate(everything):
-            keep = c.mask[c.slots(batch)]
-            values.add("circuit", i, value(keep))
-            values.add("complement", i, value(~keep))
-        done += len(batch)
-        if progress:
-            progress(done, total, "evaluate")
+    values = measured(run, model, row, everything, sum(map(len, pairs)), progress)
     about = [
         {
             "n_nodes": c.counted(exclude),
@@ -194,6 +175,40 @@ def _table(
     for name, column in space_of(circuits[0].units).about(circuits).items():
         table.insert(list(table.columns).index("ablation") + 1, name, column)
     return table
+
+
+def measured(
+    run: Ablator,
+    model: Model,
+    row: Metric,
+    circuits: Sequence[Circuit],
+    n_pairs: int,
+    progress: Progress | None = None,
+    complements: int | None = None,
+) -> Values:
+    """Per prompt F(M), F(∅) and, of every circuit, F(C) and F(M∖C): the latter of the first `complements` (None: of all)."""
+    values, done = Values(len(circuits)), 0
+    for batch, ablated in run.batches():
+        with torch.no_grad():
+            logits = model.logits(batch.original)
+
+        def value(
+            keep: Tensor | None, batch: PairBatch = batch, ablated: Any = ablated, logits: Tensor = logits
+        ) -> Tensor:
+            with torch.no_grad():
+                return row.fn(run.logits(batch, keep, ablated), batch.answer, batch.foil, logits)
+
+        values.add("full", 0, row.fn(logits, batch.answer, batch.foil, logits))
+        values.add("empty", 0, value(None))
+        for i, c in enumerate(circuits):
+            keep = c.mask[c.slots(batch)]
+            values.add("circuit", i, value(keep))
+            if complements is None or i < complements:
+                values.add("complement", i, value(~keep))
+            if progress:  # a batch of many circuits takes long
+                progress(done + len(batch) * (i + 1) // len(circuits), n_pairs, "evaluate")
+        done += len(batch)
+    return values
 
 
 def check_circuit(model: Model, circuit: Circuit, first: Circuit) -> None:

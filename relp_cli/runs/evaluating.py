@@ -114,7 +114,7 @@ class Evaluation:
     corpus: Path | None = None
     exclude_layers: int | None = None
     batch_size: int = BATCH_SIZE
-    minimality: bool = False
+    alone: str = ""
 
     def check(self, scores: Scores) -> None:
         """Raises RelpError for what can be known to be wrong before a model is loaded."""
@@ -192,9 +192,9 @@ def ready(path: Path, asked: Evaluation, session: Session, output: Path | None =
         raise RelpError(f"--output {output}: expected the name of a .csv file for a run's evaluation")
     check_writable(output or run.path)
     file = asked.circuit or (run.circuit if run.circuit.is_file() and asked.sweep is None else None)
-    if asked.minimality and not (file and file.is_file()):
+    if asked.alone and not (file and file.is_file()):
         why = "a sweep has none" if asked.sweep else f"run `relp circuit {path} --threshold …`"
-        raise RelpError(f"run '{path}' has no circuit to drop nodes of; {why}")
+        raise RelpError(f"run '{path}' has no circuit to {asked.alone}; {why}")
     transfer = asked.task is not None and session.task(asked.task).hash != scores.meta.get("task_hash")
     if transfer:  # a run of all pairs has scored none of the other task
         split = "discovery" if spec.split == "all" else spec.split

@@ -17,6 +17,7 @@ from relp_cli.spaces import pruning
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.files import expect, validated
 from relp_cli.spaces.graph import Graph
+from relp_cli.spaces.paths import graph_path
 from relp_cli.spaces.scores import KindScores, Scores
 from relp_cli.spaces.select import choose, circuit_of
 from relp_cli.spaces.table import Entries
@@ -143,6 +144,7 @@ class _Edges:
     file_keys = frozenset({"graph", "n_edges", "edges"})
     count = "n_edges"
     sparse = False
+    path = staticmethod(graph_path)
 
     def keys(self, units: Units) -> tuple[str, ...]:
         return units.kinds

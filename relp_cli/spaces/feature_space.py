@@ -27,6 +27,7 @@ from relp_cli.spaces.features import (
     with_errors,
 )
 from relp_cli.spaces.files import expect, finite, validated
+from relp_cli.spaces.paths import layer_path
 from relp_cli.spaces.scores import KindScores, Scores
 from relp_cli.spaces.select import choose, circuit_of
 from relp_cli.spaces.sites import Site, parse_site
@@ -39,6 +40,7 @@ class _Features:
     file_keys = frozenset({"errors", "n_nodes", "sites", "edges"})
     count = "n_nodes"
     sparse = True
+    path = staticmethod(layer_path)
 
     def keys(self, units: Units) -> tuple[str, ...]:
         return (KIND,)

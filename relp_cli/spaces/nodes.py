@@ -16,6 +16,7 @@ from relp_cli.nodes.access import units as units_per_layer
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.files import expect, validated
+from relp_cli.spaces.paths import layer_path
 from relp_cli.spaces.scores import KindScores, Scores
 from relp_cli.spaces.select import choose, circuit_of
 from relp_cli.spaces.table import Entries
@@ -88,6 +89,7 @@ class _Nodes:
     file_keys = frozenset({"n_nodes", "nodes"})
     count = "n_nodes"
     sparse = False
+    path = staticmethod(layer_path)
     circuit = staticmethod(node_circuit)
     joined = staticmethod(node_scores)
 

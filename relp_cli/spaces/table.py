@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from relp_cli.registry import Registry, load
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from relp_cli.spaces.circuit import Circuit
     from relp_cli.spaces.scores import KindScores, Scores
@@ -75,6 +75,9 @@ class Space(Protocol):
 
     def about(self, circuits: Sequence[Circuit]) -> dict[str, list[Any]]:
         """Columns that an evaluation's table has for these units alone."""
+
+    def path(self, units: Units, among: Tensor, generator: Generator) -> list[tuple[int, int]]:
+        """A random path from the input to the logits: (position, unit), where it can over units of Bool[pos, unit] `among`."""
 
     def counts(self, circuit: Circuit) -> dict[str, tuple[Tensor, int]]:
         """Per kind, for people: Int[layer, pos], how many units are kept, and how many there are."""

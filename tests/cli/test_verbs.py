@@ -47,6 +47,7 @@ def test_every_verb_has_help_with_an_example(relp):
         "score",
         "circuit",
         "evaluate",
+        "test",
         "compare",
         "overlap",
         "report",

@@ -1,0 +1,49 @@
+"""`relp test`: hypothesis tests of a run's circuit, on held-out pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from relp_cli.evaluation.circuit_tests import circuit_tests
+from relp_cli.evaluation.verdicts import Levels
+from relp_cli.methods.request import Progress
+from relp_cli.report.tables import write_table
+from relp_cli.runs.evaluating import Ready, own_circuit, read_circuit
+from relp_cli.runs.scoring import open_run
+
+
+def run_tests(
+    at: Ready, levels: Levels, progress: Progress | None = None
+) -> tuple[tuple[Path, Path], pd.DataFrame, pd.DataFrame]:
+    """Test the circuit, and write tests.csv and tests-units.csv (on another task: tests-TASK.csv, …) into the run.
+
+    Returns the files, the table of tests and that of units.
+    """
+    tests, units = circuit_tests(
+        at.prepared.model, at.prepared.pairs, at.circuits[0], levels, metric=at.prepared.metric, progress=progress,
+        **at.asked.how(at.exclude, at.dictionary),
+    )  # fmt: skip
+    about = {**at.about, "circuit": at.circuits[0].hash}
+    tables = [table.assign(**about)[[*about, *table.columns]] if len(table) else table for table in (tests, units)]
+    files = at.run.path / f"tests{at.stem}.csv", at.run.path / f"tests-units{at.stem}.csv"
+    for table, file in zip(tables, files, strict=True):
+        write_table(table, file)
+    return files, tests, units
+
+
+def testing_cost(path: Path, circuit: Path | None, pairs: int, levels: Levels) -> dict[str, Any]:
+    """What tests would cost in forward passes per pair: F(M), F(∅), F(C), F(M∖C); two per random circuit, two per random path
+    and one per tested unit. Passes for ablation values come on top.
+    """
+    levels.check()
+    run, _, scores = open_run(path)
+    units = (read_circuit(circuit) if circuit else own_circuit(run, scores)).n_nodes
+    tested = min(units, levels.units)
+    return {
+        "units of the circuit": units,
+        "held-out pairs": f"at most {pairs}",
+        "forward passes per pair": f"at most {4 + 4 * levels.references + tested}",
+    }
