@@ -13,11 +13,13 @@ from oracles.wrapped import case, close, double_by_default, pairs, run
 from torch import Tensor
 
 from relp_cli.errors import RelpError
+from relp_cli.evaluation.circuit_tests import circuit_tests, inflations
 from relp_cli.evaluation.compare import compare
 from relp_cli.evaluation.evaluate import Ablating, evaluate
 from relp_cli.evaluation.feature_circuits import FeatureAblator
 from relp_cli.evaluation.minimality import minimality
 from relp_cli.evaluation.overlap import overlap, stability
+from relp_cli.evaluation.verdicts import Levels
 from relp_cli.evaluation.verify import confirmed
 from relp_cli.features.load import Dictionaries, load_dictionaries
 from relp_cli.methods.request import Request
@@ -247,3 +249,21 @@ def test_minimality_drops_one_feature_or_error_at_a_time(dicts: Dictionaries) ->
             left = evaluate(C.model, [held], smaller, exclude_layers=1, dictionary=dicts).iloc[0]
             assert row["loss"] == pytest.approx(whole.F_C - left.F_C, abs=1e-9)
     assert set(table.kind) == {"feature", "feature_error"}
+
+
+def test_a_circuit_of_features_is_tested_unit_by_unit(dicts: Dictionaries) -> None:
+    """Paths go over features that are active in some prompt alone; each change is that of the evaluator."""
+    circuit = select(scored(dicts), top_k=6, from_layer=1)
+    held, how = pairs(n=3, seed=3), Levels(references=4, permutations=20)
+    smaller = [circuit, *(circuit.without(*cell) for cell in circuit.mask.nonzero().tolist())]
+    with exact_float64(), double_by_default():
+        tests, units = circuit_tests(C.model, [held], circuit, how, "zero", 1, dictionary=dicts)
+        single = [held.rows(torch.tensor([i])) for i in range(3)]
+        tables = [evaluate(C.model, [one], smaller, "zero", 1, dictionary=dicts, bootstrap=0) for one in single]
+        active = FeatureAblator(C.model, [held], [circuit], Ablating("zero", 1, dictionary=dicts)).drawable(circuit)
+    alone = np.array([table.F_C for table in tables])
+    want = np.abs(alone[:, 1:] - alone[:, :1]).mean(0)
+    assert units.change.to_numpy() == pytest.approx(np.sort(want), abs=1e-9)
+    assert tests.n[tests.test == "minimality"].item() == 4
+    for inflated, _ in inflations(circuit, 1, 30, active, torch.Generator()):
+        assert active[inflated.mask & ~circuit.mask].all()
