@@ -33,7 +33,7 @@ def read_source(name_or_path: str | Path) -> TaskSource:
     Raises: RelpError, one line `file:line: key: what was expected`; unknown names with the nearest shipped one.
     """
     path = Path(name_or_path)
-    if path.is_dir() and str(name_or_path) not in list_tasks():
+    if name_or_path and path.is_dir() and str(name_or_path) not in list_tasks():  # "" is a name that was left out
         return mib_source(read_mib(path))
     if path.suffix not in FILE_ENDINGS:
         text = read_task(name_or_path)
