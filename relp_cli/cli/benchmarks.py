@@ -13,7 +13,10 @@ from typer.core import TyperCommand
 
 from relp_cli.errors import RelpError
 
-BENCHMARKS = {"known_circuits": "relp_cli.cli.known_circuits"}  # name → module with the verb's `command`
+BENCHMARKS = {  # name → module with the verb's `command`
+    "known_circuits": "relp_cli.cli.known_circuits",
+    "mib": "relp_cli.cli.mib",
+}
 
 
 class Evaluate(TyperCommand):

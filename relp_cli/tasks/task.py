@@ -17,7 +17,7 @@ from relp_cli.tasks.foreign import Foreign
 from relp_cli.tasks.generate import check_split, generate, too_few
 from relp_cli.tasks.pairs import PairBatch
 from relp_cli.tasks.prompt import PromptPair, RawPair
-from relp_cli.tasks.source import read_source
+from relp_cli.tasks.source import TaskSource, read_source
 from relp_cli.tasks.spec import TaskSpec, TaskText
 from relp_cli.tasks.tokenise import TokenPair, tokenise, vocabulary
 
@@ -180,7 +180,11 @@ def load_task(name_or_path: str | Path) -> Task:
 
     Raises: RelpError, one line `file:line: key: what was expected`; unknown names with the nearest shipped one.
     """
-    source = read_source(name_or_path)
+    return task_of(read_source(name_or_path))
+
+
+def task_of(source: TaskSource) -> Task:
+    """The task of a source that is read."""
     spec = source.text.spec
     return Task(spec.name, spec, spec.metric, source.text.hash, source.text, source.fixed, source.notes)
 
