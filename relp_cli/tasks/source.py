@@ -52,6 +52,8 @@ def mib_source(data: MibData, heldout: str | None = None) -> TaskSource:
     Raises: RelpError for a split that it does not have.
     """
     first, *known = data.splits or ("", "")
+    if heldout is not None and not data.splits:
+        raise RelpError(f"{data.name}: no split '{heldout}': its file names tell none (train, validation, test)")
     if heldout is not None and heldout not in known:
         raise unknown("split", heldout, known, f"{data.name}: ")
     name = _name_of(Path(data.name))
