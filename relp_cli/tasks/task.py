@@ -14,7 +14,7 @@ from relp_cli.errors import RelpError
 from relp_cli.tasks.bos import Bos, HasTokenizer, choose_bos
 from relp_cli.tasks.encoder import Encoder
 from relp_cli.tasks.foreign import Foreign
-from relp_cli.tasks.generate import check_split, generate, too_few
+from relp_cli.tasks.generate import TooFewPairs, check_split, generate, too_few
 from relp_cli.tasks.pairs import PairBatch
 from relp_cli.tasks.prompt import PromptPair, RawPair
 from relp_cli.tasks.source import TaskSource, read_source
@@ -145,8 +145,8 @@ class Task:
         if unusable == "drop":
             rows, reasons = _usable(rows, encoder, foreign)
         if not rows and reasons:
-            raise RelpError(
-                f"task '{self.name}': none of {len(reasons)} pairs fits {encoder.name}, the first: {reasons[0]}"
+            raise TooFewPairs(
+                f"task '{self.name}': none of {len(reasons)} pairs fits {encoder.name}, the first: {reasons[0]}", 0
             )
         if not rows or (n is not None and n > len(rows)):
             raise too_few(self.name, n or 1, len(rows), split)

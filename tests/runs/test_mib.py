@@ -96,10 +96,13 @@ def test_several_data_sets_of_which_one_cannot_be_used(data: Path, relp: Callabl
     done = relp("evaluate", "mib", data.parent, "--methods", "eap", "--heldout", "3", "-o", "out", "--json")
     assert done.code == 0, done.err
     assert [row["data"] for row in json.loads(done.out)["rows"]] == ["ioi"]
-    assert "WARNING: arithmetic_addition is left out: task 'arithmetic_addition' has 0 pairs" in done.err
+    assert (
+        "WARNING: arithmetic_addition is left out: task 'arithmetic_addition': none of 1 pairs fits tiny-gpt2"
+        in done.err
+    )
     alone = relp("evaluate", "mib", data.parent / "arithmetic_addition", "--methods", "eap", "-o", "out2")
     assert alone.code == 2
-    assert "has 0 pairs" in alone.err
+    assert "none of 1 pairs fits" in alone.err
 
 
 def test_dry_run_and_help(data: Path, relp: Callable[..., Any], tmp_path: Path) -> None:
