@@ -79,17 +79,20 @@ def patch_nodes(
     todo = {at: moved if (mask := wanted[at]) is None else moved & mask.to(moved.device) for at, moved in todo.items()}
     out = {at: value.new_zeros(len(value), len(setup.labels), units(setup.model, NODE_KINDS[at[0]])) for at in wanted}
     done, total = 0, sum(int(mask.sum()) for mask in todo.values())
-    parts_done, known = unfinished.so_far(setup.passes) if unfinished else (0, {})
+    steps_done, known = unfinished.so_far(setup.passes) if unfinished else (0, {})
+    step = 0
     for (kind, layer), effect in out.items() if known else ():
         effect.copy_(known[f"{kind}.{layer}"])
-    for number, part in enumerate(_parts(todo, fitting(setup.batch.n_pos, chunk_tokens))):
-        if number < parts_done:
-            done += sum(int(cells.slots.sum()) for cells in part)
-            continue
-        part = _written(setup, source, part)
+    for part in _parts(todo, fitting(setup.batch.n_pos, chunk_tokens)):
+        if step + len(setup.labels) > steps_done:
+            counted = setup.passes.computed if step < steps_done else None  # a part that was begun: with its first slot
+            part = _written(setup, source, part)
+            setup.passes.computed = counted or setup.passes.computed
         for slot in range(len(setup.labels)):
             here = [cells.of(cells.slots[:, slot]) for cells in part if cells.slots[:, slot].any()]
-            if not here:
+            step += 1
+            if step <= steps_done or not here:
+                done += sum(len(cells.pair) for cells in here)
                 continue
             positions = (setup.slots == slot).nonzero()[:, 0]
             first = trace.first(int(positions[0]))
@@ -99,8 +102,8 @@ def patch_nodes(
             done += len(found)
             if tick:
                 tick(done, total, "patched runs")
-        if unfinished:
-            unfinished.keep(number + 1, setup.passes, lambda: {f"{kind}.{n}": v for (kind, n), v in out.items()})
+            if unfinished:
+                unfinished.keep(step, setup.passes, lambda: {f"{kind}.{n}": v for (kind, n), v in out.items()})
     return out
 
 
