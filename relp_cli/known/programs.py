@@ -10,11 +10,13 @@ from relp_cli.known.clutter import cluttered, constant
 from relp_cli.known.compositions import carried, induction, saturated, two_hops
 from relp_cli.known.gates import both, either, opposed, parity
 from relp_cli.known.program import Program
+from relp_cli.known.traps import ghost, tent, twins
 
 SEED = 0
 NEVER = -5.0  # the logit of tokens that are no answer
 PROGRAMS: dict[str, Callable[[random.Random], Program]] = {
-    make.__name__: make for make in (induction, saturated, two_hops, carried, both, either, opposed, parity)
+    make.__name__: make
+    for make in (induction, saturated, two_hops, carried, both, either, opposed, parity, tent, ghost, twins)
 }
 
 

@@ -53,6 +53,9 @@ MEANING: dict[str, Callable[[Sequence[int]], int]] = {
     "either": lambda tokens: yes(4 in tokens or 5 in tokens),
     "opposed": lambda tokens: yes(4 in tokens),
     "parity": lambda tokens: yes((4 in tokens) == (5 in tokens)),
+    "tent": lambda tokens: 10 if tokens[1] in (4, 5) else 11,
+    "ghost": lambda tokens: 10 if tokens[1] in (4, 5) else 11,
+    "twins": lambda tokens: tokens[3],
 }
 
 
@@ -67,7 +70,7 @@ def test_weights_compute_what_the_program_means(name: str) -> None:
         model = compile_program(made).double().eval()
         logits = model(input_ids=torch.tensor(texts)).logits[:, -1]
     want = torch.tensor([run(made, text)[0] for text in texts], dtype=torch.float64)
-    assert (logits - want).abs().max() < 1e-6
+    assert (logits - want).abs().max() < 2e-7 * want.abs().max()
     assert want.abs().max() > 3
 
 
@@ -80,7 +83,8 @@ def test_programs_do_their_tasks(name: str) -> None:
         assert MEANING[name](pair.original) == pair.answer == logits.index(max(logits))
         assert logits[pair.answer] > logits[pair.foil] + 1
         logits, _ = run(made, pair.patch)
-        assert logits[pair.answer] < logits[pair.foil] + 1e-9
+        if name != "parity" or len({4, 5, 6, 7} & set(pair.patch)) == 2:
+            assert MEANING[name](pair.patch) == logits.index(max(logits))
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -93,17 +97,17 @@ def test_what_ships_is_what_the_command_makes(name: str) -> None:
         assert torch.equal(value, shipped[key]), key
 
 
-def exact_effects(case: Case, kinds: tuple[str, ...]) -> dict[str, tuple[float, float]]:
-    """Component → its largest |effect| on a pair, noising and denoising."""
+def exact_effects(case: Case, kinds: tuple[str, ...], directions: Sequence[str]) -> dict[str, list[float]]:
+    """Component → its largest |effect| on a pair, for each direction."""
     with exact_float64(), double_by_default():
         model = wrap(compile_program(program(case.name)).double(), None, case.name)
         pairs = load_task(case.pairs).pairs(model, None, split="all")
         found = [
             score(model, pairs, "act_patch", kinds, case.metric, direction, keep_examples=True)
-            for direction in ("noising", "denoising")
+            for direction in directions
         ]
-    both = [component_scores(scores).abs().amax(0).tolist() for scores in found]
-    return dict(zip(component_names(found[0]), zip(*both, strict=True), strict=True))
+    largest = torch.stack([component_scores(scores).abs().amax(0) for scores in found])
+    return dict(zip(component_names(found[0]), largest.T.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("space", KINDS)
@@ -113,8 +117,9 @@ def test_exact_patching_finds_the_circuit(name: str, space: str) -> None:
     case = read_case(name)
     circuit = case.nodes if space == "nodes" else case.edges
     assert circuit is not None
-    effects = exact_effects(case, KINDS[space])
-    assert max(max(both) for part, both in effects.items() if part not in circuit) < 1e-6
+    one = space == "edges" and name != "either"  # takes as long as all the rest
+    effects = exact_effects(case, KINDS[space], ["noising"] if one else ["noising", "denoising"])
+    assert max(max(each) for part, each in effects.items() if part not in circuit) < 1e-6
     assert min(max(effects[part]) for part in circuit) > 0.2
     silent = {part for part in circuit if effects[part][0] < 1e-6}
     alone = {"nodes": {"m1"}, "edges": {"m1->logits"}}[space]  # all that a single patch can spoil
