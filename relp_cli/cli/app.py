@@ -16,6 +16,7 @@ from relp_cli.cli import (
     ls,
     overlap,
     report,
+    robustness,
     score,
     tasks,
     test,
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (score, circuit, evaluate, test, compare, diagnose, overlap, report, ls, bench):
+for module in (score, circuit, evaluate, test, robustness, compare, diagnose, overlap, report, ls, bench):
     kind = Evaluate if module is evaluate else None
     app.command(name=module.__name__.rpartition(".")[2], cls=kind)(module.command)
 app.command(name="validate")(tasks.validate)

@@ -37,7 +37,7 @@ TEXTS = tuple(f for f in FILES if f not in ("folder", "binary", "empty", "latin.
 ARGUMENTS = {
     "score": ["ioi"], "circuit": ["run"], "evaluate": ["run"], "compare": ["ioi"], "diagnose": ["ioi"], "overlap": ["run", "run"],
     "report": ["run"], "ls": ["tasks"], "bench": [], "validate": ["ioi"], "show": ["ioi"], "train-dictionary": [],
-    "test": ["run"], "export": ["edges", "x.json"], "import": ["edges.json"], "reproduce": ["table5"],
+    "test": ["run"], "robustness": ["run"], "export": ["edges", "x.json"], "import": ["edges.json"], "reproduce": ["table5"],
 }  # fmt: skip
 BESIDE = {
     ("circuit", "confirm"): ["--verify", "--top-k=3"], ("circuit", "annotations"): ["--edge-threshold=1", "--top-k=3"],
@@ -55,6 +55,7 @@ VALID = {
     ("diagnose", "show"): ("0",), ("show", "examples"): ("0",), ("bench", "only"): ("",),
     ("train-dictionary", "l1"): ("0", "9" * 25), ("train-dictionary", "lr"): ("9" * 25,),
     ("evaluate", "corpus"): TEXTS, ("test", "corpus"): TEXTS, ("test", "exclude_layers"): ("0",), ("test", "epsilon"): ("0",),
+    ("robustness", "exclude_layers"): ("0",),
 }  # fmt: skip
 HUB_NAMES = (
     "nowhere-x",

@@ -48,6 +48,7 @@ def test_every_verb_has_help_with_an_example(relp):
         "circuit",
         "evaluate",
         "test",
+        "robustness",
         "compare",
         "overlap",
         "report",
