@@ -5,6 +5,8 @@ would have written minus what it writes in this very run: x_v = x + Σ_{u exclud
 2. At a layer's attention norm, one product [readers × writers]·[writers × batch·pos·d] gives every head reader's input;
    queries, keys and values of heads with excluded edges are computed anew from these, norm included.
 3. At the MLP's norm and the final norm, the same sum is added to the norm's input.
+An edge may be excluded in part: by a share of the difference. Shares that need a gradient have one (`stack`); the inputs of
+attention's readers, the largest of what is made, are then made again in the backward pass rather than kept.
 Under LayerNorm, which ignores a stream's mean, differences are centred; nothing is subtracted that nearly cancels.
 """
 
@@ -16,28 +18,35 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from relp_cli.edges.reads import project, projections, reads
+from relp_cli.edges.stack import Stack
 from relp_cli.edges.stream import Recorder, Written, heads_out, ungrouped
 from relp_cli.models.model import Hook, Model
 from relp_cli.spaces.graph import QKV, Graph
 
+Excluded = Bool[Tensor, "#pos writer reader"] | Float[Tensor, "#pos writer reader"]
+
 
 @contextmanager
-def edges_ablated(
-    model: Model, graph: Graph, excluded: Bool[Tensor, "#pos writer reader"], ablated: Written
-) -> Iterator[None]:
+def edges_ablated(model: Model, graph: Graph, excluded: Excluded, ablated: Written) -> Iterator[None]:
     """Forward passes inside run with these edges carrying `ablated` instead of what their writer writes.
 
-    excluded: True for the edges that are cut, per position, or with one position for all of them.
+    excluded: Bool or Float[#pos, writer, reader], True or 1 for the edges that are cut, per position, or with one position for
+    all of them; one that requires a gradient gets it.
     """
-    hooks = _Hooks(model, graph, excluded & graph.mask.to(excluded.device), ablated)
-    with torch.no_grad(), ungrouped(model), model.hooks([*hooks.recorder.hooks(), *hooks.hooks()]):
+    hooks = _Hooks(model, graph, excluded * graph.mask.to(excluded.device), ablated)
+    with (
+        torch.set_grad_enabled(excluded.requires_grad),
+        ungrouped(model),
+        model.hooks([*hooks.recorder.hooks(), *hooks.hooks()]),
+    ):
         yield
 
 
 def edge_logits(
-    model: Model, graph: Graph, tokens: Tensor, excluded: Bool[Tensor, "#pos writer reader"], ablated: Written
+    model: Model, graph: Graph, tokens: Tensor, excluded: Excluded, ablated: Written
 ) -> Float[Tensor, "batch vocab"]:
     """The logits at the last position of one such pass."""
     with edges_ablated(model, graph, excluded, ablated):
@@ -47,8 +56,9 @@ def edge_logits(
 class _Hooks:
     def __init__(self, model: Model, graph: Graph, excluded: Tensor, ablated: Written) -> None:
         self.model, self.graph, self.excluded, self.ablated = model, graph, excluded, ablated
-        self.cut = excluded.any(0).any(0).tolist()  # per reader
-        self.recorder = Recorder(model)
+        self.cut = (excluded != 0).any(0).any(0).tolist()  # per reader
+        self.recorder = Recorder(model, excluded.requires_grad)
+        self.stack: Stack | None = None  # in place of `rows` and `out`, where there are gradients
         self.reads = [reads(model, n) for n in range(graph.n_layers)]
         self.centre = self.reads[0].norm.centre  # one sort of norm in a model
         self.rows = torch.empty(0)  # row 0: a reader's stream, then the writers' differences
@@ -78,35 +88,42 @@ class _Hooks:
 
     def _begin(self, value: Tensor) -> None:
         batch, pos, d = value.shape  # positions first, so that each has its own mask as one product
+        self.formed = 0
+        if self.excluded.requires_grad:
+            self.stack = Stack(value.new_empty(len(self.graph.writers), pos, batch, d))
+            return
         self.rows = value.new_empty(1 + len(self.graph.writers), pos, batch, d)
         self.out = value.new_empty(self.graph.n_heads, pos, batch, d)
-        self.formed = 0
 
     def _form(self, upto: int) -> None:
         """Form the differences of the first `upto` writers, which have all written by now."""
-        deltas = self.rows[1:]
         while self.formed < upto:
             layer, within = divmod(self.formed - 1, self.graph.n_heads + 1)
+            rows = slice(self.formed, self.formed + 1)
             if self.formed == 0:
-                rows = slice(0, 1)
-                deltas[0] = self.centre(self.ablated.input - self.recorder.input).transpose(0, 1)
+                change = self.centre(self.ablated.input - self.recorder.input).transpose(0, 1)[None]
             elif within == 0:
                 rows = self.graph.heads_of(layer)
-                change = (self.ablated.heads[layer] - self.recorder.heads(layer)).transpose(0, 1)
-                out = heads_out(self.model, layer, change, deltas[rows])
+                of_heads = (self.ablated.heads[layer] - self.recorder.heads(layer)).transpose(0, 1)
+                change = heads_out(self.model, layer, of_heads, None if self.stack else self.rows[1:][rows])
                 if self.reads[0].norm.centres:
-                    out -= out.mean(-1, keepdim=True)
+                    change = change.sub_(change.mean(-1, keepdim=True))
             else:
-                rows = slice(self.formed, self.formed + 1)
-                deltas[rows] = self.centre(self.ablated.mlps[layer] - self.recorder.mlp(layer)).transpose(0, 1)
+                change = self.centre(self.ablated.mlps[layer] - self.recorder.mlp(layer)).transpose(0, 1)[None]
+            if self.stack:
+                self.stack.write(rows, change)
+            elif within or not self.formed:  # heads are there already
+                self.rows[1:][rows] = change
             self.formed = rows.stop
 
     def _changes(self, readers: slice, upto: int, x: Tensor) -> Float[Tensor, "reader pos batch d_model"]:
         """x plus the changes at some readers' inputs, valid until the next call."""
         self._form(upto)
+        cut = self.excluded[:, :upto, readers].to(x.dtype)
+        if self.stack:
+            return x + self.stack.read(upto, cut)
         self.rows[0] = x
         rows, out = self.rows[: 1 + upto], self.out[: readers.stop - readers.start]
-        cut = self.excluded[:, :upto, readers].to(x.dtype)
         weights = torch.cat([torch.ones_like(cut[:, :1]), cut], 1)
         if len(weights) == 1:
             torch.mm(weights[0].T, rows.flatten(1), out=out.flatten(1))
@@ -116,17 +133,24 @@ class _Hooks:
 
     def _heads(self, layer: int) -> Hook:
         readers, heads = self.graph.readers_of(layer), self.graph.n_heads
-        norm = self.reads[layer].norm
+        norm, upto = self.reads[layer].norm, self.graph.written_before(layer, "attention")
+
+        def of_part(value: Tensor, columns: slice, projection: Tensor, bias: Tensor | None) -> Tensor:
+            x = self._changes(columns, upto, norm.centre(value).transpose(0, 1))
+            return project(norm, x, projection, bias).permute(2, 1, 0, 3).flatten(2)
 
         def hook(value: Tensor) -> None:
             self.new = {}
-            upto = self.graph.written_before(layer, "attention")
+            self._form(upto)
             for i, (part, (projection, bias)) in enumerate(zip(QKV, projections(self.model, layer), strict=True)):
                 columns = slice(readers.start + i * heads, readers.start + (i + 1) * heads)
                 if any(self.cut[columns]):
-                    x = self._changes(columns, upto, norm.centre(value).transpose(0, 1))
-                    out = project(norm, x, projection, bias)
-                    self.new[part] = out.permute(2, 1, 0, 3).flatten(2)
+                    if self.stack:
+                        self.new[part] = checkpoint(
+                            of_part, value, columns, projection, bias, use_reentrant=False, preserve_rng_state=False
+                        )
+                    else:
+                        self.new[part] = of_part(value, columns, projection, bias)
 
         return hook
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from relp_cli.edges.check import check_once
 from relp_cli.edges.edge_patch import Patcher
 from relp_cli.edges.gradients import FINAL, Products, Readers, inputs, reader_gradients
 from relp_cli.edges.reads import reads
+from relp_cli.edges.run import edge_logits
 from relp_cli.edges.stream import Recorder, Written, keeping, mean_written, ungrouped, written
 from relp_cli.errors import RelpError, unknown
 from relp_cli.methods.request import Progress, Request
@@ -25,7 +28,7 @@ from relp_cli.models.model import Model
 from relp_cli.nodes.access import EMBEDDED
 from relp_cli.spaces.edges import KIND, edge_units
 from relp_cli.spaces.graph import Graph
-from relp_cli.spaces.units import ANY_POSITION
+from relp_cli.spaces.units import ANY_POSITION, Units
 from relp_cli.tasks.pairs import PairBatch
 
 POSITIONS = ("sum", "keep")
@@ -171,6 +174,32 @@ class EdgeBatch(Batch):
         """Scores Float[batch, writer, reader] or, with positions, Float[batch, pos, writer, reader], on the slot axis."""
         slots = self.setup.to_slots(scores[:, None])[:, 0] if self.positions else scores
         return Result({KIND: slots}, applied or {}, self.meta)
+
+    learning_steps: ClassVar[int] = 5000
+
+    @cached_property
+    def units(self) -> Units:
+        return edge_units(self.graph)
+
+    def changed(self) -> Bool[Tensor, "slot unit"]:
+        """An edge is its writer's, with every reader alike."""
+        source, run = self.source, self.read_run()
+        writers = [(source.input != run.input).any(-1).any(0)[None]]
+        for layer in range(self.graph.n_layers):
+            heads = (source.heads[layer] != run.heads[layer]).any(0).unflatten(-1, (self.graph.n_heads, -1)).any(-1)
+            writers += [heads.T, (source.mlps[layer] != run.mlps[layer]).any(-1).any(0)[None]]
+        of_edges = torch.cat(writers)[self.graph.mask.nonzero()[:, 0].to(writers[0].device)].T  # [pos, edge]
+        return self.setup.any_of_slots(of_edges) if self.positions else of_edges.any(0, keepdim=True)
+
+    def masked(self, keep: Float[Tensor, "slot unit"]) -> Float[Tensor, " batch"]:
+        at = keep[self.setup.slots.to(keep.device)] if self.positions else keep
+        excluded = self.graph.dense(1 - at).to(self.model.device, self.model.dtype)
+        self.setup.passes.forward += 1
+        return self.setup.value(edge_logits(self.model, self.graph, self.setup.run, excluded, self.source))
+
+    def of_units(self, values: Float[Tensor, "slot unit"]) -> dict[str, Tensor]:
+        dense = self.graph.dense(values) if self.positions else self.graph.dense(values[0])
+        return {KIND: dense.expand(len(self), *dense.shape)}
 
     def patch(self) -> Result:
         """All positions are patched jointly (an EAP score is the sum over them), or one label at a time."""

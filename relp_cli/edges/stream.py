@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from relp_cli.edges.reads import Norm
 from relp_cli.errors import RelpError
 from relp_cli.lrp.sites import linear_parameters, numerator
 from relp_cli.methods.means import label_means
@@ -63,28 +64,37 @@ def heads_out(
     """z·W_O per head, through the post-norm's weight."""
     heads = model.shape.n_heads
     weight, _ = linear_parameters(model, f"blocks.{layer}.attn.o", z.shape[-1], model.shape.d_model)
-    if out is None:
-        out = z.new_empty(heads, *z.shape[:2], model.shape.d_model)
     by_head = z.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3).flatten(1, 2)
-    torch.bmm(by_head, weight.T.to(z.dtype).unflatten(0, (heads, -1)), out=out.flatten(1, 2))
+    flat = None if out is None else out.flatten(1, 2)
+    made = torch.bmm(by_head, weight.T.to(z.dtype).unflatten(0, (heads, -1)), out=flat).unflatten(1, z.shape[:2])
     if model.shape.residual_multiplier != 1:
-        out.mul_(model.shape.residual_multiplier)
-    return out.copy_(numerator(model.component(f"blocks.{layer}.ln1_post"), out)) if model.shape.post_norm else out
+        made.mul_(model.shape.residual_multiplier)
+    if not model.shape.post_norm:
+        return made
+    weighed = numerator(model.component(f"blocks.{layer}.ln1_post"), made)
+    return weighed if out is None else out.copy_(weighed)
 
 
 class Recorder:
-    """Hooks that record what the writers write in the forward passes that run under them."""
+    """Hooks that record what the writers write in the forward passes that run under them.
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    graph: with the graph that leads to it; else what is read off is detached.
+    """
+
+    def __init__(self, model: Model, graph: bool = False) -> None:
+        self.model, self.graph = model, graph
         self.seen: dict[str, Tensor] = {}
+        self._reads = "hook_in" if graph else "hook_scale"  # a scale has no graph; it is made anew
+
+    def _at(self, name: str) -> Tensor:
+        return self.seen[name] if self.graph else self.seen[name].detach()
 
     def hooks(self) -> list[tuple[str, Hook]]:
         layers = range(self.model.shape.n_layers)
         names = ["blocks.0.hook_in", *(["pos_embed.hook_out"] if "pos_embed.hook_out" in self.model.points else [])]
         for layer in layers:
             names += [f"blocks.{layer}.attn.o.hook_in", f"blocks.{layer}.hook_mlp_out"]
-            names += [f"blocks.{layer}.ln1_post.hook_scale"] if self.model.shape.post_norm else []
+            names += [f"blocks.{layer}.ln1_post.{self._reads}"] if self.model.shape.post_norm else []
         return [(name, self._keep(name)) for name in names]
 
     def _keep(self, name: str) -> Hook:
@@ -99,25 +109,30 @@ class Recorder:
 
     @property
     def input(self) -> Tensor:
-        value = self.seen["blocks.0.hook_in"].detach()
-        positions = self.seen.get("pos_embed.hook_out")
-        return value if positions is None else value - positions.detach()
+        value = self._at("blocks.0.hook_in")
+        return value - self._at("pos_embed.hook_out") if "pos_embed.hook_out" in self.seen else value
 
     def heads(self, layer: int) -> Tensor:
-        z = self.seen[f"blocks.{layer}.attn.o.hook_in"].detach()
+        z = self._at(f"blocks.{layer}.attn.o.hook_in")
         if not self.model.shape.post_norm:
             return z
-        return (z / self.seen[f"blocks.{layer}.ln1_post.hook_scale"].detach()).to(z.dtype)
+        return (z / self._scale(layer)).to(z.dtype)
+
+    def _scale(self, layer: int) -> Tensor | float:
+        """What the post-norm divides by: Float[batch, pos, 1]."""
+        name = f"blocks.{layer}.ln1_post"
+        value, norm = self._at(f"{name}.{self._reads}"), Norm(name, self.model.component(name))
+        return norm.sigma(norm.centre(value)) if self.graph else value
 
     def constant(self, layer: int, bias: Float[Tensor, " d_model"]) -> Float[Tensor, "... d_model"]:
         """What the output projection's bias adds to the stream: no writer's."""
         if not self.model.shape.post_norm:
             return bias
-        share = bias / self.seen[f"blocks.{layer}.ln1_post.hook_scale"].detach()
+        share = bias / self._scale(layer)
         return numerator(self.model.component(f"blocks.{layer}.ln1_post"), share)
 
     def mlp(self, layer: int) -> Tensor:
-        return self.seen[f"blocks.{layer}.hook_mlp_out"].detach()
+        return self._at(f"blocks.{layer}.hook_mlp_out")
 
     def written(self) -> Written:
         layers = range(self.model.shape.n_layers)

@@ -96,6 +96,10 @@ SPACES_AND_KINDS = [
     ("gpt2", ["head", "mlp_out"], {}),
     ("gemma2", ["resid_pre", "attn_out", "mlp_neuron"], {}),
     ("qwen2", ["head", "value", "mlp_neuron"], {}),
+    ("gpt2", ["edges"], {}),
+    ("pythia", ["edges"], {"positions": "keep"}),
+    ("gemma2", ["edges"], {"positions": "keep"}),
+    ("qwen2", ["edges"], {}),
 ]
 
 
