@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 import relp_cli as relp
+from relp_cli.edges.run import edge_logits
+from relp_cli.edges.stream import written
 from relp_cli.errors import RelpError
 from relp_cli.models.load import wrap
 from relp_cli.models.model import Model
@@ -105,3 +107,26 @@ def test_an_assumption_that_does_not_hold_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("relp_cli.edges.check._checked", set())
     with exact_float64(), pytest.raises(RelpError, match=r"llama .*edges do not know how layer 0's q reads"):
         relp.evaluate(wrapped("llama"), [BATCH], edge_circuit(Graph(2, 4), Graph(2, 4).mask), "zero")
+
+
+@pytest.mark.parametrize("name", [*FORMS, "gemma2", "falcon"])
+def test_shares_of_edges_equal_plain_hugging_face(name: str) -> None:
+    """Value and gradient of a run in which every edge carries a share of its writer's source value, by plain autograd."""
+    with exact_float64(), double_by_default():
+        model, oracle = wrapped(name), ungrouped(name)
+        graph, source = Graph.of(model.shape), oracle.run(BATCH.patch).written
+        share = torch.rand(graph.mask.shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+        def mix(reader: str, x: Tensor, before: dict[str, Tensor]) -> Tensor:
+            v = graph.reader(reader)
+            return x + sum(share[graph.writer(u), v] * (source[u] - y) for u, y in before.items())
+
+        values = written(model, BATCH.patch)[0]
+        with torch.enable_grad():
+            want = metric(oracle.run(BATCH.original, mix).logits)
+            (slopes,) = torch.autograd.grad(want.sum(), share)
+            got = metric(edge_logits(model, graph, BATCH.original, share[None], values))
+            (found,) = torch.autograd.grad(got.sum(), share)
+    close(got.detach(), want.detach())
+    close(found, slopes)
+    assert slopes.abs().max() > 1e-3
