@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from relp_cli.edges.reads import project, projections, reads
+from relp_cli.edges.reads import Norm, project, projections, reads
 from relp_cli.edges.stack import Stack
 from relp_cli.edges.stream import Recorder, Written, heads_out, ungrouped
 from relp_cli.models.model import Hook, Model
@@ -59,6 +59,7 @@ class _Hooks:
         self.cut = (excluded != 0).any(0).any(0).tolist()  # per reader
         self.recorder = Recorder(model, excluded.requires_grad)
         self.stack: Stack | None = None  # in place of `rows` and `out`, where there are gradients
+        self.tokens: list[tuple[int, Tensor]] = []  # of what is written to it, and how many have written by then
         self.reads = [reads(model, n) for n in range(graph.n_layers)]
         self.centre = self.reads[0].norm.centre  # one sort of norm in a model
         self.rows = torch.empty(0)  # row 0: a reader's stream, then the writers' differences
@@ -88,7 +89,7 @@ class _Hooks:
 
     def _begin(self, value: Tensor) -> None:
         batch, pos, d = value.shape  # positions first, so that each has its own mask as one product
-        self.formed = 0
+        self.formed, self.tokens = 0, []
         if self.excluded.requires_grad:
             self.stack = Stack(value.new_empty(len(self.graph.writers), pos, batch, d))
             return
@@ -111,7 +112,7 @@ class _Hooks:
             else:
                 change = self.centre(self.ablated.mlps[layer] - self.recorder.mlp(layer)).transpose(0, 1)[None]
             if self.stack:
-                self.stack.write(rows, change)
+                self.tokens.append((rows.stop, self.stack.write(rows, change)))
             elif within or not self.formed:  # heads are there already
                 self.rows[1:][rows] = change
             self.formed = rows.stop
@@ -121,7 +122,7 @@ class _Hooks:
         self._form(upto)
         cut = self.excluded[:, :upto, readers].to(x.dtype)
         if self.stack:
-            return x + self.stack.read(upto, cut)
+            return x + self.stack.read(cut, self._written(upto))
         self.rows[0] = x
         rows, out = self.rows[: 1 + upto], self.out[: readers.stop - readers.start]
         weights = torch.cat([torch.ones_like(cut[:, :1]), cut], 1)
@@ -131,26 +132,29 @@ class _Hooks:
         each = torch.bmm(weights.transpose(1, 2), rows.flatten(2).transpose(0, 1))
         return out.copy_(each.unflatten(-1, x.shape[1:]).transpose(0, 1))
 
+    def _written(self, upto: int) -> list[Tensor]:
+        """The tokens of the first `upto` writers."""
+        return [token for stop, token in self.tokens if stop <= upto]
+
     def _heads(self, layer: int) -> Hook:
         readers, heads = self.graph.readers_of(layer), self.graph.n_heads
         norm, upto = self.reads[layer].norm, self.graph.written_before(layer, "attention")
 
-        def of_part(value: Tensor, columns: slice, projection: Tensor, bias: Tensor | None) -> Tensor:
-            x = self._changes(columns, upto, norm.centre(value).transpose(0, 1))
-            return project(norm, x, projection, bias).permute(2, 1, 0, 3).flatten(2)
-
         def hook(value: Tensor) -> None:
             self.new = {}
-            self._form(upto)
             for i, (part, (projection, bias)) in enumerate(zip(QKV, projections(self.model, layer), strict=True)):
                 columns = slice(readers.start + i * heads, readers.start + (i + 1) * heads)
-                if any(self.cut[columns]):
-                    if self.stack:
-                        self.new[part] = checkpoint(
-                            of_part, value, columns, projection, bias, use_reentrant=False, preserve_rng_state=False
-                        )
-                    else:
-                        self.new[part] = of_part(value, columns, projection, bias)
+                if not any(self.cut[columns]):
+                    continue
+                x = norm.centre(value).transpose(0, 1)
+                if self.stack:
+                    self._form(upto)
+                    cut = self.excluded[:, :upto, columns].to(x.dtype)
+                    parts = (norm, x, self.stack, cut, self._written(upto), projection, bias)
+                    out = checkpoint(_projected, *parts, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    out = project(norm, self._changes(columns, upto, x), projection, bias)
+                self.new[part] = out.permute(2, 1, 0, 3).flatten(2)
 
         return hook
 
@@ -169,3 +173,10 @@ class _Hooks:
             return changed.clone(memory_format=torch.contiguous_format)
 
         return hook
+
+
+def _projected(
+    norm: Norm, x: Tensor, stack: Stack, cut: Tensor, tokens: list[Tensor], projection: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Queries, keys or values from what their readers read. It holds nothing that leads to what it makes (see `Stack`)."""
+    return project(norm, x + stack.read(cut, tokens), projection, bias)

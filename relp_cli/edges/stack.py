@@ -9,6 +9,7 @@ Every read takes the tokens of the writes before it, so that backward passes rea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,25 +18,26 @@ from torch import Tensor
 
 
 class Stack:
-    """rows: Float[writer, pos, batch, d_model], the differences written so far; grads: the same of their gradients."""
+    """rows: Float[writer, pos, batch, d_model], the differences written so far; grads: the same of their gradients.
+
+    It knows nothing of the graph, whose nodes hold it: a circle through them would never be freed.
+    """
 
     def __init__(self, rows: Float[Tensor, "writer pos batch d_model"]) -> None:
         self.rows = rows
         self.grads = torch.empty(0)
-        self.tokens: list[tuple[int, Tensor]] = []
 
-    def write(self, rows: slice, change: Float[Tensor, "some pos batch d_model"]) -> None:
-        """The differences of some writers, who follow on those that have written."""
-        self.tokens.append((rows.stop, _Write.apply(change, self, rows)))
+    def write(self, rows: slice, change: Float[Tensor, "some pos batch d_model"]) -> Tensor:
+        """The differences of some writers. Returns their token."""
+        token: Tensor = _Write.apply(change, self, rows)
+        return token
 
-    def read(self, upto: int, weights: Float[Tensor, "#pos upto reader"]) -> Float[Tensor, "reader pos batch d_model"]:
-        """Σ over the first `upto` writers of weight · difference."""
-        found: Tensor = _Read.apply(weights, self, upto, *(token for stop, token in self.tokens if stop <= upto))
+    def read(
+        self, weights: Float[Tensor, "#pos upto reader"], tokens: Sequence[Tensor]
+    ) -> Float[Tensor, "reader pos batch d_model"]:
+        """Σ over the first `upto` writers, whose tokens these are, of weight · difference."""
+        found: Tensor = _Read.apply(weights, self, *tokens)
         return found
-
-    def begin_grads(self) -> None:
-        if not len(self.grads):
-            self.grads = torch.zeros_like(self.rows)
 
 
 class _Write(torch.autograd.Function):
@@ -52,10 +54,10 @@ class _Write(torch.autograd.Function):
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, stack: Stack, upto: int, *tokens: Tensor) -> Tensor:
+    def forward(ctx: Any, weights: Tensor, stack: Stack, *tokens: Tensor) -> Tensor:
         ctx.stack, ctx.tokens = stack, len(tokens)
         ctx.save_for_backward(weights)
-        rows = stack.rows[:upto]
+        rows = stack.rows[: weights.shape[1]]
         if len(weights) == 1:
             return (weights[0].T @ rows.flatten(1)).unflatten(1, rows.shape[1:])
         each = torch.bmm(weights.transpose(1, 2), rows.flatten(2).transpose(0, 1))
@@ -65,7 +67,8 @@ class _Read(torch.autograd.Function):
     def backward(ctx: Any, grad: Any) -> Any:
         (weights,) = ctx.saved_tensors
         stack, upto = ctx.stack, weights.shape[1]
-        stack.begin_grads()
+        if not len(stack.grads):
+            stack.grads = torch.zeros_like(stack.rows)
         rows, grads = stack.rows[:upto], stack.grads[:upto]
         if len(weights) == 1:
             of_weights = (rows.flatten(1) @ grad.flatten(1).T)[None]
@@ -74,4 +77,4 @@ class _Read(torch.autograd.Function):
             at = grad.flatten(2).transpose(0, 1)  # [pos, reader, batch·d]
             of_weights = torch.bmm(rows.flatten(2).transpose(0, 1), at.transpose(1, 2))
             grads += torch.bmm(weights, at).transpose(0, 1).unflatten(2, rows.shape[2:])
-        return of_weights, None, None, *(grad.new_zeros(()) for _ in range(ctx.tokens))
+        return of_weights, None, *(grad.new_zeros(()) for _ in range(ctx.tokens))

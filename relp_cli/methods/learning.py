@@ -33,12 +33,14 @@ from relp_cli.spaces.table import space_of
 class LearningParams(Params):
     """steps: of Adam (None: 500, for edges 5000); lr: its step size. seed: of all draws. start: a run directory or score
     file whose ranking, from support to opposition, the parameters start from: its ranks spread evenly over −1 … 1.
+    tied: one parameter per unit for all its positions, as circuits without positions have it (MIB's).
     """
 
     steps: int | None = Field(default=None, ge=1)
     lr: float = Field(default=0.05, gt=0)
     seed: int = Field(default=0, ge=0)
     start: str | None = None
+    tied: bool = False
 
 
 class Learner(Protocol):
@@ -64,7 +66,7 @@ def learn(
     """
     for on in batches:
         refuse_metric(on.setup, at_run=False)
-    cells = _Cells.of(batches)
+    cells = _Cells.of(batches, params.tied)
     steps = params.steps or batches[0].learning_steps
     learner = make(_start(params.start, batches[0], cells), steps)
     generator = torch.Generator().manual_seed(params.seed)
@@ -104,19 +106,22 @@ def _value(on: Batch, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Cells:
-    """alive: Bool[label, unit], what has a parameter, in row-major order; slots: of each batch, which labels it has."""
+    """alive: Bool[row, unit], what has a parameter, in row-major order; rows are labels, or (tied) one for all of them. slots: of
+    each batch, which rows its labels have.
+    """
 
     labels: tuple[str, ...]
-    alive: Bool[Tensor, "label unit"]
+    alive: Bool[Tensor, "row unit"]
     slots: list[Int[Tensor, " slot"]]
 
     @classmethod
-    def of(cls, batches: Sequence[Batch]) -> _Cells:
+    def of(cls, batches: Sequence[Batch], tied: bool) -> _Cells:
         labels = merge_labels([on.labels for on in batches])
-        slots = [torch.tensor([labels.index(label) for label in on.labels]) for on in batches]
-        alive = torch.zeros(len(labels), len(batches[0].units), dtype=torch.bool)
+        slots = [torch.tensor([0 if tied else labels.index(label) for label in on.labels]) for on in batches]
+        alive = torch.zeros(1 if tied else len(labels), len(batches[0].units), dtype=torch.bool)
         for on, index in zip(batches, slots, strict=True):
-            alive[index] |= on.changed().cpu()
+            for row, changed in zip(index, on.changed().cpu(), strict=True):
+                alive[row] |= changed
         if not alive.any():
             raise RelpError("the source changes none of these units: there is nothing to learn a ranking of")
         return cls(labels, alive, slots)
@@ -141,7 +146,8 @@ def _start(path: str | None, on: Batch, cells: _Cells) -> Float[Tensor, " cell"]
         what = f"position '{missing[0]}'" if missing else "the same units"
         raise RelpError(f"start '{path}': these scores do not have {what}; score the same task, model and nodes for it")
     support = support_sign(scores.meta) * scores.dense(scores.mean)
-    values = support[[scores.labels.index(label) for label in cells.labels]][cells.alive]
+    rows = support[[scores.labels.index(label) for label in cells.labels]]
+    values = (rows if len(cells.alive) == len(rows) else rows.sum(0, keepdim=True))[cells.alive]
     return torch.from_numpy(2 * (rankdata(values.numpy()) - 0.5) / count - 1)
 
 

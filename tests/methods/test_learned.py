@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from oracles.make import exact_float64
 from oracles.wrapped import Case, case, close, double_by_default, pairs, run
 from torch import Tensor
 
+from relp_cli.edges.stack import Stack
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.evaluate import evaluate
 from relp_cli.methods import unfinished
@@ -154,6 +157,18 @@ def test_the_gradient_of_a_masked_run(shape: str, kinds: list[str], options: dic
     assert gradient.abs().max() > 1e-4
 
 
+def test_the_graph_of_a_masked_run_is_freed() -> None:
+    """A circle through autograd's nodes, which the collector does not see, would keep the differences of every step."""
+    on = on_batch(case("gemma2"), ["edges"])
+    kept: list[weakref.ref[Stack]] = []
+    for _ in range(3):
+        on.masked(torch.full((1, len(on.units)), 0.5).requires_grad_()).sum().backward()
+        gc.collect()
+        kept += [weakref.ref(o) for o in gc.get_objects() if type(o) is Stack]
+    gc.collect()
+    assert not [one for one in kept if one() is not None]
+
+
 def test_a_masked_run_is_what_plain_torch_makes_of_it() -> None:
     """Heads and MLPs of a pre-norm model, mixed by hand in a forward pass without modules."""
     c = case("qwen2")
@@ -259,6 +274,18 @@ def test_scores_are_of_cells_that_change_and_of_the_seed() -> None:
     assert first.labels == ("a", "b", "b2", "c", "end")
     # 2 forward passes of each of 3 batches, 4 steps of one
     assert (first.meta["forwards_per_pair"], first.meta["backwards_per_pair"]) == (round(2 + 4 / 3, 3), round(4 / 3, 3))
+
+
+def test_tied_positions_have_one_score() -> None:
+    c = case("gpt2")
+    batches = [pairs(3, 4, roles=("a", "b", "c", "end")), pairs(2, 5, seed=2, roles=("a", "b", "b2", "c", "end"))]
+    got = run(c, "learned", ["head", "mlp_out"], batches, steps=3, tied=True)
+    assert got.meta["learned"]["cells"] == 3 * (4 + 1)
+    for kind in ("head", "mlp_out"):
+        assert torch.equal(got[kind].mean, got[kind].mean[:, :1].expand_as(got[kind].mean))
+    assert len(got.mean.unique()) == 15
+    edges = [run(c, "learned", ["edges"], steps=3, tied=tied).mean for tied in (False, True)]
+    assert torch.equal(*edges)  # which have no positions
 
 
 @pytest.mark.parametrize("method", ["learned", "hard_concrete"])
