@@ -7,21 +7,44 @@ from typing import Annotated
 
 import typer
 
-from relp_cli.cli.common import DeviceOption, JsonFlag, log, note, output_option, print_json
-from relp_cli.errors import RelpError
+from relp_cli.cli.common import DeviceOption, JsonFlag, log, note, out, output_option, print_json
+from relp_cli.errors import RelpError, unknown
 from relp_cli.files import check_file_writable
+
+FORMATS = ("eap-ig", "mib")
 
 
 def export(
     run: Annotated[Path, typer.Argument(help="A run that scored edges, with its circuit.json if there is one.")],
-    file: Annotated[Path, typer.Argument(help="What to write: a name that ends in .json or .pt.")],
+    file: Annotated[
+        Path, typer.Argument(help="What to write: a name that ends in .json or .pt; for mib, the submission's folder.")
+    ],
+    form: Annotated[
+        str, typer.Option("--format", help="eap-ig (a file), or mib (a submission to its leaderboard).")
+    ] = "eap-ig",
+    as_: Annotated[
+        str | None, typer.Option("--as", help="For mib: the folder's name, task_model (default: from the run).")
+    ] = None,
+    device: DeviceOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Write a run's edge scores and circuit in the format of EAP-IG, which MIB's evaluator reads. Scores are written with
     support of the behaviour positive, as MIB ranks them; the file's cfg.relp says what they were made from.
 
+    With --format mib, scores of edges, of components (head,mlp_out) or of neurons (mlp_dim) become a folder task_model of a
+    submission, which is checked as a whole: one file each, 50 MB, graphs, ranks.
+
     Example: relp export runs/ioi-edges ioi.json
+
+    Example: relp export runs/ioi-edges submission --format mib
     """
+    if form not in FORMATS:
+        raise unknown("format", form, FORMATS)
+    if form == "mib":
+        _submit(run, file, as_, device, json)
+        return
+    if as_ is not None:
+        raise RelpError("--as names a folder of a submission; it goes with --format mib")
     from relp_cli.edges.exchange import check_circuit_name, export_circuit
     from relp_cli.runs.evaluating import own_circuit
     from relp_cli.runs.scoring import open_run
@@ -42,6 +65,23 @@ def export(
         return
     if circuit is None:
         note("no circuit.json in this run: scores are exported, and no edge is marked as in the circuit")
+    log.print(str(file))
+
+
+def _submit(run: Path, folder: Path, name: str | None, device: str | None, json: bool) -> None:
+    from relp_cli.report.tables import show
+    from relp_cli.runs.submission import checked_submission, export_submission
+
+    file = export_submission(run, folder, name, device)
+    rows, notes = checked_submission(folder)
+    if json:
+        print_json({"file": str(file), "folders": rows, "notes": notes})
+        return
+    import pandas as pd
+
+    show(pd.DataFrame(rows), out, f"{folder}: {len(rows)} folder{'s' if len(rows) > 1 else ''}, valid", digits=2)
+    for line in notes:
+        note(line)
     log.print(str(file))
 
 

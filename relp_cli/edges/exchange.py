@@ -1,7 +1,8 @@
 """Reading and writing the circuit files of EAP-IG (Hanna et al. 2024), which MIB's evaluator reads: `.json` and `.pt`.
 
 JSON: `cfg` (n_layers, n_heads, parallel_attn_mlp, d_model), `nodes` name → {in_graph}, `edges` name → {score, in_graph}.
-`.pt`: `cfg`, `src_nodes`, `dst_nodes`, and the matrices `edges_scores`, `edges_in_graph` [writer, reader], `nodes_in_graph`.
+`.pt`: `cfg`, `src_nodes`, `dst_nodes`, and the matrices `edges_scores`, `edges_in_graph` [writer, reader], `nodes_in_graph`;
+scores of nodes and neurons besides: `nodes_scores` [writer], `neurons_scores` [writer, d_model], NaN where nothing was scored.
 Names and orders are the same there as here. The sign is not: MIB ranks edges with support of the behaviour positive, and our
 noising scores have it negative. Files are written and read with support positive, and say what they were made from
 (`cfg.relp`); scores of a file that does not say are taken to be of noising, and get its sign back.
@@ -12,11 +13,13 @@ from __future__ import annotations
 import io
 import json
 import pickle
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from relp_cli.errors import RelpError
@@ -49,33 +52,54 @@ def export_circuit(
     if scores is not None and scores.graph != graph:
         raise RelpError("the circuit and the scores to export are of different graphs")
     kept = torch.zeros_like(graph.mask) if circuit is None else edge_mask(circuit)[0]
-    values = kept.double() if scores is None else scores.mean.double()
-    about: dict[str, Any] = {"sign": SUPPORT_POSITIVE}
-    if scores is not None:
-        values = support_sign(scores.meta) * values
-        about |= {k: scores.meta[k] for k in ("method", "metric", "direction", "signed") if k in scores.meta}
-    cfg = {
-        "n_layers": graph.n_layers, "n_heads": graph.n_heads, "parallel_attn_mlp": graph.parallel, "d_model": d_model,
-        "post_norm": graph.post_norm, "relp": about,
-    }  # fmt: skip
+    values = kept.double() if scores is None else support_sign(scores.meta) * scores.mean.double()
+    cfg = _cfg(graph, d_model, {} if scores is None else scores.meta)
     write_atomically(Path(path), _content(Path(path), graph, cfg, kept, values))
 
 
+def _cfg(graph: Graph, d_model: int, meta: Mapping[str, Any]) -> dict[str, Any]:
+    about = {k: meta[k] for k in ("method", "metric", "direction", "signed") if k in meta}
+    return {
+        "n_layers": graph.n_layers, "n_heads": graph.n_heads, "parallel_attn_mlp": graph.parallel, "d_model": d_model,
+        "post_norm": graph.post_norm, "relp": {"sign": SUPPORT_POSITIVE, **about},
+    }  # fmt: skip
+
+
+def export_writers(
+    path: Path, graph: Graph, d_model: int, scores: Float[Tensor, "writer ..."], meta: Mapping[str, Any]
+) -> None:
+    """Write a `.pt` file of scores of nodes, or of the dimensions of what they write (MIB's neurons), in the sign of `meta`;
+    NaN where nothing was scored. No edge and no node is in: MIB selects by score.
+    """
+    what = "nodes_scores" if scores.ndim == 1 else "neurons_scores"
+    content = _matrices(graph, _cfg(graph, d_model, meta), torch.zeros_like(graph.mask), torch.zeros(graph.mask.shape))
+    content[what] = (support_sign(meta) * scores).float()
+    if scores.ndim == 2:
+        content["neurons_in_graph"] = torch.zeros(scores.shape, dtype=torch.bool)
+    write_atomically(path, _saved(content))
+
+
+def _matrices(graph: Graph, cfg: dict[str, Any], kept: Tensor, values: Tensor) -> dict[str, Any]:
+    return {
+        "cfg": cfg, "src_nodes": list(graph.writers), "dst_nodes": list(graph.readers), "edges_scores": values.float(),
+        "edges_in_graph": kept, "nodes_in_graph": kept.any(1),  # a node is in where it writes along a kept edge
+    }  # fmt: skip
+
+
+def _saved(content: dict[str, Any]) -> bytes:
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return stream.getvalue()
+
+
 def _content(path: Path, graph: Graph, cfg: dict[str, Any], kept: Tensor, values: Tensor) -> bytes | str:
-    nodes = kept.any(1)  # a node is in where it writes along a kept edge
     if path.suffix == ".json":
-        named = {name: {"in_graph": bool(i)} for name, i in zip(graph.writers, nodes, strict=True)}
+        named = {name: {"in_graph": bool(i)} for name, i in zip(graph.writers, kept.any(1), strict=True)}
         at = graph.mask.nonzero().tolist()
         edges = {graph.name(u, v): {"score": values[u, v].item(), "in_graph": bool(kept[u, v])} for u, v in at}
         return json.dumps({"cfg": cfg, "nodes": named | {"logits": {"in_graph": True}}, "edges": edges})
     if path.suffix == ".pt":
-        content = {
-            "cfg": cfg, "src_nodes": list(graph.writers), "dst_nodes": list(graph.readers),
-            "edges_scores": values.float(), "edges_in_graph": kept, "nodes_in_graph": nodes,
-        }  # fmt: skip
-        stream = io.BytesIO()
-        torch.save(content, stream)
-        return stream.getvalue()
+        return _saved(_matrices(graph, cfg, kept, values))
     raise AssertionError(path)  # `check_circuit_name` lets no other pass
 
 
@@ -190,18 +214,27 @@ def _from_json(path: Path) -> tuple[dict[str, Any], Tensor, Tensor]:
     return content["cfg"], kept, values
 
 
+def import_writers(path: Path) -> tuple[Graph, Tensor | None]:
+    """The graph of a `.pt` file, and its scores of nodes, Float[writer], or neurons, Float[writer, d_model] (None: it has none).
+
+    Raises: RelpError for another shape, for infinite scores and for no score at all.
+    """
+    content = _load_pt(path)
+    graph, width = _graph(path, content["cfg"]), content["cfg"].get("d_model")
+    for key, shape in (("neurons_scores", (len(graph.writers), width)), ("nodes_scores", (len(graph.writers),))):
+        scores = content.get(key)
+        if scores is None:
+            continue
+        if tuple(scores.shape) != shape:
+            raise RelpError(f"circuit file {path}: {key} of shape {list(scores.shape)}, expected {list(shape)}")
+        if scores.isinf().any() or scores.isnan().all():
+            raise RelpError(f"circuit file {path}: {key} has {'no' if scores.isnan().all() else 'an infinite'} score")
+        return graph, scores
+    return graph, None
+
+
 def _from_pt(path: Path) -> tuple[dict[str, Any], Tensor, Tensor]:
-    try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
-    except OSError as error:
-        raise RelpError(f"circuit file {path}: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
-        raise RelpError(f"circuit file {path}: it holds more than tensors and plain values; not read") from error
-    except (RuntimeError, EOFError) as error:
-        raise RelpError(f"circuit file {path} cannot be read ({str(error).splitlines()[0][:120]})") from error
-    missing = [key for key in PT_KEYS if key not in content]
-    if missing:
-        raise RelpError(f"circuit file {path}: expected keys {', '.join(PT_KEYS)}; missing {', '.join(missing)}")
+    content = _load_pt(path)
     graph, neurons = _graph(path, content["cfg"]), content.get("neurons_in_graph")
     if neurons is not None and not neurons.bool().all():
         raise RelpError(f"circuit file {path}: it is a circuit of neurons; only edges can be read")
@@ -213,3 +246,19 @@ def _from_pt(path: Path) -> tuple[dict[str, Any], Tensor, Tensor]:
             f"circuit file {path}: edges_in_graph is {content['edges_in_graph'].dtype}, expected torch.bool"
         )
     return content["cfg"], content["edges_in_graph"], content["edges_scores"]
+
+
+def _load_pt(path: Path) -> dict[str, Any]:
+    """What a `.pt` file holds. Raises RelpError for one that cannot be read, is no circuit, or holds more than plain values."""
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except OSError as error:
+        raise RelpError(f"circuit file {path}: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        raise RelpError(f"circuit file {path}: it holds more than tensors and plain values; not read") from error
+    except (RuntimeError, EOFError) as error:
+        raise RelpError(f"circuit file {path} cannot be read ({str(error).splitlines()[0][:120]})") from error
+    missing = [key for key in PT_KEYS if key not in content]
+    if missing:
+        raise RelpError(f"circuit file {path}: expected keys {', '.join(PT_KEYS)}; missing {', '.join(missing)}")
+    return content
