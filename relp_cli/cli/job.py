@@ -29,17 +29,24 @@ if TYPE_CHECKING:
 def reproduce(
     what: Annotated[str, typer.Argument(help="table5 or figure3")],
     models: Annotated[str | None, typer.Option(help="Only these models (names, or folders of local copies).")] = None,
+    methods: Annotated[str | None, typer.Option(help="These methods (default: the paper's and ours).")] = None,
+    pairs: Annotated[int | None, typer.Option(help="How many pairs (default: the paper's number).", min=1)] = None,
     output: Annotated[Path | None, output_option(help="Job folder (default: runs/JOB).")] = None,
     device: DeviceOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Run the paper's experiment on every model that loads, and print our numbers beside the published ones.
 
-    Example: relp reproduce table5 --models gpt2
+    Example: relp reproduce table5 --models gpt2 --methods atp,relp,relp+secant
     """
     if what not in ("table5", "figure3"):
         raise unknown("experiment", what, ("table5", "figure3"))
-    overrides = [] if models is None else [f"models={to_json(comma(models, '--models'))}"]
+    given = {
+        "models": models and comma(models, "--models"),
+        "methods": methods and comma(methods, "--methods"),
+        "pairs": pairs,
+    }
+    overrides = [f"{key}={to_json(value)}" for key, value in given.items() if value is not None]
     run_job(named_job(what, overrides), output, "local", device, False, json, lenient=True)
 
 

@@ -264,3 +264,16 @@ def test_edges_from_score_to_export(relp, tmp_path):
     assert (bad.code, "'eap' scores edges" in bad.err) == (2, True)
     plain = json.loads(relp("score", "ioi", *about[2:4], "--method", "eap", "--pairs", 4, "--json").out)
     assert (plain["spec"]["nodes"], plain["scores"]["method"]) == (["edges"], "eap")
+
+
+def test_reproduce_takes_methods_and_pairs_and_sets_the_papers_numbers_beside(relp, tmp_path):
+    few = ("--models", "tiny-gpt2", "--methods", "relp,relp+secant", "--pairs", 3)
+    done = relp("reproduce", "table5", *few, "-o", "t5", "--json")
+    assert done.code == 0
+    rows = json.loads(done.out)["rows"]
+    assert {r["method"] for r in rows} == {"relp", "relp+secant"}
+    assert {r["n_pairs"] for r in rows} == {3}
+    text = relp("reproduce", "table5", *few, "-o", "t5").out
+    assert "relp+secant ours" in text
+    assert "GPT-2 small" in text
+    assert relp("reproduce", "table5", "--methods", "relp+secnt").code == 2
