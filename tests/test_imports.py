@@ -40,7 +40,7 @@ def package(name):
 
 FLOORS = (  # a module imports its own package's modules and those of floors below, never of its own floor's others or above
     ("errors",),
-    ("registry", "files", "config", "precision", "statistics"),
+    ("registry", "files", "config", "precision", "statistics", "clustering"),
     ("tasks",),
     ("models",),
     ("nodes", "lrp"),

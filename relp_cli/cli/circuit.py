@@ -51,6 +51,10 @@ def command(
     resamples: Annotated[
         int, count_option(0, "--stability", help="Select again from that many bootstrap resamples of the pairs.")
     ] = 0,
+    clusters: Annotated[
+        str | None,
+        typer.Option(help="auto or K: group the pairs by their scores, a circuit per group (without positions)."),
+    ] = None,
     errors: Annotated[
         str | None, typer.Option(help="Error terms of feature circuits: all, residual (not of attention, MLP), none.")
     ] = None,
@@ -88,6 +92,18 @@ def command(
         read_annotations(annotations)
     if edge_threshold is not None and not math.isfinite(edge_threshold):
         raise RelpError(f"--edge-threshold: expected a number, got {edge_threshold}")
+    if clusters is not None:
+        from relp_cli.runs.clustering import clusters_asked
+
+        count = clusters_asked(clusters)
+        other = {
+            "--verify": verify,
+            "--union": union,
+            "--stability": resamples,
+            "--edge-threshold": edge_threshold is not None,
+        }
+        for name in (name for name, given in other.items() if given):
+            raise RelpError(f"{name} is for one circuit; --clusters makes one for each cluster")
     from relp_cli.selection import select
 
     run_dir, spec, scores = open_run(run)
@@ -97,6 +113,16 @@ def command(
     how: dict[str, Any] = {"threshold": threshold, "fraction": fraction, "top_k": top_k, "top_p": top_p}
     more: dict[str, Any] = {} if errors is None else {"errors": errors}
     more |= {k: v for k, v in (("greedy", greedy or None), ("prune", prune)) if v is not None}
+    if clusters is not None:
+        from relp_cli.cli.clusters import show_clusters
+        from relp_cli.runs.clustering import cluster_run
+
+        with progress() as bar:
+            made = cluster_run(
+                spec, chosen, count, {**how, "sign": sign, **more}, session, output or run_dir.clusters, bar
+            )
+        print_json({"folder": str(made.folder), **made.as_dict()}) if json else show_clusters(made)
+        return
     circuit = select(chosen, **how, sign=sign, aggregate=aggregate, union=union, **more)
     path = output or run_dir.circuit
     if path.is_dir():

@@ -44,6 +44,10 @@ class RunDir:
         """What an interrupted scoring left; gone when the run is done."""
         return self.path / "unfinished"
 
+    @property
+    def clusters(self) -> Path:
+        return self.path / "clusters"
+
     def exists(self) -> bool:
         return self.record.is_file()
 

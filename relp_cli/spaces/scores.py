@@ -164,14 +164,14 @@ class Scores(Mapping[str, Any]):
         return replace(self, mean=mean, examples=self.examples[drawn], present=self.present[drawn])
 
     def among(self, rows: Bool[Tensor, " example"]) -> Scores:
-        """Over some of the examples. Needs single examples."""
+        """Over some of the examples; 0 at positions that none of them has. Needs single examples."""
         assert self.examples is not None
         assert self.present is not None
         examples, present = self.examples[rows], self.present[rows]
         n, at = present.sum(0), self.positions
         values = examples.double()
-        mean = values.sum(0) / n[at]
-        variance = ((values - mean).square() * present[:, at]).sum(0) / (n[at] - 1)
+        mean = values.sum(0) / n[at].clamp(min=1)
+        variance = ((values - mean).square() * present[:, at]).sum(0) / (n[at] - 1).clamp(min=0)
         return replace(self, mean=mean, variance=variance, n=n, examples=examples, present=present)
 
     @property
