@@ -266,7 +266,7 @@ def test_edges_from_score_to_export(relp, tmp_path):
     assert (plain["spec"]["nodes"], plain["scores"]["method"]) == (["edges"], "eap")
 
 
-def test_reproduce_takes_methods_and_pairs_and_sets_the_papers_numbers_beside(relp, tmp_path):
+def test_reproduce_takes_methods_and_pairs_and_sets_the_papers_numbers_beside(relp):
     few = ("--models", "tiny-gpt2", "--methods", "relp,relp+secant", "--pairs", 3)
     done = relp("reproduce", "table5", *few, "-o", "t5", "--json")
     assert done.code == 0
