@@ -22,6 +22,7 @@ from relp_cli.cli.common import (
 )
 from relp_cli.errors import RelpError
 from relp_cli.files import check_file_writable
+from relp_cli.report.terminal import Column, print_table
 from relp_cli.spaces.table import SPACES
 
 
@@ -160,43 +161,32 @@ def command(
         about = {"circuit": str(path), "n_nodes": circuit.n_nodes, "n_possible": circuit.n_possible, **circuit.meta}
         print_json(about if edge_threshold is None else {**about, "edges": circuit.edges.columns()})
         return
-    # Above the table, not its title: that would be broken to the width of a narrow table.
-    out.print(
-        f"{circuit.n_nodes} of {circuit.n_possible} {SPACES[circuit.units.space].noun} (τ = {selection['tau']:g})"
-    )
-    out.print(_sites_table(circuit) if circuit.units.space == "features" else _layers_table(circuit))
+    title = f"{circuit.n_nodes} of {circuit.n_possible} {SPACES[circuit.units.space].noun} (τ = {selection['tau']:g})"
+    print_table(out, (_sites_table if circuit.units.space == "features" else _layers_table)(circuit), title=title)
     if edge_threshold is not None:
         show_edges(spec, prepared, session, circuit, annotations, out)
     log.print(str(path))
 
 
 def _layers_table(circuit):  # type: ignore[no-untyped-def]
-    """Nodes kept per kind and layer."""
-    from rich.table import Table
-
-    table, masks = Table(), circuit.masks
-    table.add_column("layer", justify="right")
-    counts = [mask.flatten(1).sum(1).tolist() for mask in masks.values()]
-    for kind in masks:
-        table.add_column(kind, justify="right")
-    for layer, row in enumerate(zip(*counts, strict=True)):
-        table.add_row(str(layer), *map(str, row))
-    table.add_section()
-    table.add_row("all", *(str(sum(of_kind)) for of_kind in counts))
-    return table
+    """Nodes kept per layer and kind."""
+    masks = circuit.masks
+    counts = {kind: mask.flatten(1).sum(1).tolist() for kind, mask in masks.items()}
+    layers = range(max(map(len, counts.values()), default=0))
+    sums = {kind: str(sum(of_kind)) for kind, of_kind in counts.items()}
+    return [
+        Column("layer", [*map(str, layers), "all"], numeric=True),
+        *(Column(kind, [*map(str, of_kind), sums[kind]], numeric=True) for kind, of_kind in counts.items()),
+    ]
 
 
 def _sites_table(circuit):  # type: ignore[no-untyped-def]
     """Features and error terms kept per site."""
-    from rich.table import Table
-
     from relp_cli.spaces.features import feature_masks, sites_of
 
-    table = Table()
-    for name in ("site", "features", "positions", "error terms"):
-        table.add_column(name, justify="left" if name == "site" else "right")
-    sites = sites_of(circuit.units)
+    sites, rows = sites_of(circuit.units), []
     for site, (mask, kept) in feature_masks(circuit).items():
         errors = str(int(kept.sum())) if sites.has_error(site) else "removed"
-        table.add_row(site.name, str(int(mask.sum())), str(int(mask.any(1).sum())), errors)
-    return table
+        rows.append((site.name, str(int(mask.sum())), str(int(mask.any(1).sum())), errors))
+    names = ("site", "features", "positions", "error terms")
+    return [Column(n, c, numeric=i > 0) for i, (n, c) in enumerate(zip(names, zip(*rows, strict=True), strict=True))]

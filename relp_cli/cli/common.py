@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,8 +31,9 @@ class Terminal(Console):
         return super().render_str(visible(text), **how)
 
 
-# Tables go to stdout, everything else to stderr. A pipe has no width of its own: tables there are not squeezed.
-out = Terminal(width=None if sys.stdout.isatty() else 160)
+# Tables go to stdout, everything else to stderr. A pipe has no width of its own, unless COLUMNS gives it one: tables there are
+# not squeezed.
+out = Terminal(width=None if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit() else 160)
 log = Terminal(stderr=True, soft_wrap=True)
 
 COMPONENTS = "resid_pre,attn_out,mlp_out"

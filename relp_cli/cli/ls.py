@@ -26,15 +26,13 @@ def command(
     if json:
         print_json(rows)
         return
-    from rich.table import Table
+    if not rows:
+        out.print(f"no {what}")
+        return
+    from relp_cli.report.terminal import Column, print_table
 
-    table = Table(show_edge=False)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    for i, column in enumerate(columns):
-        table.add_column(column, no_wrap=i == 0)
-    for row in rows:
-        table.add_row(*(str(row.get(c, "")) for c in columns))
-    out.print(table if rows else f"no {what}")
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    print_table(out, [Column(name, [str(row.get(name, "")) for row in rows]) for name in names])
 
 
 def _tasks() -> list[dict[str, Any]]:
@@ -54,12 +52,13 @@ def _methods() -> list[dict[str, Any]]:
 
 
 def _models() -> list[dict[str, Any]]:
-    from relp_cli.models.catalog import card, embedded_names
+    from relp_cli.models.catalog import card, embedded_names, shape_of
 
     rows = []
     for name in embedded_names():
         solved = {task: cell["accuracy"] for task, cell in card(name).get("heldout", {}).items()}
-        rows.append({"model": name, "held-out accuracy": ", ".join(f"{t} {a:.2f}" for t, a in solved.items())})
+        accuracy = ", ".join(f"{t} {a:.2f}" for t, a in solved.items())
+        rows.append({"model": name, **shape_of(name), "held-out accuracy": accuracy})
     return rows
 
 
@@ -103,9 +102,13 @@ def _rules() -> list[dict[str, Any]]:
 
 
 def _jobs() -> list[dict[str, Any]]:
-    from relp_cli.config.paths import list_configs
+    from relp_cli.config.load import read_yaml
+    from relp_cli.config.paths import find_config, list_configs
 
-    return [{"job": name} for name in list_configs("jobs")]
+    return [
+        {"job": name, "description": read_yaml(find_config("jobs", name)).values.get("description", "")}
+        for name in list_configs("jobs")
+    ]
 
 
 def _cases() -> list[dict[str, Any]]:
@@ -125,11 +128,23 @@ def _runs() -> list[dict[str, Any]]:
     for path in sorted(Path("runs").glob("**/run.json")):
         keys = ("task", "model", "method", "direction", "pairs")
         try:
-            spec = RunDir(path.parent).read()["spec"]
-            rows.append({"run": str(path.parent)} | {k: spec[k] for k in keys})
+            record = RunDir(path.parent).read()
+            spec, made = record["spec"], str(record.get("provenance", {}).get("created", ""))
+            nodes, done = ", ".join(spec["nodes"]), ", ".join(["scored", *_later(path.parent)])
+            rows.append(
+                {"run": str(path.parent)}
+                | {k: spec[k] for k in keys}
+                | {"nodes": nodes, "made": made[:16], "state": done}
+            )
         except (RelpError, KeyError):
             rows.append({"run": str(path.parent), "task": "(damaged run.json)"})
     return rows
+
+
+def _later(folder: Path) -> list[str]:
+    """What was made of a run's scores."""
+    files = {"circuit.json": "circuit", "evaluation.csv": "evaluated", "tests.csv": "tested", "report.html": "report"}
+    return [what for name, what in files.items() if (folder / name).is_file()]
 
 
 LISTS: dict[str, Callable[[], list[dict[str, Any]]]] = {

@@ -56,8 +56,10 @@ def show_agreement(df: pd.DataFrame) -> None:
         ]
         about = f"{first.n_pairs} pairs, {first.direction}, {first.metric}"
         what = "[95 % bootstrap over pairs]" if intervals else "(intervals: compare.csv)"
-        show(pd.DataFrame(table), out, f"{task}: PCC with exact patching over {first.axis}, {about} {what}")
-        show(_measures(rows), out, f"{task}: per-pair PCC / Spearman / top-{first.k} overlap, and cost per pair", 2)
+        title = f"{task}: PCC with exact patching over {first.axis}, {about} {what}"
+        show(pd.DataFrame(table), out, title, keys=2)
+        title = f"{task}: per-pair PCC / Spearman / top-{first.k} overlap, and cost per pair"
+        show(_measures(rows), out, title, 2, keys=2)
 
 
 def _pcc(row: Any, interval: bool) -> str:

@@ -20,7 +20,6 @@ from relp_cli.cli.common import (
     print_json,
     seed_option,
 )
-from relp_cli.errors import visible
 
 
 def validate(
@@ -74,9 +73,7 @@ def show(
 
     Example: relp show ioi --model tiny-gpt2
     """
-    from rich.table import Table
-    from rich.text import Text
-
+    from relp_cli.report.terminal import Column, print_table
     from relp_cli.runs.checked import score_spec
     from relp_cli.runs.scoring import Session, prepare
 
@@ -106,19 +103,25 @@ def show(
         for original, patch, answer, foil in list(_rows(batch))[:examples]:
             example = f"answer {_some(words(answer))}, foil {_some(words(foil))}"
             title = f"{len(batch)} pairs of {batch.n_pos} tokens, such as: {example}"
-            table = Table(title=title, title_justify="left")
-            for name in ("pos", "role", "original", "patch"):
-                table.add_column(name)
             old, new = words(original), words(patch) if patch else [""] * len(original)
-            for i, (role, a, b) in enumerate(zip(batch.labels, old, new, strict=True)):
-                changed = bool(patch) and a != b
-                table.add_row(str(i), role, a, Text(visible(b), style="bold" if changed else ""))
-            out.print(table)
+            changed = [bool(patch) and a != b for a, b in zip(old, new, strict=True)]
+            places = [str(i) for i in range(batch.n_pos)]
+            columns = [Column("pos", places, numeric=True), Column("role", batch.labels)]
+            print_table(
+                out,
+                [*columns, Column("original", _quoted(old)), Column("patch", _quoted(new), best=changed)],
+                title=title,
+            )
     patch_value = "" if seen.metric_patch is None else f", on patches {seen.metric_patch:+.3f}"
     out.print(
         f"{prepared.model.name} on {prepared.task.name}: accuracy {seen.accuracy:.3f} over {seen.n} pairs; mean "
         f"{prepared.metric} on originals {seen.metric_original:+.3f}{patch_value}",
     )
+
+
+def _quoted(tokens: list[str]) -> list[str]:
+    """Tokens as they are read in a table: a space that begins one is seen."""
+    return [f"'{token}'" if token else "" for token in tokens]
 
 
 def _rows(batch):  # type: ignore[no-untyped-def]

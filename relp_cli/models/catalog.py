@@ -18,3 +18,12 @@ def card(name: str) -> dict[str, Any]:
     """What the training measured for an embedded model (held-out accuracy per task); {} if it has no card."""
     path = EMBEDDED / name / "card.json"
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def shape_of(name: str) -> dict[str, int | str]:
+    """An embedded model's architecture, layers, heads and width, as its configuration has them."""
+    config = json.loads((EMBEDDED / name / "config.json").read_text())
+    names = {"layers": ("n_layer", "num_hidden_layers"), "heads": ("n_head", "num_attention_heads"),
+             "width": ("n_embd", "hidden_size")}  # fmt: skip
+    sizes = {what: next(config[key] for key in keys if key in config) for what, keys in names.items()}
+    return {"architecture": config["model_type"], **sizes}

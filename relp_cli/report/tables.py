@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from relp_cli.errors import RelpError, visible
+from relp_cli.errors import RelpError
 from relp_cli.files import write_atomically
 from relp_cli.report.names import kind_title, need, varying
+from relp_cli.report.terminal import Column, print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -98,29 +99,20 @@ def latex(table: pd.DataFrame, digits: int = 3) -> str:
     return "\n".join(lines) + "\n"
 
 
-def show(table: pd.DataFrame, console: Console, title: str | None = None, digits: int = 3) -> None:
-    """Print with rich: numbers right-aligned, best values bold, missing ones as —, notes below. An empty `note` column
-    is left out."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
+def show(table: pd.DataFrame, console: Console, title: str | None = None, digits: int = 3, keys: int = 1) -> None:
+    """Print: numbers right-aligned, best values bold, missing ones as —, notes below. An empty `note` column is left out.
 
-    def text(value: str, bold: bool = False) -> Text:  # never markup, whatever it holds
-        return Text(visible(value), style="bold" if bold else "")
-
+    keys: how many of the first columns name a row; they are repeated where a wide table is cut into blocks.
+    """
     attrs = table.attrs
     if "note" in table.columns and not table["note"].fillna("").astype(str).str.strip().any():
         table = table.drop(columns="note")
-    out = Table(title=text(title) if title else None, title_justify="left", box=SIMPLE_HEAD)
     body, best = cells(table, digits), best_cells(table, digits)
-    for i, column in enumerate(table.columns):
-        numeric, longest = is_numeric(table[column]), max((len(row[i]) for row in body), default=0)
-        out.add_column(text(str(column)), justify="right" if numeric else "left", min_width=min(longest, 30))
-    for row, marks in zip(body, best, strict=True):
-        out.add_row(*(text(t, bold=b) for t, b in zip(row, marks, strict=True)))
-    console.print(out)
-    for note in attrs.get("notes", []):
-        console.print(text(f"  {note}"))
+    columns = [
+        Column(str(name), [row[i] for row in body], is_numeric(table[name]), [row[i] for row in best])
+        for i, name in enumerate(table.columns)
+    ]
+    print_table(console, columns, keys, title, attrs.get("notes", []))
 
 
 def cells(table: pd.DataFrame, digits: int = 3) -> list[list[str]]:
