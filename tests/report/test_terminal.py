@@ -30,7 +30,7 @@ def printed(columns: list[Column], width: int, keys: int = 1) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("width", range(50, 300, 7))
+@pytest.mark.parametrize("width", range(57, 300, 7))
 def test_numbers_stand_whole_on_a_line_behind_the_names_of_their_row(width: int) -> None:
     lines = printed(NUMBERS, width, keys=2)
     for row in range(2):
