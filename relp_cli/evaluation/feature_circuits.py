@@ -19,12 +19,13 @@ from torch import Tensor
 from relp_cli.evaluation.ablation_table import ABLATIONS
 from relp_cli.evaluation.evaluate import Ablating
 from relp_cli.features.load import dictionaries_of
+from relp_cli.features.masked import keeping
 from relp_cli.methods.means import label_means, prompts
 from relp_cli.methods.score import position_axis
 from relp_cli.models.model import Hook, Model
 from relp_cli.nodes.access import capture
 from relp_cli.spaces.circuit import Circuit
-from relp_cli.spaces.features import ERROR, KIND, counted_sites, must_count
+from relp_cli.spaces.features import ERROR, KIND, counted_sites, must_count, spans_of
 from relp_cli.spaces.sites import Site
 from relp_cli.spaces.units import ANY_POSITION
 from relp_cli.tasks.pairs import PairBatch
@@ -45,10 +46,7 @@ class FeatureAblator:
         self.labels = position_axis(pairs)[1]
         which = ABLATIONS[how.ablation].means
         self.means = self.mean_parts(which) if which else None
-        # site → its features' and its error term's columns among the units (None: removed)
-        self.spans: dict[str, dict[str, slice]] = {}
-        for block, start in zip(self.units.blocks, self.units.starts, strict=False):
-            self.spans.setdefault(block.name, {})[block.kind] = slice(start, start + block.size)
+        self.spans = spans_of(self.units)
 
     def batches(self) -> Iterator[tuple[PairBatch, Parts]]:
         for batch, tokens in self.donors:
@@ -115,19 +113,12 @@ class FeatureAblator:
         }
 
     def _keep(self, site: Site, keep: Tensor | None, other: tuple[Tensor, Tensor]) -> Hook:
-        d, spans = self.dictionaries[site], self.spans[site.name]
-        kept = None if keep is None else keep.to(self.model.device)
-
-        def hook(x: Tensor) -> Tensor:
-            f, error = d.split(x)
-            change_f, change_e = other[0] - f, other[1] - error
-            if kept is not None:
-                change_f = change_f.masked_fill(kept[:, spans[KIND]], 0)
-                if ERROR in spans:
-                    change_e = change_e.masked_fill(kept[:, spans[ERROR]], 0)
-            return (x + (change_f @ d.w_dec + change_e)).to(x.dtype)
-
-        return hook
+        spans = self.spans[site.name]
+        features, error = (
+            None if keep is None or kind not in spans else keep[:, spans[kind]].to(self.model.device)
+            for kind in (KIND, ERROR)
+        )
+        return keeping(self.dictionaries[site], features, error, other)
 
 
 def _at_labels(mask: Tensor, labels: Sequence[str], wanted: Sequence[str]) -> Tensor:

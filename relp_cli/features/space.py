@@ -12,13 +12,17 @@ gradients), so one plain backward pass serves all sites at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from relp_cli.errors import RelpError
 from relp_cli.features.dictionary import Dictionary
 from relp_cli.features.load import NO_DICTIONARY, Dictionaries, load_dictionaries
+from relp_cli.features.masked import keeping
 from relp_cli.features.patching import patch_features
 from relp_cli.methods.core import Gradients
 from relp_cli.methods.nodes import NodeBatch, NodesAt
@@ -32,8 +36,9 @@ from relp_cli.models.model import Model
 from relp_cli.nodes.access import Activations
 from relp_cli.precision import wide
 from relp_cli.spaces.circuit import Circuit
-from relp_cli.spaces.features import Sites, feature_masks
+from relp_cli.spaces.features import ERROR, KIND, Sites, feature_masks, spans_of
 from relp_cli.spaces.sites import Site
+from relp_cli.spaces.units import Units
 from relp_cli.tasks.pairs import PairBatch
 
 
@@ -156,6 +161,44 @@ class FeatureBatch(NodeBatch):
             scores[site.name] = self.setup.to_slots(features[:, None])[:, 0]
             scores[f"{site.name}/error"] = self.setup.to_slots(errors[:, None])[:, 0]
         return scores
+
+    @cached_property
+    def units(self) -> Units:
+        return Sites(tuple(self.dictionaries), tuple(d.n_features for d in self.dictionaries.values())).units()
+
+    def changed(self) -> Bool[Tensor, "slot unit"]:
+        """Of features, those that are active in run or source of some pair, and not alike in both."""
+        found: dict[str, list[Tensor]] = {KIND: [], ERROR: []}
+        for site in self.dictionaries:
+            features, errors = self.delta(site)
+            found[KIND].append((features != 0).any(0))
+            found[ERROR].append((errors != 0).any(-1).any(0)[:, None])
+        return self.setup.any_of_slots(torch.cat([*found[KIND], *found[ERROR]], 1))
+
+    def masked(self, keep: Float[Tensor, "slot unit"]) -> Float[Tensor, " batch"]:
+        at, hooks = keep[self.setup.slots.to(keep.device)], {}
+        for site, d in self.dictionaries.items():
+            features, error = (at[:, span].to(self.model.device) for span in spans_of(self.units)[site.name].values())
+            hooks[site.point] = keeping(d, features, error, self.others[site])
+        with self.model.hooks(hooks):
+            logits = self.model.logits(self.setup.run)
+        self.setup.passes.forward += 1
+        return self.setup.value(logits)
+
+    @cached_property
+    def others(self) -> dict[Site, tuple[Tensor, Tensor]]:
+        """What is put in place of features and errors: the source's, or zeros."""
+        if self.setup.baseline != "zero":
+            return {site: self.parts(self.source, site) for site in self.dictionaries}
+        zero = torch.zeros((), device=self.model.device)
+        return dict.fromkeys(self.dictionaries, (zero, zero))
+
+    def of_units(self, values: Float[Tensor, "slot unit"]) -> dict[str, Tensor]:
+        parts = {}
+        for name, spans in spans_of(self.units).items():
+            parts[name] = values[:, spans[KIND]]
+            parts[f"{name}/error"] = values[:, spans[ERROR]][:, 0]
+        return {name: part.expand(len(self), *part.shape) for name, part in parts.items()}
 
     def patch(self) -> Result:
         """Only what differs is patched: with `only`, the differences of the circuit's nodes."""

@@ -42,7 +42,6 @@ class Params(BaseModel):
 
 
 NODES, EDGES = ("nodes",), ("edges",)
-NODES_AND_EDGES = (*NODES, *EDGES)
 
 
 @dataclass(frozen=True)
@@ -123,11 +122,11 @@ for _row in (
     Method("learned", f"{LEARNED}:learned:LearnedParams",
            "the place in a ranking whose circuits of every size keep L, unsigned: larger is needed more",
            "steps × (forward + backward) of one batch + 2 forward", "what units do together", "MAttr; relp (docs/learned.md)",
-           NODES_AND_EDGES, "all", signed=False),
+           by="all", signed=False),
     Method("hard_concrete", f"{LEARNED}:hard_concrete:HardConcreteParams",
            "log α of gates that are pruned to one size at the least loss of L, unsigned",
            "steps × (forward + backward) of one batch + 2 forward", "baseline", "Louizos et al. 2018; Wang et al. 2020",
-           NODES_AND_EDGES, "all", signed=False),
+           by="all", signed=False),
     Method("eap_gp", "relp_cli.edges.eap_gp:eap_gp:EapGpParams",
            "c(u→v), gradient averaged along a path that follows the gradients",
            "steps × (2 forward + 4 backward) + 5 forward", "saturation along the straight path", "Zhang et al. 2025",

@@ -57,6 +57,14 @@ def sites_of(units: Units) -> Sites:
     return sites
 
 
+def spans_of(units: Units) -> dict[str, dict[str, slice]]:
+    """Site's name → kind → its features' or its error term's place among the units (removed error terms have none)."""
+    spans: dict[str, dict[str, slice]] = {}
+    for block, start in zip(units.blocks, units.starts, strict=False):
+        spans.setdefault(block.name, {})[block.kind] = slice(start, start + block.size)
+    return spans
+
+
 def feature_circuit(
     features: Mapping[Site, Bool[Tensor, "pos feature"]],
     errors: Mapping[Site, Bool[Tensor, " pos"]],

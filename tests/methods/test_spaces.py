@@ -52,7 +52,7 @@ def test_a_space_that_an_estimator_does_not_serve_is_one_line() -> None:
     for method, nodes, says in (
         ("atp_star", ["edges"], r"'atp_star' does not score edges; methods for edges: act_patch, .*\('atp_star' scores nodes"),
         ("acdc", ["mlp_out"], r"'acdc' does not score nodes; methods for nodes: .* \('acdc' scores edges\)"),
-        ("eap", ["feature"], r"'eap' does not score features; methods for features: .*conductance \('eap' scores edges\)"),
+        ("eap", ["feature"], r"'eap' does not score features; methods for features: .*conductance.* \('eap' scores edges\)"),
         ("relp+auto", ["edges"], "rules are chosen automatically for node kinds, not for edges"),
         ("relp_ig+auto", ["mlp_out"], "rules 'auto' are chosen for method relp only"),
     ):  # fmt: skip
