@@ -183,7 +183,11 @@ def test_the_command(relp, tmp_path):
     table = pd.read_csv(tmp_path / "run/tests.csv")
     assert table.p.tolist() == pytest.approx([row["p"] for row in found["tests"]], nan_ok=True)
     assert table.evaluated_on.unique().tolist() == ["ioi"]
-    assert len(pd.read_csv(tmp_path / "run/tests-units.csv")) == len(found["units"]) == rows["minimality"]["n_nodes"]
+    units = pd.read_csv(tmp_path / "run/tests-units.csv")
+    assert len(units) == len(found["units"]) == rows["minimality"]["n_nodes"]
+    assert units.kind.tolist() == [unit["kind"] for unit in found["units"]]
+    assert set(units.kind) == {"attn_out", "mlp_out"}
+    assert units.task.unique().tolist() == ["ioi"]
     said = relp("test", "run", "--pairs", 4, "--references", 2)
     again = relp("test", "run", "--pairs", 4, "--references", 2, "--json")
     for row in json.loads(again.out)["tests"]:
