@@ -76,6 +76,8 @@ def command(
 ) -> None:
     """Faithfulness and completeness of a run's circuit on held-out pairs, over a sweep of thresholds, or a batch job.
 
+    Benchmarks are verbs of their own: relp evaluate mib DIR, relp evaluate known_circuits (--help of each).
+
     Example: relp evaluate runs/ioi --sweep log:1e-4:1:15
     """
     refuse_misplaced(target)

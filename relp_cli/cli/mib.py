@@ -55,8 +55,8 @@ def command(
 ) -> None:
     """MIB's measures on local copies of its data sets: CPR, CMD and acc-AUC of rankings of edges, components or neurons.
 
-    Rankings come from `train` (or part of a file without splits), circuits run on the held-out pairs with all else at its value
-    on the counterfactual prompt. CPR rewards circuits that overshoot the model, which is why all three are shown.
+    Rankings come from `train` (or part of a file without splits), circuits run on held-out pairs with all else at its value on
+    the counterfactual prompt. CPR rewards circuits that overshoot the model, so all three are shown.
 
     Example: relp evaluate mib mib/ioi --model gpt2 --methods eap,eap_ig,relp
     """

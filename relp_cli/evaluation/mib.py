@@ -188,7 +188,7 @@ def mib_measures(values: MibValues, seed: int = 0, bootstrap: int = 1000) -> tup
             {
                 "ranking": curve.ranking, "fraction": p[i], "n_asked": curve.asked[i], "n_kept": curve.kept[i],
                 "n_possible": values.n_units, "F_C": float(np.mean(curve.values[i])), "faithfulness": f[0, i],
-                "faithfulness_lo": low[i], "faithfulness_hi": high[i], "accuracy": share[0, i],
+                "faithfulness_lo": low[i], "faithfulness_hi": high[i], "accuracy": float(np.mean(curve.correct[i])),
             }
             for i in range(len(p))
         ]  # fmt: skip

@@ -165,6 +165,9 @@ def _name_of(place: Path) -> str:
     if place.is_file():
         return place.stem
     folder = place.resolve()
+    hub = next((at.parent for at in folder.parents if at.name == "snapshots"), None)  # in the hub's cache
+    if hub is not None:
+        return hub.name.rpartition("--")[2]
     return next((part.name for part in (folder, *folder.parents) if not _INNER.fullmatch(part.name)), folder.name)
 
 

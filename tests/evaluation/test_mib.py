@@ -79,8 +79,7 @@ def check(c: Case, summary: dict[str, Any], table: Any, logits: dict[str, list[T
     assert f["signed"] != f["absolute"]
 
 
-@pytest.mark.parametrize("direction", ["noising", "denoising"])
-@pytest.mark.parametrize("shape", ["gpt2", "qwen2", "pythia"])
+@pytest.mark.parametrize(("shape", "direction"), [("gpt2", "noising"), ("qwen2", "denoising"), ("pythia", "noising")])
 def test_edges(shape: str, direction: str) -> None:
     c = case(shape)
     scores = run(c, "eap", ["edges"], direction=direction)["edges"]

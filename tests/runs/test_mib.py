@@ -47,7 +47,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_measures_are_those_of_the_python_api(data: Path, relp: Callable[..., Any], tmp_path: Path) -> None:
-    command = ("evaluate", "mib", data, "--methods", "eap", "--output", "out", "--json")
+    command = ("evaluate", "mib", data, "--methods", "relp", "--nodes", "head,mlp_out", "--output", "out", "--json")
     done = relp(*command)
     assert done.code == 0, done.err
     found = json.loads(done.out)
@@ -55,17 +55,17 @@ def test_measures_are_those_of_the_python_api(data: Path, relp: Callable[..., An
     heldout = task.pairs(model, None, split="heldout")
     assert sum(map(len, heldout)) == 6
     (row,) = found["rows"]
-    summary, table = mib(model, heldout, relp_cli.score(model, task.pairs(model, None), "eap", ["edges"]))
+    summary, table = mib(model, heldout, relp_cli.score(model, task.pairs(model, None), "relp", ["head", "mlp_out"]))
     assert [row[k] for k in MEASURES] == pytest.approx([summary[k] for k in MEASURES], rel=1e-4)
     assert [r["n_kept"] for r in found["curves"]] == table.n_kept.tolist()
-    assert (row["data"], row["scored_on"], row["transfer"], row["kind"]) == ("ioi", "ioi", False, "edges")
+    assert (row["data"], row["scored_on"], row["transfer"], row["kind"]) == ("ioi", "ioi", False, "head+mlp_out")
     assert row["n_pairs"] == 6
     assert any("6 discovery pairs exist, 100 were asked" in line for line in found["notes"])
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.*") if path.suffix != ".csv"}
     assert len(written) == 3  # scores, run.json, circuits
     assert json.loads(relp(*command).out) == found
     assert {path: path.stat().st_mtime_ns for path in written} == written
-    (damaged,) = (tmp_path / "out" / "circuits").glob("ioi-eap-*.json")
+    (damaged,) = (tmp_path / "out" / "circuits").glob("ioi-relp-*.json")
     damaged.write_text("{")
     assert json.loads(relp(*command).out) == found
 

@@ -23,7 +23,7 @@ KEYS = {"cfg", "src_nodes", "dst_nodes", "edges_scores", "edges_in_graph", "node
 @pytest.fixture
 def scored(relp: Callable[..., Any], tmp_path: Path) -> Callable[..., Scores]:
     def run(nodes: str, name: str, *more: str) -> Scores:
-        done = relp("score", "ioi", "--method", "atp", "--nodes", nodes, "--pairs", "6", "-o", name, *more)
+        done = relp("score", "ioi", "--method", "atp", "--nodes", nodes, "--pairs", "4", "-o", name, *more)
         assert done.code == 0, done.err
         return Scores.load(tmp_path / name / "scores.safetensors")
 
@@ -82,29 +82,27 @@ def test_graphs_of_the_leaderboard() -> None:
     assert sizes == {"gpt2": 32491, "qwen2.5": 179749, "gemma2": 74218, "llama3": 1592881}
 
 
-def test_names_come_from_the_run_where_mib_has_them(monkeypatch: pytest.MonkeyPatch, scored: Any, relp: Any) -> None:
+BAD_NAMES = [
+    ((), "MIB's leaderboard has no model 'tiny-gpt2'; name the folder that it is for: --as ioi_gpt2"),
+    (("--as", "ioi"), "expected task_model, for example ioi_gpt2"),
+    (("--as", "../ioi_x"), "expected task_model"),
+    (("--as", "ioy_gpt2"), "unknown task 'ioy'; did you mean 'ioi'"),
+    (("--as", "ioi_gpt2"), "gpt2 has 12 layers of 12 heads, these scores are of 4 layers of 4"),
+]
+
+
+def test_names_from_the_run_and_names_that_are_none(
+    scored: Any, relp: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scored("edges", "run")
+    for arguments, says in BAD_NAMES:
+        done = relp("export", "run", "sub", "--format", "mib", *arguments)
+        assert done.code == 2
+        assert says in done.err
+    assert not (tmp_path / "sub").exists()
     monkeypatch.setitem(MODELS, "tiny", submission.Submitted("tiny-gpt2", 4, 4))
     done = relp("export", "run", "sub", "--format", "mib", "--json")
     assert json.loads(done.out)["folders"][0]["folder"] == "ioi_tiny"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ((), "MIB's leaderboard has no model 'tiny-gpt2'; name the folder that it is for: --as ioi_gpt2"),
-        (("--as", "ioi"), "expected task_model, for example ioi_gpt2"),
-        (("--as", "../ioi_x"), "expected task_model"),
-        (("--as", "ioy_gpt2"), "unknown task 'ioy'; did you mean 'ioi'"),
-        (("--as", "ioi_gpt2"), "gpt2 has 12 layers of 12 heads, these scores are of 4 layers of 4"),
-    ],
-)
-def test_names_that_are_none(arguments: tuple[str, ...], says: str, scored: Any, relp: Any, tmp_path: Path) -> None:
-    scored("edges", "run")
-    done = relp("export", "run", "sub", "--format", "mib", *arguments)
-    assert done.code == 2
-    assert says in done.err
-    assert not (tmp_path / "sub").exists()
 
 
 def test_what_mib_would_not_take(scored: Any, relp: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,6 +109,8 @@ def test_choices_read_the_label_at_answer_key_as_it_is_written(tmp_path: Path) -
     }
     assert read_mib(tmp_path / "copycolors_mcqa").name == "copycolors_mcqa"
     assert read_mib(tmp_path / "copycolors_mcqa" / "4_answer_choices").name == "copycolors_mcqa"
+    cached = put(tmp_path / "datasets--mib-bench--arc_easy" / "snapshots" / "0a1b" / "data", rows=rows)
+    assert {read_mib(place).name for place in (cached, cached.parent)} == {"arc_easy"}
 
 
 def test_arithmetic_takes_single_tokens_and_counts_what_it_leaves_out(tmp_path: Path) -> None:
