@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from relp_cli.selection import select as select
     from relp_cli.spaces.circuit import Circuit as Circuit
     from relp_cli.spaces.edges import EdgeCircuit as EdgeCircuit
+    from relp_cli.spaces.refine import only_stable as only_stable
+    from relp_cli.spaces.refine import rank_average as rank_average
     from relp_cli.spaces.scores import Scores as Scores
     from relp_cli.tasks.pairs import PairBatch as PairBatch
     from relp_cli.tasks.pairs import PromptPair as PromptPair
@@ -50,6 +52,8 @@ _WHERE = {
     "load_model": "models.load",
     "load_task": "tasks.task",
     "neuron_edges": "edges.neurons",
+    "only_stable": "spaces.refine",
+    "rank_average": "spaces.refine",
     "score": "scoring",
     "select": "selection",
 }

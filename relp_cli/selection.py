@@ -33,7 +33,7 @@ def select(
     union:     a node is in if it passes for *any* example instead of on average (threshold and fraction only).
     from_layer: nodes of lower layers are never kept (an evaluation that excludes them counts none of them).
 
-    more:      for edge scores: greedy, prune (`spaces.edges`); for features: errors (`spaces.features`).
+    more:      for edge scores: greedy, connected, prune (`spaces.edges`); for features: errors (`spaces.features`).
 
     Scores of several kinds, or a mapping of them, are ranked together.
     Raises: RelpError unless exactly one way of selecting is given and its value makes sense.

@@ -45,6 +45,16 @@ def command(
     prune: Annotated[
         str | None, typer.Option(help="Edges: none, dangling, or from_input (exact for counterfactual ablation only).")
     ] = None,
+    connected: Annotated[
+        bool, typer.Option("--connected", help="Edges: the best --top-k that lie on paths from input to logits (ILP).")
+    ] = False,
+    average: Annotated[
+        list[str], typer.Option(help="Another run, whose ranks are averaged with this one's (may be repeated).")
+    ] = [],  # noqa: B006
+    stable_signs: Annotated[
+        float | None,
+        typer.Option(help="Only units whose sign is the same in this share of bootstrap resamples of the pairs (.95)."),
+    ] = None,
     verify: Annotated[bool, typer.Option(help="Patch the selected nodes exactly and keep those it confirms.")] = False,
     confirm: Annotated[
         float | None, typer.Option(help="--verify keeps |exact effect| > this (default: the selection's τ).")
@@ -98,6 +108,8 @@ def command(
 
         count = clusters_asked(clusters)
         other = {
+            "--average": average,
+            "--stable-signs": stable_signs is not None,
             "--verify": verify,
             "--union": union,
             "--stability": resamples,
@@ -105,6 +117,8 @@ def command(
         }
         for name in (name for name, given in other.items() if given):
             raise RelpError(f"{name} is for one circuit; --clusters makes one for each cluster")
+    if average or stable_signs is not None:
+        check_refining(average, stable_signs, union, resamples, fraction, top_p, verify and confirm is None)
     from relp_cli.selection import select
 
     run_dir, spec, scores = open_run(run)
@@ -113,7 +127,11 @@ def command(
     chosen = scores.only(kinds)
     how: dict[str, Any] = {"threshold": threshold, "fraction": fraction, "top_k": top_k, "top_p": top_p}
     more: dict[str, Any] = {} if errors is None else {"errors": errors}
-    more |= {k: v for k, v in (("greedy", greedy or None), ("prune", prune)) if v is not None}
+    more |= {
+        k: v
+        for k, v in (("greedy", greedy or None), ("connected", connected or None), ("prune", prune))
+        if v is not None
+    }
     if clusters is not None:
         from relp_cli.cli.clusters import show_clusters
         from relp_cli.runs.clustering import cluster_run
@@ -124,7 +142,13 @@ def command(
             )
         print_json({"folder": str(made.folder), **made.as_dict()}) if json else show_clusters(made)
         return
-    circuit = select(chosen, **how, sign=sign, aggregate=aggregate, union=union, **more)
+    from relp_cli.runs.selecting import refined
+
+    source = refined(chosen, kinds, sign, aggregate, stable_signs, [Path(other) for other in average], spec.seed)
+    for line in source.notes:
+        note(line)
+    circuit = select(source.scores, **how, sign=source.sign, aggregate=source.aggregate, union=union, **more)
+    circuit = source.recorded(circuit)
     path = output or run_dir.circuit
     if path.is_dir():
         raise RelpError(f"--output {path} is a folder; expected a file name")
@@ -133,6 +157,12 @@ def command(
     if "ties" in selection:
         note(
             f"{selection['ties']} more score as much as the last that was kept: --threshold {selection['tau']} keeps all"
+        )
+    if connected:
+        best = "the best there are" if not selection["gap"] else f"within {selection['gap']:.2%} of the best"
+        note(
+            f"connected: of {selection['candidates']} edges, {best}: {selection['share_of_strongest']:.1%} of the total strength "
+            "of the strongest as many, connected or not"
         )
     if edge_threshold is not None and circuit.units.space != "features":
         raise RelpError("--edge-threshold is for feature circuits; edges of heads and MLPs: relp score --nodes edges")
@@ -166,6 +196,31 @@ def command(
     if edge_threshold is not None:
         show_edges(spec, prepared, session, circuit, annotations, out)
     log.print(str(path))
+
+
+def check_refining(
+    average: list[str],
+    stable_signs: float | None,
+    union: bool,
+    resamples: int,
+    fraction: float | None,
+    top_p: float | None,
+    verify: bool,
+) -> None:
+    """Raises RelpError for what does not go with averaged ranks or a filter of signs."""
+    option = "--average" if average else "--stable-signs"
+    for name, given in (("--union", union), ("--stability", resamples)):
+        if given:
+            raise RelpError(f"{option} selects from means over pairs, {name} from single pairs; give one of them")
+    for name, value in (("--fraction", fraction), ("--top-p", top_p)):
+        if average and value is not None:
+            raise RelpError(
+                f"{name} is of the sizes of scores; --average ranks them: --top-k, or --threshold (a share of ranks)"
+            )
+    if average and verify:
+        raise RelpError("--verify with --average needs --confirm: the threshold is one of ranks, not of effects")
+    if stable_signs is not None and not 0.5 < stable_signs <= 1:
+        raise RelpError(f"--stable-signs: expected a share above 0.5 and up to 1, got {stable_signs:g}")
 
 
 def _layers_table(circuit):  # type: ignore[no-untyped-def]

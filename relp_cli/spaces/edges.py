@@ -15,6 +15,7 @@ from relp_cli.errors import RelpError, unknown
 from relp_cli.models.model import Model
 from relp_cli.spaces import pruning
 from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.connected import connected as strongest_connected
 from relp_cli.spaces.files import expect, validated
 from relp_cli.spaces.graph import Graph
 from relp_cli.spaces.paths import graph_path
@@ -231,9 +232,12 @@ class _Edges:
         options: Mapping[str, Any],
         greedy: bool = False,
         prune: str = "none",
+        connected: bool = False,
         **more: Any,
     ) -> Circuit:
-        """greedy: grow from the logits (`pruning.greedy`). prune: of PRUNING; edges that lead nowhere go (`pruning.prune`)."""
+        """greedy: grow from the logits (`pruning.greedy`). connected: the best k that lie on paths (`spaces.connected`).
+        prune: of PRUNING; edges that lead nowhere go (`pruning.prune`).
+        """
         if more:
             raise RelpError(f"--{next(iter(more))} is not for edge circuits")
         if prune not in PRUNING:
@@ -242,7 +246,14 @@ class _Edges:
         if greedy:
             kept = pruning.greedy(scores.units.structure, chosen.strengths, how, chosen.tau)
             chosen = replace(chosen, mask=kept, amounts={"tau": chosen.tau})  # it takes the first edge that it reaches
-        circuit = circuit_of(scores, chosen, how, **options, greedy=greedy)
+        about: dict[str, Any] = {"greedy": greedy}
+        if connected:
+            if greedy or "top_k" not in how:
+                raise RelpError("connected selection takes top_k, and is not greedy")
+            best = strongest_connected(scores.units.structure, chosen.strengths, int(how["top_k"]))
+            chosen = replace(chosen, mask=best.mask[None], amounts={"tau": chosen.tau})
+            about |= best.about
+        circuit = circuit_of(scores, chosen, how, **options, **about)
         return circuit if prune == "none" else pruning.prune(circuit, prune == "from_input")
 
     def row(self, units: Units, unit: int, position: str) -> dict[str, Any]:

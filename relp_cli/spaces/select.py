@@ -46,7 +46,7 @@ def choose(
 ) -> Chosen:
     """The units that pass; see `relp.select` for the arguments."""
     check_how(how, sign, aggregate, union)
-    strengths = _strengths(scores, sign, aggregate, union)
+    strengths = strengths_of(scores, sign, aggregate, union)
     strengths[:, ~scores.units.counted(from_layer)] = -torch.inf
     last, keep = _cut(strengths, how, scores.meta)
     amounts = {"tau": last} if not keep else _as_threshold(strengths, last, keep)
@@ -85,8 +85,10 @@ def check_how(how: Mapping[str, Any], sign: str, aggregate: str, union: bool) ->
         raise RelpError("signed selection ranks from support to opposition; it takes no top_p and no union")
 
 
-def _strengths(scores: Scores, sign: str, aggregate: str, union: bool) -> Float[Tensor, "pos unit"]:
-    """What is compared with τ, of each unit's strongest example in a union; −inf where the sign is not wanted."""
+def strengths_of(scores: Scores, sign: str, aggregate: str, union: bool = False) -> Float[Tensor, "pos unit"]:
+    """What is compared with τ, of each unit's strongest example in a union; −inf where the sign is not wanted, NaN where there is
+    no score (`refine`).
+    """
     if union and scores.examples is None:
         raise RelpError(NO_EXAMPLES)
     best: Tensor | None = None
