@@ -45,8 +45,8 @@ def connected(graph: Graph, strengths: Float[Tensor, "pos edge"], k: int, second
     """The k edges of the largest total strength of which each lies on a path of kept edges from `input` to the logits.
 
     Of graphs with more than `CANDIDATES` edges, those are considered that are among the strongest (`PER_EDGE` for each edge to
-    be kept, at least `CANDIDATES`), or among the strongest `PER_NODE` into or out of a node. Edges without a strength (−inf, NaN)
-    are never kept. seconds: how long to search; what was found by then is kept, with its gap.
+    be kept, at least `CANDIDATES`), among the strongest `PER_NODE` into or out of a node, or edges of the input or the logits.
+    Edges without a strength (−inf, NaN) are never kept. seconds: how long to search; the best by then is kept, with its gap.
 
     Raises: RelpError for strengths per position, and where no k such edges exist or none were found in time.
     """
@@ -78,7 +78,8 @@ def _candidates(values: np.ndarray, tail: np.ndarray, head: np.ndarray, k: int) 
     if len(order) <= most:
         return np.sort(order)
     near = [order[rank < PER_NODE] for rank in (_rank_within(tail[order]), _rank_within(head[order]))]
-    return np.unique(np.concatenate([order[:most], *near]))
+    ends = order[(tail[order] == 0) | (head[order] == -1)]
+    return np.unique(np.concatenate([order[:most], *near, ends]))
 
 
 def _rank_within(groups: np.ndarray) -> np.ndarray:
