@@ -52,12 +52,13 @@ def command(
 
     Example: relp robustness runs/ioi --methods relp,atp --tasks ioi,ioi_abba,sva_simple
     """
+    from relp_cli.methods.table import same_method
     from relp_cli.runs.robustness import Grid, grid_cost, robustness_of_run
     from relp_cli.runs.scoring import Session, open_run
 
     own = open_run(run)[1].method
     grid = Grid(
-        comma(methods, "--methods") if methods is not None else tuple(dict.fromkeys((own, "atp"))),
+        comma(methods, "--methods") if methods is not None else (own, *(() if same_method(own, "atp") else ("atp",))),
         comma(ablations, "--ablations"), sweep, resamples, share, comma(tasks, "--tasks") if tasks is not None else (), keep,
         pairs, seed, exclude_layers, batch_size,
     )  # fmt: skip
