@@ -36,7 +36,7 @@ from relp_cli.statistics import interval, resample_counts, resample_picks
 from relp_cli.tasks.pairs import PairBatch
 from relp_cli.tasks.task import load_task
 
-NOTHING = 1e-4
+NOTHING = 1e-6
 KINDS: dict[str, tuple[str, ...]] = {"nodes": ("head", "mlp_out"), "edges": ("edges",)}
 OVER_PAIRS = ("signed", "absolute")
 MEASURES = ("auroc", "precision", "recall")

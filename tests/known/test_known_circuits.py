@@ -16,7 +16,7 @@ from relp_cli.known.case import read_case
 
 def plain(values: np.ndarray, truth: np.ndarray) -> tuple[float, float, float]:
     """AUROC by counting pairs; precision and recall as the mean over random orders of what ties."""
-    kept = [0.0 if v < 1e-4 * max(values) else float(v) for v in values]
+    kept = [0.0 if v < 1e-6 * max(values) else float(v) for v in values]
     inside, outside = ([v for v, t in zip(kept, truth, strict=True) if bool(t) == side] for side in (True, False))
     wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in product(inside, outside)]
     rng, hits, taken = np.random.default_rng(0), [], 0
