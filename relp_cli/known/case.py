@@ -8,7 +8,7 @@ case.json                       the circuit: heads and MLPs ("a0.h1", "m1"), and
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -75,9 +75,7 @@ def read_case(name: str) -> Case:
         raise RelpError(f"known circuit '{name}' is no shipped case or folder{nearest(name, case_names())}")
     path = folder / CASE
     if not path.is_file():
-        raise RelpError(
-            f"folder {folder} has no {CASE}; expected a case as `python -m relp_cli.known import` writes it"
-        )
+        raise RelpError(f"folder {folder} has no {CASE}; expected a case as `relp import` writes it")
     try:
         content = _Content(**read_object(path, "case"))
     except ValidationError as error:
@@ -100,8 +98,3 @@ def _record(pair: Pair) -> dict[str, object]:
         "original_ids": pair.original, "patch_ids": pair.patch, "answer_id": pair.answer, "foil_id": pair.foil,
         "roles": [ROLE] * len(pair.original),
     }  # fmt: skip
-
-
-def distinct(pairs: Iterable[Pair]) -> tuple[Pair, ...]:
-    """Each pair once, in order."""
-    return tuple(dict.fromkeys(pairs))
