@@ -1,5 +1,6 @@
 # make run    environment + the main job on an embedded model        make test   environment + tests
 # make check  ruff, mypy     make bench  costs as ratios     make models  train the embedded models again (10 minutes)
+# make cases  make the models of known circuits again (5 minutes)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: run test check bench models clean
+.PHONY: run test check bench models cases clean
 
 $(VENV)/.ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +37,9 @@ bench: $(VENV)/.ready
 
 models: $(VENV)/.ready
 	$(BIN)/python -m relp_cli.models.training
+
+cases: $(VENV)/.ready
+	$(BIN)/python -m relp_cli.known make
 
 clean:
 	rm -rf $(VENV) runs build dist

@@ -86,17 +86,32 @@ def _submit(run: Path, folder: Path, name: str | None, device: str | None, json:
 
 
 def import_(
-    file: Annotated[Path, typer.Argument(help="A circuit of EAP-IG or MIB, .json or .pt.")],
+    file: Annotated[
+        Path, typer.Argument(help="A circuit of EAP-IG or MIB, .json or .pt; or a folder with an InterpBench case.")
+    ],
     model: Annotated[str | None, typer.Option("--model", "-m", help="Check that it is of this model's graph.")] = None,
-    output: Annotated[Path, output_option(help="The circuit file to write.")] = Path("circuit.json"),
+    output: Annotated[
+        Path | None, output_option(help="The circuit file to write (circuit.json), or the case's folder (cases/NAME).")
+    ] = None,
     device: DeviceOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Read an edge circuit of EAP-IG or MIB and write it as a relp circuit. `relp evaluate RUN --circuit FILE` takes both.
     Support is taken to be positive in the file; the circuit's meta says whether the file itself says so.
+    A folder is an InterpBench case in safetensors and JSON (docs/known-circuits.md), for relp evaluate known_circuits --cases.
 
     Example: relp import ioi.pt --model gpt2 -o circuit.json
     """
+    if file.is_dir():
+        from relp_cli.known.interpbench import import_case
+
+        if model is not None:
+            raise RelpError(f"--model is for circuits; '{file}' is a folder, whose case brings its own model")
+        case = import_case(file, output or Path("cases") / file.resolve().name)
+        about = {"case": str(case.folder), "nodes": case.nodes, "edges": case.edges}
+        print_json(about) if json else log.print(f"{case.folder}: {len(case.nodes)} nodes of the circuit")
+        return
+    output = output or Path("circuit.json")
     from relp_cli.edges.exchange import import_circuit
     from relp_cli.models.load import load_model
 

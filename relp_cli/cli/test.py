@@ -126,7 +126,11 @@ def _show(tests: pd.DataFrame, units: pd.DataFrame, title: str) -> None:
         out.print(f"• {row.test}: {row.verdict}" + (f" [{row.note}]" if row.note else ""))
         out.print(f"    H0: {row.null}")
     if len(units) and units.rejected.any():
-        show(units[units.rejected].head(20), out, "units that matter no more than random parts do")
+        show(
+            units[units.rejected].head(20),
+            out,
+            "units that more than the allowed share of random parts match, at most 20",
+        )
 
 
 def _effect(row: Any) -> str:

@@ -2,6 +2,7 @@
 
 1. A component's score is that of patching it at all positions together (cases label all positions alike), as ACDC, EAP and MIB
    score components; of pairs, |mean score| ("signed", what circuits are selected by) or mean |score| ("absolute").
+   Where a circuit's edges are known by whole heads (InterpBench), the score of one is the largest of its q, k and v.
 2. Scores below `NOTHING` of the largest are 0: a known circuit's other parts have effects of rounding errors only.
 3. AUROC: the chance that a component of the circuit has a larger score than one outside it, a tie counting ½.
 4. As many components as the circuit has are taken, those of the largest scores, none with score 0, ties in proportion. Precision:
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError, unknown
 from relp_cli.known.case import Case
+from relp_cli.known.program import node_of
 from relp_cli.methods.request import Progress
 from relp_cli.methods.score import resolve_method, shared_params
 from relp_cli.methods.table import METHODS
@@ -118,13 +120,16 @@ def _judge_one(
         model, pairs, method, KINDS[space], case.metric, question.direction, batch_size=question.batch_size,
         keep_examples=True, **question.params_of(method, space),
     )  # fmt: skip
-    truth = in_circuit(case, space, component_names(scores))
+    names = component_names(scores)
+    whole = space == "edges" and not any("<" in edge for edge in case.edges or ())
+    parts = by_heads(names) if whole else {name: [i] for i, name in enumerate(names)}
+    truth = in_circuit(case, space, list(parts))
     examples = component_scores(scores).numpy()
     if question.over_pairs == "absolute":
         examples = np.abs(examples)
     counts = resample_counts(len(examples), question.bootstrap, question.seed)
-    point = measures(np.abs(examples.mean(0))[None], truth)[0]
-    drawn = measures(np.abs(counts @ examples) / len(examples), truth)
+    point = measures(largest(np.abs(examples.mean(0))[None], parts), truth)[0]
+    drawn = measures(largest(np.abs(counts @ examples) / len(examples), parts), truth)
     one_sided = truth.all() or not truth.any()
     meta = scores.meta
     row: dict[str, Any] = {"space": space, "method": method, "case": case.name, "kind": case.kind}
@@ -181,6 +186,21 @@ def component_names(scores: Scores) -> list[str]:
         for block in scores.units.blocks
         for i in range(block.size)
     ]
+
+
+def by_heads(names: Sequence[str]) -> dict[str, list[int]]:
+    """Edges into whole heads, `a0.h1->a1.h2`, and which edges they are made of: those into its q, k and v."""
+    parts: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        parts.setdefault(node_of(name), []).append(i)
+    return parts
+
+
+def largest(
+    values: Float[np.ndarray, "draw edge"], parts: Mapping[str, Sequence[int]]
+) -> Float[np.ndarray, "draw unit"]:
+    """The largest value of each one's parts."""
+    return np.stack([values[:, which].max(1) for which in map(list, parts.values())], axis=1)
 
 
 def in_circuit(case: Case, space: str, names: Sequence[str]) -> Bool[np.ndarray, " unit"]:

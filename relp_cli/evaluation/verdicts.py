@@ -175,8 +175,9 @@ def _minimality(at: Measured, how: Levels) -> Row:
     idle, p = sum(u["rejected"] for u in units), min(u["p_holm"] for u in units)
     low, high = share_interval(idle, of, how.alpha)
     row |= {"statistic": idle, "effect": idle / of, "effect_lo": low, "effect_hi": high}
-    yes = f"not minimal: {idle} of {of} units matter no more than random parts do"
-    no = f"no unit of {of} shown to matter as little as random parts do; not a proof that all are needed"
+    matched = f"matched by more than a share {1 - how.quantile:.3g} of random parts"
+    yes = f"not minimal: {idle} of {of} units are {matched}"
+    no = f"no unit of {of} shown to be {matched}; not a proof that all are needed"
     best = of * share_p(0, len(at.inflated), how.quantile, "less")
     return row | _decided(p, how.alpha, yes, no, float(best), len(at.inflated), "random parts")
 

@@ -27,7 +27,10 @@ def run_tests(
         **at.asked.how(at.exclude, at.dictionary),
     )  # fmt: skip
     about = {**at.about, "circuit": at.circuits[0].hash}
-    tables = [table.assign(**about)[[*about, *table.columns]] if len(table) else table for table in (tests, units)]
+    tables = []
+    for table in (tests, units):  # a unit has a kind of its own
+        first = {k: v for k, v in about.items() if k not in table} if len(table) else {}
+        tables.append(table.assign(**first)[[*first, *table.columns]])
     files = at.run.path / f"tests{at.stem}.csv", at.run.path / f"tests-units{at.stem}.csv"
     for table, file in zip(tables, files, strict=True):
         write_table(table, file)

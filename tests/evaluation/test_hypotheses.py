@@ -113,7 +113,7 @@ def test_false_positives_of_equivalence_reversed():
 def test_false_positives_of_independence(draw):
     rng = np.random.default_rng(0)
     more = {"low": 0, "high": 4} if draw == "integers" else {}  # many ties
-    samples = getattr(rng, draw)(size=(1200, 2, 15), **more).astype(float)
+    samples = getattr(rng, draw)(size=(1000, 2, 13), **more).astype(float)
     p = np.array([hsic_p(x, y, 99, seed)[2] for seed, (x, y) in enumerate(samples)])
     assert (p <= SIZE).mean() == pytest.approx(SIZE, abs=BAND)
 
@@ -139,7 +139,7 @@ def test_false_positives_and_power_of_tests_against_random_circuits():
     """Sufficiency and partial necessity, where exactly a share q of random circuits is surpassed; and where all are."""
     n, rng, how = near_the_level(29, 0.9, "high"), np.random.default_rng(0), Levels(quantile=0.9)
     assert n == 29
-    for truly, draws in ((0.1, 2000), (1e-4, 100)):
+    for truly, draws in ((0.1, 1500), (1e-4, 50)):
         rejected = {"sufficiency": 0, "partial necessity": 0}
         for _ in range(draws):
             drawn = rng.uniform(size=(2, n))

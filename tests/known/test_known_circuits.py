@@ -50,7 +50,7 @@ def test_measures_by_hand() -> None:
 
 
 def test_exact_patching_misses_or_and_denoising_finds_it() -> None:
-    cases = [read_case("either"), read_case("induction")]
+    cases = [read_case("either"), read_case("induction")]  # OR, and what is found both ways
     methods = ("atp", "act_patch")
     rows = {
         direction: judge(cases, Question(methods, ("nodes",), direction, bootstrap=20)).set_index(["method", "case"])
@@ -66,6 +66,22 @@ def test_exact_patching_misses_or_and_denoising_finds_it() -> None:
     assert mean.auroc == pytest.approx((2 / 3 + 1) / 2)
     assert mean.auroc_lo == pytest.approx(2 / 3)
     assert mean.auroc_hi == 1
+
+
+def test_who_is_wrong_where() -> None:
+    """What docs/known-circuits.md says, as numbers: gradients that vanish or mislead, a path through no prompt."""
+    names = ("opposed", "saturated", "tent", "twins", "ghost")
+    table = judge(
+        [read_case(name) for name in names], Question(("atp", "ig_inputs", "act_patch"), ("nodes",), bootstrap=2)
+    )
+    auroc = table.pivot(index="case", columns="method", values="auroc")
+    recall = table.pivot(index="case", columns="method", values="recall")
+    assert (auroc.act_patch == 1).all()
+    assert [auroc.ig_inputs[name] for name in names] == [1, 1, 1, 1, pytest.approx(20 / 21)]
+    assert [auroc.atp[name] for name in names] == [0.75, 0.75, pytest.approx(18 / 21), pytest.approx(15 / 16), 1]
+    # In each, one part of the circuit is not among the first: a gradient of 0, or a decoy before the small head.
+    assert [recall.atp[name] for name in names] == [0.5, 0.5, pytest.approx(2 / 3), 0.5, 1]
+    assert recall.ig_inputs["ghost"] == pytest.approx(2 / 3)
 
 
 def test_the_command(relp: Any, tmp_path: Any) -> None:

@@ -101,7 +101,8 @@ def exact_effects(case: Case, kinds: tuple[str, ...], directions: Sequence[str])
     """Component → its largest |effect| on a pair, for each direction."""
     with exact_float64(), double_by_default():
         model = wrap(compile_program(program(case.name)).double(), None, case.name)
-        pairs = load_task(case.pairs).pairs(model, None, split="all")
+        (batch,) = load_task(case.pairs).pairs(model, None, split="all")
+        pairs = [batch.rows(slice(0, 12))]  # of every sort of pair, two
         found = [
             score(model, pairs, "act_patch", kinds, case.metric, direction, keep_examples=True)
             for direction in directions
