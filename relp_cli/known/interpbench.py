@@ -135,7 +135,7 @@ def _read_edges(path: Path, graph: Graph) -> tuple[str, ...]:
 
 
 def _read_pairs(path: Path, config: _Config) -> tuple[Pair, ...]:
-    pairs = []
+    pairs: list[Pair] = []
     outputs = config.d_vocab if config.d_vocab_out < 1 else config.d_vocab_out
     for raw in read_pairs(path):
         if raw.ids is None or raw.ids[1] is None or raw.outcome_ids is None:
@@ -143,7 +143,13 @@ def _read_pairs(path: Path, config: _Config) -> tuple[Pair, ...]:
         answer, foil = raw.outcome_ids
         if len(answer) != 1 or len(foil) != 1 or max(*answer, *foil) >= outputs:
             raise RelpError(f"{raw.where}answer_id, foil_id: expected one id each, from 0 to {outputs - 1}")
-        pairs.append(Pair(raw.ids[0], raw.ids[1], answer[0], foil[0]))
+        original, patch = raw.ids
+        if len(original) != len(patch) or len(original) > config.n_ctx or max(*original, *patch) >= config.d_vocab:
+            raise RelpError(
+                f"{raw.where}original_ids, patch_ids: expected as many ids each, at most {config.n_ctx}, from 0 to "
+                f"{config.d_vocab - 1}"
+            )
+        pairs.append(Pair(original, patch, answer[0], foil[0]))
     return tuple(dict.fromkeys(pairs))
 
 

@@ -80,22 +80,17 @@ LOOKUP = Task(
 )
 
 
-def _two(first: Labels, last: Labels) -> Labels:
-    """The larger of two letters."""
-    return torch.maximum(first, last)
-
-
 LARGER = Task(
     "trained_larger",
     "trained: the larger of the first (a0.h0) and the fourth letter (a0.h3), in an MLP (m1)",
     LETTERS + 1,
     5,
     lambda n: torch.cat([torch.randint(LETTERS, (n, 4)), torch.full((n, 1), LETTERS)], 1),
-    lambda prompts: _two(prompts[:, 0], prompts[:, 3]),
+    lambda prompts: torch.maximum(prompts[:, 0], prompts[:, 3]),
     {
-        "a0.h0": lambda prompts, sources: _two(sources[:, 0], prompts[:, 3]),
-        "a0.h3": lambda prompts, sources: _two(prompts[:, 0], sources[:, 3]),
-        "m1": lambda _, sources: _two(sources[:, 0], sources[:, 3]),
+        "a0.h0": lambda prompts, sources: torch.maximum(sources[:, 0], prompts[:, 3]),
+        "a0.h3": lambda prompts, sources: torch.maximum(prompts[:, 0], sources[:, 3]),
+        "m1": lambda _, sources: torch.maximum(sources[:, 0], sources[:, 3]),
     },
     ("input->a0.h0<v>", "input->a0.h3<v>", "a0.h0->m1", "a0.h3->m1", "m1->logits"),
 )

@@ -128,6 +128,11 @@ def test_edges_by_whole_heads(relp: Any, tmp_path: Path) -> None:
         ({"edges": {}}, "expected a list of [writer, reader] pairs"),
         ({"pairs": [{"original": "a", "patch": "b", "answer": "c", "foil": "d"}]}, "expected token ids"),
         ({"pairs": [{"original_ids": [0], "patch_ids": [1], "answer_id": 1, "foil_id": 4}]}, "from 0 to 3"),
+        (
+            {"pairs": [{"original_ids": [0, 1], "patch_ids": [1], "answer_id": 1, "foil_id": 2}]},
+            "as many ids each, at most 5",
+        ),
+        ({"pairs": [{"original_ids": [0], "patch_ids": [7], "answer_id": 1, "foil_id": 2}]}, "at most 5, from 0 to 6"),
     ],
 )
 def test_bad_folders(relp: Any, tmp_path: Path, made: dict[str, Any], said: str) -> None:
