@@ -138,12 +138,12 @@ def _read_pairs(path: Path, config: _Config) -> tuple[Pair, ...]:
     pairs: list[Pair] = []
     outputs = config.d_vocab if config.d_vocab_out < 1 else config.d_vocab_out
     for raw in read_pairs(path):
-        if raw.ids is None or raw.ids[1] is None or raw.outcome_ids is None:
+        original, patch = raw.ids or ((), None)
+        if patch is None or raw.outcome_ids is None:
             raise RelpError(f"{raw.where}expected token ids: original_ids, patch_ids, answer_id, foil_id")
         answer, foil = raw.outcome_ids
         if len(answer) != 1 or len(foil) != 1 or max(*answer, *foil) >= outputs:
             raise RelpError(f"{raw.where}answer_id, foil_id: expected one id each, from 0 to {outputs - 1}")
-        original, patch = raw.ids
         if len(original) != len(patch) or len(original) > config.n_ctx or max(*original, *patch) >= config.d_vocab:
             raise RelpError(
                 f"{raw.where}original_ids, patch_ids: expected as many ids each, at most {config.n_ctx}, from 0 to "
