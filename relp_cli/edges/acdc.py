@@ -49,6 +49,6 @@ def acdc(batches: Sequence[EdgeBatch], params: AcdcParams) -> Iterator[Result]:
             values = new
         else:
             cut[0, u, v] = False
-        batches[0].tick((done + 1) * len(batches), len(edges) * len(batches), "acdc edges")
+        batches[0].tick((done + 1) * len(batches), len(edges), "acdc edges")
     for score in scores:
         yield Result({KIND: score})

@@ -177,8 +177,9 @@ class FeatureBatch(NodeBatch):
 
     def masked(self, keep: Float[Tensor, "slot unit"]) -> Float[Tensor, " batch"]:
         at, hooks = keep[self.setup.slots.to(keep.device)], {}
+        at = at.to(self.model.device, torch.promote_types(self.model.dtype, torch.float32))
         for site, d in self.dictionaries.items():
-            features, error = (at[:, span].to(self.model.device) for span in spans_of(self.units)[site.name].values())
+            features, error = (at[:, span] for span in spans_of(self.units)[site.name].values())
             hooks[site.point] = keeping(d, features, error, self.others[site])
         with self.model.hooks(hooks):
             logits = self.model.logits(self.setup.run)

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from relp_cli.errors import RelpError
 from relp_cli.methods.learning import LearningParams, learn
 from relp_cli.methods.space import Batch
 from relp_cli.methods.table import Result
@@ -47,13 +48,18 @@ def learned(batches: Sequence[Batch], params: LearnedParams) -> list[Result]:
 
 def hard_concrete(batches: Sequence[Batch], params: HardConcreteParams) -> list[Result]:
     """Scores: log α, counted from the lowest; the metadata says above which score a gate is open more often than not."""
-    on = batches[0]
+    return learn(batches, params, lambda start, steps: _Gates(start, steps, _effect(batches[0]), params))
+
+
+def _effect(on: Batch) -> float:
+    """|mean L with all units kept − with none|. Raises RelpError where that is 0."""
     with torch.no_grad():
         all_kept, none_kept = (
             on.masked(make(len(on.labels), len(on.units))).mean() for make in (torch.ones, torch.zeros)
         )
-    scale = abs((all_kept - none_kept).item())
-    return learn(batches, params, lambda start, steps: _Gates(start, steps, scale, params))
+    if all_kept == none_kept:
+        raise RelpError("the metric is the same with all units kept and with none: there is nothing to prune by")
+    return abs((all_kept - none_kept).item())
 
 
 def sized_mask(s: Float[Tensor, " cell"], k: float, temperature: float) -> Float[Tensor, " cell"]:

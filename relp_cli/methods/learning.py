@@ -81,7 +81,7 @@ def learn(
         (cost - value).backward()
         state.optimizer.step()
         metric[step] = value.detach()
-        batches[0].tick((step + 1) * len(batches), steps, f"{type(params).__name__.removesuffix('Params')} steps")
+        batches[0].tick((step + 1) * len(batches), steps, "learning steps")
         state.keep(step + 1)
     found = learner.cells.detach()
     found = found - found.min() + 1

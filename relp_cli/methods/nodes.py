@@ -180,7 +180,7 @@ class NodeBatch(Batch):
 
     def masked(self, keep: Float[Tensor, "slot unit"]) -> Float[Tensor, " batch"]:
         at = keep[self.setup.slots.to(keep.device)]
-        masks = {kind: self.units.view(kind, at).to(self.model.device) for kind in self.units.kinds}
+        masks = {kind: self.units.view(kind, at).to(self.model.device, self.model.dtype) for kind in self.units.kinds}
         with self.model.hooks(keeping(self.model, self.setup.kinds, masks, self.source)):
             logits = self.model.logits(self.setup.run)
         self.setup.passes.forward += 1

@@ -211,24 +211,24 @@ class Batch(ABC):
     learning_steps: ClassVar[int] = 500  # of rankings that are learned, by default
 
     @property
+    @abstractmethod
     def units(self) -> Units:
         """What is scored, in the order of the next three."""
-        raise NotImplementedError
 
+    @abstractmethod
     def changed(self) -> Bool[Tensor, "slot unit"]:
         """The units that differ between source and run for some pair: 1 forward pass."""
-        raise NotImplementedError
 
+    @abstractmethod
     def masked(self, keep: Float[Tensor, "slot unit"]) -> Float[Tensor, " batch"]:
         """L of the run in which every unit is keep·(its running value) + (1 − keep)·(its value in the source), with the graph
         that leads back to `keep`: 1 forward pass. At 1 and 0 it is what an evaluation with the source's values says of the
         circuit.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def of_units(self, values: Float[Tensor, "slot unit"]) -> Mapping[str, Tensor]:
         """The same values for every pair, as `Result.scores`."""
-        raise NotImplementedError
 
 
 class Scorer(Protocol):
