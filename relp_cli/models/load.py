@@ -173,6 +173,11 @@ def _tokenizer(name: str, folder: Path | None, where: dict[str, Any]) -> Any:
             tokenizer("")  # settings of the wrong type are only found in use
             return tokenizer
     except Exception as error:  # a broken tokenizer.json ends in any exception, bare ones of its Rust library included
+        if folder is None and isinstance(error, OSError):
+            raise RelpError(
+                f"no tokenizer of '{name}': it is neither an embedded model nor a local folder, and the hub does not give it "
+                f"({_first_line(error)}); offline, name a folder with its tokenizer.json"
+            ) from error
         raise RelpError(
             f"model '{name}': its tokenizer cannot be loaded, tokenizer.json or tokenizer_config.json is broken "
             f"({type(error).__name__}: {_first_line(error)})"

@@ -75,7 +75,8 @@ def prepare(spec: ScoreSpec, session: Session, at_most: bool = False) -> Prepare
     at_most: take what there is where the split holds fewer than `spec.pairs` (and say so in `notes`); so it is of files, which
     hold what they hold.
     """
-    task = session.task(spec.task).with_ids_of(spec.ids_of)  # bad tasks are found before a model is loaded
+    task = session.task(spec.task).with_ids_of(spec.ids_of)
+    task.foreign()  # bad tasks, and tokenizers that are not there, are found before a model is loaded
     metric = task.metric if spec.metric is None else spec.metric
     METRICS[metric]
     model = session.model(spec.model, spec.dtype)

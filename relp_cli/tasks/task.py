@@ -87,6 +87,10 @@ class Task:
             )
         return replace(self, spec=self.spec.model_copy(update={"ids_of": name}))
 
+    def foreign(self) -> Foreign | None:
+        """The tokenizer that the file's ids belong to. Raises: RelpError where it cannot be loaded."""
+        return None if self.spec.ids_of is None else Foreign(self.spec.ids_of, self.text.path.parent)
+
     def build(
         self,
         model: HasTokenizer,
@@ -141,7 +145,7 @@ class Task:
         """Pairs of the file, how many (did not fit the model, fit it), and a note on the former."""
         rows = [raw for raw in self.fixed if split in ("all", raw.split)]
         reasons: list[str] = []
-        foreign = None if self.spec.ids_of is None else Foreign(self.spec.ids_of, self.text.path.parent)
+        foreign = self.foreign()
         if unusable == "drop":
             rows, reasons = _usable(rows, encoder, foreign)
         if not rows and reasons:

@@ -54,6 +54,8 @@ def test_ids_of_another_tokenizer_by_option(relp, tmp_path):
     done = relp("show", "f.jsonl", "--model", "tiny-gpt2", "--ids-of", "tiny-pythia")
     assert done.code == 0, done.err
     assert "as they are: the vocabularies are the same" in done.err.replace("\n", " ")
+    refused = relp("show", "f.jsonl", "--model", "no/model", "--ids-of", "./nothing")
+    assert (refused.code, refused.err) == (2, "error: model folder './nothing' does not exist\n")
     assert "WARNING: the file's token ids" in relp("show", "f.jsonl").err.replace("\n", " ")
 
 
