@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a run: no script, no external file, light and dark."""
+"""One self-contained HTML page of a run: its own small script, no external file and no request, light and dark."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from relp_cli.files import write_atomically
 from relp_cli.report.canvas import DARK, LIGHT, Theme, rendered, save_figure
 from relp_cli.report.curve_plot import curves_figure
 from relp_cli.report.digest import circuit_counts, top_nodes
+from relp_cli.report.explore import explorer, script_text
 from relp_cli.report.graph import DRAWINGS, MOST_EDGES, circuit_figure
 from relp_cli.report.heatmap import Over, heatmap_figure
 from relp_cli.report.names import counted, kind_title
@@ -114,6 +115,8 @@ def render_page(
         kinds=[(kind, s.n_nodes) for kind, s in scores.items()],
         tops=_top_tables(scores, top),
         tokens=dict(zip(labels, tokens, strict=True)) if tokens else {},
+        explore=script_text(explorer(scores, evaluation, tokens)),
+        script=(Path(__file__).parent / "explore.js").read_text(encoding="utf-8"),
         meanings=[] if meanings is None else meanings.to_dict("records"),
         pictures=[(p, p.sources()) for p in pictures],
         circuit=_circuit(circuit) if circuit else None,
