@@ -1,8 +1,9 @@
-"""relp validate TASK.yaml, relp show TASK"""
+"""relp validate TASK.yaml, relp show TASK, relp show RUN"""
 
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,8 +19,12 @@ from relp_cli.cli.common import (
     note,
     out,
     print_json,
+    refuse_typed,
     seed_option,
 )
+from relp_cli.errors import RelpError
+
+OF_RUNS = ("task", "top", "json")  # what `show` takes for a run
 
 
 def validate(
@@ -55,7 +60,8 @@ def validate(
 
 
 def show(
-    task: Annotated[str, typer.Argument(help="A shipped task, a task YAML, or a file of pairs.")],
+    context: typer.Context,
+    task: Annotated[str, typer.Argument(help="A shipped task, a task YAML, a file of pairs, or a run directory.")],
     model: Annotated[str, typer.Option("--model", "-m", help="Whose tokenizer and behaviour to show.")] = "tiny-gpt2",
     revision: RevisionOption = None,
     pairs: Annotated[
@@ -67,12 +73,24 @@ def show(
     bos: BosOption = None,
     unusable: UnusableOption = None,
     ids_of: IdsOfOption = None,
+    top: Annotated[int | None, count_option(1, help="Of a run: nodes to print per kind (default: 10).")] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Print aligned tokenised pairs with position roles, and the model's own accuracy on them.
+    """Print aligned tokenised pairs with position roles, and the model's own accuracy on them. Of a run: what was scored, the
+    strongest nodes, a map of layers and positions, its circuit and evaluation.
 
     Example: relp show ioi --model tiny-gpt2
+
+    Example: relp show runs/ioi
     """
+    from relp_cli.runs.rundir import is_run
+
+    if is_run(task):
+        refuse_typed(context, OF_RUNS, f"is for tasks; '{task}' is a run, which says itself what was scored")
+        _show_run(Path(task), 10 if top is None else top, json)
+        return
+    if top is not None:
+        raise RelpError(f"--top is for runs; '{task}' is none")
     from relp_cli.report.terminal import Column, print_table
     from relp_cli.runs.checked import score_spec
     from relp_cli.runs.scoring import Session, prepare
@@ -117,6 +135,33 @@ def show(
         f"{prepared.model.name} on {prepared.task.name}: accuracy {seen.accuracy:.3f} over {seen.n} pairs; mean "
         f"{prepared.metric} on originals {seen.metric_original:+.3f}{patch_value}",
     )
+
+
+def _show_run(path: Path, top: int, json: bool) -> None:
+    from relp_cli.report.characters import KEY, print_map, print_positions
+    from relp_cli.report.tables import show as show_table
+    from relp_cli.runs.showing import view_run
+
+    seen = view_run(path)
+    if json:
+        print_json(seen.as_dict(top))
+        return
+    spec, meta, does = seen.record["spec"], seen.scores.meta, seen.record.get("behaviour", {})
+    out.print(
+        f"{path}: {spec['method']} on {spec['task']}, {meta['model']} ({meta['family']}), {meta['n_pairs']} pairs "
+        f"({spec['split']}), {meta['direction']}, {meta['metric']}; made {seen.made}"
+    )
+    if does:
+        out.print(f"the model itself: accuracy {does['accuracy']:.2f}, {meta['metric']} {does['metric_original']:+.3f}")
+    for line in seen.record.get("notes", []):
+        out.print(line)
+    show_table(seen.top(top), out, f"the {top} strongest of each kind", digits=4)
+    for of_kind in seen.maps:
+        print_map(out, of_kind, seen.scores.labels)
+    out.print(KEY)
+    print_positions(out, seen.scores.labels)
+    for line in seen.state:
+        out.print(line)
 
 
 def _quoted(tokens: list[str]) -> list[str]:

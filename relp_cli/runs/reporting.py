@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from relp_cli.errors import RelpError, RunFailed
+from relp_cli.errors import RelpError
 from relp_cli.features.annotations import read_annotations
 from relp_cli.features.kinds import SCORED
 from relp_cli.files import check_writable
 from relp_cli.report.html import write_html
 from relp_cli.runs.comparing import example_tokens
+from relp_cli.runs.evaluated import read_evaluation
 from relp_cli.runs.evaluating import own_circuit
 from relp_cli.runs.features import feature_meanings
 from relp_cli.runs.scoring import Session, open_run, prepare_again
@@ -32,7 +31,7 @@ def report_run(path: Path, output: Path | None = None, annotations: Path | None 
         raise RelpError("--annotations is for runs of features; this run scored " + ", ".join(scores))
     circuit: Any = own_circuit(run, scores) if run.circuit.is_file() else None
     record = run.read()
-    evaluation = _evaluation(run.path / "evaluation.csv")
+    evaluation = read_evaluation(run.path / "evaluation.csv")
     theirs = None if evaluation is None or "circuit" not in evaluation else evaluation["circuit"][0]
     if theirs is not None and circuit is not None and theirs != circuit.hash:
         evaluation = None
@@ -52,13 +51,3 @@ def report_run(path: Path, output: Path | None = None, annotations: Path | None 
         record["notes"] = [*record.get("notes", []), f"no example tokens: {error}"]
     methods = {spec.method: scores}
     return write_html(run.path, record, methods, circuit, evaluation, tokens, output, meanings=meanings)
-
-
-def _evaluation(path: Path) -> pd.DataFrame | None:
-    try:
-        table = pd.read_csv(path, dtype={"circuit": str}) if path.is_file() else None
-    except (ValueError, pd.errors.ParserError) as error:
-        raise RunFailed(f"{path} cannot be read ({error}); evaluate again to replace it") from error
-    if table is not None and "note" in table:
-        table["note"] = table["note"].fillna("")
-    return table

@@ -17,6 +17,7 @@ from typing import Any
 
 from relp_cli.errors import RelpError, RunFailed
 from relp_cli.files import parse_json, read_text, write_atomically
+from relp_cli.tasks.spec import list_tasks
 
 PACKAGES = ("relp-cli", "torch", "transformers", "transformer-lens", "numpy")
 
@@ -92,6 +93,11 @@ class RunDir:
         """Write run.json, last of all files: what it lists is complete."""
         record = {**content, "files": {self.scores.name: checksum(self.scores)}}
         write_atomically(self.record, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def is_run(name: str) -> bool:
+    """Whether `relp show NAME` means a run: a folder with a run.json, unless a shipped task has that name (./NAME is the run)."""
+    return name not in list_tasks() and RunDir(Path(name)).exists()
 
 
 def checksum(path: Path) -> str:
