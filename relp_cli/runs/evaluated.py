@@ -52,5 +52,5 @@ def suggested(table: pd.DataFrame | None) -> Suggestion | None:
     chosen = rows[reached & (rows.n_nodes > 0)]
     if chosen.empty:
         return None
-    row = chosen.iloc[-1].to_dict()
+    row = {str(name): value for name, value in chosen.iloc[-1].items()}
     return Suggestion(float(row["tau"]), {**row, "points": len(table)})
