@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import typed
 import typer.main
 from jaxtyping import install_import_hook
 
+os.environ.pop("COLUMNS", None)  # workers are given a terminal's width; what is read here is of a pipe
 # The tree of commands is built once in a process, not for every call of `relp`.
 typer.main.get_command = cache(typer.main.get_command)
 jaxtyping.jaxtyped = typed.shapes

@@ -26,7 +26,8 @@ def explorer(
 
     maps:  of nodes, per kind the mean score [layer][position] (added up over units), its standard error (of vector nodes) and n.
     rows:  the `most` strongest units: kind, layer, position, unit, score, standard error, n. of: how many units there are.
-    steps: (τ, how many units have |score| > τ), from the largest τ down. curve: τ, nodes, faithfulness and its interval, completeness.
+    steps: (τ, how many units have |score| > τ), from the largest τ down. curve: τ, nodes, faithfulness with its interval, and
+    completeness of every evaluated circuit.
     """
     table = top_units(scores, most)
     strengths = np.sort(np.abs(scores.mean.double().numpy()))
