@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,14 +20,20 @@ from relp_cli.cli.common import (
     output_option,
     print_json,
     progress,
+    refuse_typed,
 )
+from relp_cli.cli.listing import list_of, listed, show_list, undecided_threshold
 from relp_cli.errors import RelpError
 from relp_cli.files import check_file_writable
 from relp_cli.report.terminal import Column, print_table
 from relp_cli.spaces.table import SPACES
 
+OF_LISTS = ("run", "listing", "json")  # what --list takes besides, where nothing is selected
+DEFAULTS = ("absolute", "none")  # sign and aggregate of an evaluated sweep
+
 
 def command(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="A run directory that `relp score` wrote.")],
     threshold: Annotated[float | None, typer.Option("--threshold", "-t", help="Keep |score| > τ.")] = None,
     fraction: Annotated[float | None, typer.Option(help="τ as a fraction of mean |L(x_o)| (0.005: Transluce).")] = None,
@@ -78,16 +85,32 @@ def command(
     annotations: Annotated[
         Path | None, typer.Option(help="What features mean: JSON lines (default: contexts and promoted tokens).")
     ] = None,
+    listing: Annotated[
+        bool,
+        typer.Option("--list", help="Print every node or edge of the circuit with its score; alone: of circuit.json."),
+    ] = False,
+    allow_empty: Annotated[
+        bool, typer.Option("--allow-empty", help="Let a circuit of nothing replace a file that is there.")
+    ] = False,
     device: DeviceOption = None,
     output: Annotated[Path | None, output_option(help="Default: circuit.json in the run.")] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Select a circuit from a run's scores and write it as one readable JSON file.
+    """Select a circuit from a run's scores and write it as one readable JSON file. Without --threshold, --fraction, --top-k
+    or --top-p: the threshold that the run's evaluated sweep suggests, or else a table of what thresholds would keep.
 
     Example: relp circuit runs/ioi --threshold 0.005
+
+    Example: relp circuit runs/ioi --list
     """
     from relp_cli.runs.scoring import Session, open_run, prepare_again
 
+    how: dict[str, Any] = {"threshold": threshold, "fraction": fraction, "top_k": top_k, "top_p": top_p}
+    undecided = all(value is None for value in how.values())
+    if listing and undecided:
+        refuse_typed(context, OF_LISTS, "selects; --list alone prints the circuit that the run has")
+        show_list(*listed(run), json)
+        return
     if confirm is not None and not verify:
         raise RelpError("--confirm belongs to --verify")
     if confirm is not None and not 0 <= confirm < math.inf:
@@ -125,7 +148,6 @@ def command(
     session = Session(device)
     kinds = comma(nodes, "--nodes") if nodes is not None else tuple(scores)
     chosen = scores.only(kinds)
-    how: dict[str, Any] = {"threshold": threshold, "fraction": fraction, "top_k": top_k, "top_p": top_p}
     more: dict[str, Any] = {} if errors is None else {"errors": errors}
     more |= {
         k: v
@@ -142,12 +164,17 @@ def command(
             )
         print_json({"folder": str(made.folder), **made.as_dict()}) if json else show_clusters(made)
         return
+    from relp_cli.runs.choosing import refuse_empty
     from relp_cli.runs.selecting import refined
 
     source = refined(chosen, kinds, sign, aggregate, stable_signs, [Path(other) for other in average], spec.seed)
     for line in source.notes:
         note(line)
-    circuit = select(source.scores, **how, sign=source.sign, aggregate=source.aggregate, union=union, **more)
+    options = {"sign": source.sign, "aggregate": source.aggregate, "union": union, **more}
+    if undecided:
+        plain = not (average or stable_signs is not None or nodes or union or more or (sign, aggregate) != DEFAULTS)
+        how = {"threshold": undecided_threshold(run_dir, source.scores, options, plain, json)}
+    circuit = select(source.scores, **how, **options)
     circuit = source.recorded(circuit)
     path = output or run_dir.circuit
     if path.is_dir():
@@ -184,17 +211,23 @@ def command(
         prepared = prepare_again(spec, scores, session)
         with progress() as bar:
             circuit = with_edges(spec, prepared, session, circuit, edge_threshold, annotations, bar)
+    if not allow_empty:
+        refuse_empty(circuit, path, how)
     if circuit.n_nodes in (0, circuit.n_possible):
         note(f"WARNING: this threshold keeps {'nothing' if circuit.n_nodes == 0 else 'everything'}")
     circuit.save(path)
     if json:
         about = {"circuit": str(path), "n_nodes": circuit.n_nodes, "n_possible": circuit.n_possible, **circuit.meta}
+        if listing:
+            about |= {"units": list_of(scores, circuit)}
         print_json(about if edge_threshold is None else {**about, "edges": circuit.edges.columns()})
         return
     title = f"{circuit.n_nodes} of {circuit.n_possible} {SPACES[circuit.units.space].noun} (τ = {selection['tau']:g})"
     print_table(out, (_sites_table if circuit.units.space == "features" else _layers_table)(circuit), title=title)
     if edge_threshold is not None:
         show_edges(spec, prepared, session, circuit, annotations, out)
+    if listing:
+        show_list(scores, replace(circuit, edges=None), path)  # edges were shown
     log.print(str(path))
 
 

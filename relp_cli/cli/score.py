@@ -14,6 +14,7 @@ from relp_cli.cli.common import (
     RevisionOption,
     at_revision,
     comma,
+    count_option,
     log,
     note,
     out,
@@ -47,6 +48,7 @@ def command(
     per_example: Annotated[
         bool | None, typer.Option(help="Store scores per example (default: where they fit).")
     ] = None,
+    top: Annotated[int, count_option(1, help="Nodes to print per kind.")] = 10,
     output: Annotated[Path | None, output_option(help="Run directory (default: runs/…).")] = None,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
@@ -107,7 +109,7 @@ def command(
     if "feature" in scores:
         from relp_cli.runs.features import show_features
 
-        show_features(spec, session, scores, annotations, out)
+        show_features(spec, session, scores, annotations, out, top)
     else:
-        show_scores(scores)
+        show_scores(scores, top)
     log.print(f"{'already done: ' if cached else ''}{run.path}")

@@ -111,7 +111,11 @@ class Graph:
 
     def edge_names(self) -> list[str]:
         """`input->a0.h0<q>`, …, in row-major order."""
-        return [self.name(u, v) for u, v in self.mask.nonzero().tolist()]
+        return list(self._edge_names)
+
+    @cached_property
+    def _edge_names(self) -> tuple[str, ...]:
+        return tuple(self.name(u, v) for u, v in self.mask.nonzero().tolist())
 
     @cached_property
     def _positions(self) -> tuple[dict[str, int], dict[str, int]]:

@@ -46,10 +46,9 @@ BESIDE = {
 }  # fmt: skip
 BESIDE_ALL = {"circuit": ["--top-k=3"]}
 
-# Really valid: (verb or "", parameter) → values. Thresholds that keep everything or nothing say so.
+# Really valid: (verb or "", parameter) → values. Thresholds that keep everything say so; nothing replaces no circuit.
 VALID = {
-    ("", "seed"): ("0",), ("circuit", "threshold"): ("-1", "0", "9" * 25, BIG, "inf"),
-    ("circuit", "fraction"): ("-1", "0", "9" * 25, BIG, "inf"), ("circuit", "top_k"): ("0",),
+    ("", "seed"): ("0",), ("circuit", "threshold"): ("-1", "0"), ("circuit", "fraction"): ("-1", "0"),
     ("circuit", "confirm"): ("0", "9" * 25),
     ("circuit", "resamples"): ("0",), ("evaluate", "exclude_layers"): ("0",), ("evaluate", "random"): ("0",),
     ("diagnose", "show"): ("0",), ("show", "examples"): ("0",), ("bench", "only"): ("",),
