@@ -49,7 +49,8 @@ def command(
     from relp_cli.runs.comparing import CompareOptions, compare_runs, compare_tasks
     from relp_cli.runs.rundir import RunDir
 
-    nodes = "feature" if how.dictionary is not None and nodes == COMPONENTS else nodes
+    if nodes == COMPONENTS:
+        nodes = "feature" if how.dictionary is not None else _served(comma(methods, "--methods"))
     options = CompareOptions(
         models=comma(model, "--model"), methods=comma(methods, "--methods"), nodes=comma(nodes, "--nodes"),
         reference=reference, top_k=top_k, params=how.params, common=how.of_spec,
@@ -75,3 +76,11 @@ def command(
     show_agreement(result.table)
     for path in result.files:
         log.print(str(path))
+
+
+def _served(methods: tuple[str, ...]) -> str:
+    """What is compared by default: edges, where all methods score nothing else (`eap,eap_ig`)."""
+    from relp_cli.methods.table import default_nodes
+
+    served = {default_nodes(method, comma(COMPONENTS, "--nodes")) for method in methods}
+    return ",".join(served.pop()) if len(served) == 1 else COMPONENTS

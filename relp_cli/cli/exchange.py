@@ -11,33 +11,47 @@ from relp_cli.cli.common import DeviceOption, JsonFlag, log, note, out, output_o
 from relp_cli.errors import RelpError, unknown
 from relp_cli.files import check_file_writable
 
-FORMATS = ("eap-ig", "mib")
+FORMATS = ("eap-ig", "mib", "table")
+TABLES = (".csv", ".parquet")
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A run that scored edges, with its circuit.json if there is one.")],
+    run: Annotated[Path, typer.Argument(help="A run, with its circuit.json if there is one.")],
     file: Annotated[
-        Path, typer.Argument(help="What to write: a name that ends in .json or .pt; for mib, the submission's folder.")
+        Path,
+        typer.Argument(
+            help="What to write: a name in .csv, .parquet (all scores), .json or .pt (edges); for mib, a folder."
+        ),
     ],
     form: Annotated[
-        str, typer.Option("--format", help="eap-ig (a file), or mib (a submission to its leaderboard).")
-    ] = "eap-ig",
+        str | None,
+        typer.Option(
+            "--format", help="table, eap-ig, or mib (a submission to its leaderboard). Default: by the file's name."
+        ),
+    ] = None,
     as_: Annotated[
         str | None, typer.Option("--as", help="For mib: the folder's name, task_model (default: from the run).")
     ] = None,
     device: DeviceOption = None,
     json: JsonFlag = False,
 ) -> None:
-    """Write a run's edge scores and circuit in the format of EAP-IG, which MIB's evaluator reads. Scores are written with
+    """Write a run's scores and circuit for other programs. To .csv or .parquet: a row per unit with kind, layer, position, unit,
+    score (with the run's own sign), se, n, in_circuit.
+
+    To .json or .pt, edge scores and circuit in the format of EAP-IG, which MIB's evaluator reads. Scores are written with
     support of the behaviour positive, as MIB ranks them; the file's cfg.relp says what they were made from.
 
     With --format mib, scores of edges, of components (head,mlp_out) or of neurons (mlp_dim) become a folder task_model of a
     submission, which is checked as a whole: one file each, 50 MB, graphs, ranks.
 
+    Example: relp export runs/ioi scores.csv
+
     Example: relp export runs/ioi-edges ioi.json
 
     Example: relp export runs/ioi-edges submission --format mib
     """
+    if form is None:
+        form = "table" if file.suffix.lower() in TABLES else "eap-ig"
     if form not in FORMATS:
         raise unknown("format", form, FORMATS)
     if form == "mib":
@@ -45,6 +59,9 @@ def export(
         return
     if as_ is not None:
         raise RelpError("--as names a folder of a submission; it goes with --format mib")
+    if form == "table":
+        _table(run, file, json)
+        return
     from relp_cli.edges.exchange import check_circuit_name, export_circuit
     from relp_cli.runs.evaluating import own_circuit
     from relp_cli.runs.scoring import open_run
@@ -54,7 +71,7 @@ def export(
     run_dir, _, scores = open_run(run)
     if "edges" not in scores:
         raise RelpError(
-            f"run '{run}' scored {', '.join(scores)}; only edges can be exported (score with --nodes edges)"
+            f"run '{run}' scored {', '.join(scores)}; this format holds edges (score with --nodes edges; .csv holds all)"
         )
     edges = scores["edges"]
     circuit = own_circuit(run_dir, scores) if run_dir.circuit.is_file() else None
@@ -66,6 +83,22 @@ def export(
     if circuit is None:
         note("no circuit.json in this run: scores are exported, and no edge is marked as in the circuit")
     log.print(str(file))
+
+
+def _table(run: Path, file: Path, json: bool) -> None:
+    if file.suffix.lower() not in TABLES:
+        raise RelpError(f"{file}: expected a name that ends in {' or '.join(TABLES)}")
+    from relp_cli.runs.exporting import export_table
+
+    done = export_table(run, file)
+    if json:
+        print_json({"file": str(file), "rows": done.rows, "zeros_left_out": done.zeros, "in_circuit": done.kept})
+        return
+    if done.zeros:
+        note(f"{done.zeros} units at positions are 0 in every pair and have no row")
+    if done.kept is None:
+        note("no circuit.json in this run: in_circuit is empty")
+    log.print(f"{file}: {done.rows} rows" + ("" if done.kept is None else f", {done.kept} in the circuit"))
 
 
 def _submit(run: Path, folder: Path, name: str | None, device: str | None, json: bool) -> None:
