@@ -12,6 +12,7 @@ from relp_cli.cli import (
     diagnose,
     evaluate,
     exchange,
+    init,
     job,
     ls,
     overlap,
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (score, circuit, evaluate, test, robustness, compare, diagnose, overlap, report, ls, bench):
+for module in (score, circuit, evaluate, test, robustness, compare, diagnose, overlap, report, ls, bench, init):
     kind = Evaluate if module is evaluate else None
     app.command(name=module.__name__.rpartition(".")[2], cls=kind)(module.command)
 app.command(name="validate")(tasks.validate)

@@ -1,10 +1,10 @@
-"""relp validate TASK.yaml, relp show TASK, relp show RUN"""
+"""relp validate TASK.yaml|JOB.yaml, relp show TASK, relp show RUN"""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,25 +18,41 @@ from relp_cli.cli.common import (
     count_option,
     note,
     out,
+    print_fields,
     print_json,
     refuse_typed,
     seed_option,
 )
 from relp_cli.errors import RelpError
 
+MOST_WORDS = 20  # that are named in one line
 OF_RUNS = ("task", "top", "json")  # what `show` takes for a run
 
 
 def validate(
-    task: Annotated[str, typer.Argument(help="A task YAML, a file of pairs, or a shipped task's name.")],
+    task: Annotated[
+        str, typer.Argument(help="A task YAML, a file of pairs, a job YAML, or a shipped task's or job's name.")
+    ],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Also draw pairs for this model (only its tokenizer is loaded).")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Check a task (templates, word lists, pairing rule) or a file of pairs, without loading any model.
+    """Check a task (templates, word lists, pairing rule), a file of pairs or a batch job. Only --model and jobs load torch, and
+    nothing loads a model.
 
     Example: relp validate my_task.yaml
+
+    Example: relp validate my_task.yaml --model gpt2
     """
     from relp_cli.tasks.source import read_source
 
+    if _is_job(task):
+        if model is not None:
+            raise RelpError(f"--model is for tasks; '{task}' is a job, which names its models itself")
+        about = _checked_job(task)
+        print_json(about) if json else print_fields({**about, "valid": "yes"})
+        return
     source = read_source(task)
     text, spec = source.text, source.text.spec
     about = {
@@ -50,13 +66,71 @@ def validate(
         "notes": list(source.notes),
         "hash": text.hash,
     }
+    fits: dict[str, Any] = {}
+    if model is not None:
+        from dataclasses import asdict
+
+        from relp_cli.models.load import load_tokenizer
+        from relp_cli.tasks.fits import Bare, fit
+        from relp_cli.tasks.task import task_of
+
+        task_of(source).foreign()
+        fits = asdict(fit(task_of(source), Bare(model, load_tokenizer(model))))
     if json:
-        print_json(about)
-        return
-    for key, value in about.items():
-        if value not in (None, {}, [], ""):
-            out.print(f"{key}: {value}")
-    out.print("valid")
+        print_json(about | ({"model": model, **fits} if fits else {}))
+    else:
+        for key, value in about.items():
+            if value not in (None, {}, [], ""):
+                out.print(f"{key}: {_said(value)}")
+        if fits:
+            _show_fit(str(model), fits)
+    if fits and not fits["pairs"].get("discovery"):
+        raise RelpError(f"--model {model}: no pairs to score: {fits['why'][0]}")
+    if not json:
+        out.print("valid")
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {n}" for name, n in value.items())
+    return "; ".join(value) if isinstance(value, list) else str(value)
+
+
+def _show_fit(model: str, fits: dict[str, Any]) -> None:
+    for name, words in fits["several"].items():
+        pieces = ", ".join(f"{word} ({tokens})" for word, tokens in list(words.items())[:MOST_WORDS])
+        pieces += f" and {len(words) - MOST_WORDS} more (--json has all)" if len(words) > MOST_WORDS else ""
+        out.print(f"not single tokens of {model} where the task needs one, left out of '{name}': {pieces}")
+    if fits["pairs"]:
+        out.print(f"pairs drawn (at most 100 a split): {_said(fits['pairs'])}")
+    if fits["lengths"]:
+        lengths = ", ".join(f"{n} of {length} tokens" for length, n in fits["lengths"].items())
+        out.print(f"token lengths (without BOS): {lengths}")
+    if fits["pairs"].get("discovery"):
+        for why in fits["why"]:
+            note(f"WARNING: {why}")
+
+
+def _is_job(name: str) -> bool:
+    """Whether a name is a shipped job's, or that of a YAML with a grid of `tasks`."""
+    from relp_cli.config.load import read_yaml
+    from relp_cli.config.paths import list_configs
+
+    if name.endswith((".yaml", ".yml")) and Path(name).is_file():
+        return "tasks" in read_yaml(Path(name)).values
+    return name in list_configs("jobs") and name not in list_configs("tasks")
+
+
+def _checked_job(name: str) -> dict[str, Any]:
+    from relp_cli.runs.job import cells, load_job
+    from relp_cli.runs.jobrun import check_job
+
+    job = load_job(name, [])
+    check_job(job)
+    axes = {
+        axis: ", ".join(map(str, getattr(job, axis))) for axis in ("tasks", "models", "methods", "kinds", "directions")
+    }
+    return {"job": job.name, "description": job.description, **axes, "pairs": job.pairs, "cells": len(cells(job))}
 
 
 def show(

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import math
 import random
-from collections import ChainMap
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +28,8 @@ _TRIES = 300
 _RINGS = 200
 _MAX_ALL = 500_000
 _MAX_STRATA = 256
+_MAX_WHY = 20_000
+SAME_ANSWER = "have the same answer to the patch prompt as to the original (name a foil)"
 
 
 def check_split(split: str) -> None:
@@ -59,9 +61,10 @@ class TooFewPairs(RelpError):
         self.count = count
 
 
-def too_few(name: str, n: int, count: int, split: str) -> TooFewPairs:
+def too_few(name: str, n: int, count: int, split: str, why: str = "") -> TooFewPairs:
     """The error for asking more pairs than exist."""
-    return TooFewPairs(f"task '{name}' has {count} pairs in split '{split}' for this model, {n} were asked", count)
+    about = f"task '{name}' has {count} pairs in split '{split}' for this model, {n} were asked"
+    return TooFewPairs(about + (f": {why}" if why else ""), count)
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def generate(task: TaskText, vocabulary: Vocabulary, n: int | None, seed: int, s
             rng.shuffle(everything)
             return everything
         if n > len(everything):
-            raise too_few(task.spec.name, n, len(everything), split)
+            raise too_few(task.spec.name, n, len(everything), split, "" if everything else pool.why_none())
     found = pool.balanced(n, rng) if task.spec.balance else pool.sample(n, rng)
     rng.shuffle(found)
     return found
@@ -166,7 +169,8 @@ class _Pool:
             if raw is None:
                 rest = [raw for raw in self.everything() if raw.pair not in found]
                 if len(rest) < n - i:
-                    raise too_few(self.task.spec.name, n, len(rest) + i, self.split)
+                    why = "" if rest or i else self.why_none()
+                    raise too_few(self.task.spec.name, n, len(rest) + i, self.split, why)
                 return [*found.values(), *rng.sample(rest, n - i)]
             found[raw.pair] = raw
         return list(found.values())
@@ -189,7 +193,7 @@ class _Pool:
             return list(found.values())
         count = sum(1 for _ in self.everything())
         if n > count:
-            raise too_few(self.task.spec.name, n, count, self.split)
+            raise too_few(self.task.spec.name, n, count, self.split, "" if count else self.why_none())
         raise RelpError(
             f"task '{self.task.spec.name}': no {n} of the {count} pairs in split '{self.split}' were found that use "
             f"each word equally often in {', '.join(slots)}; ask fewer, or all {count}"
@@ -228,27 +232,52 @@ class _Pool:
                 return raw
         return None
 
+    def why_none(self) -> str:
+        """Why no combination of words is a pair: how many fail for which reason, of the first `_MAX_WHY`."""
+        combinations = (
+            (choice, dict(zip(self.drawn, rows, strict=True)))
+            for choice in self.choices
+            for rows in itertools.product(*(self.rows[slot] for slot in self.drawn))
+        )
+        made = [self.pair_or_why(*one) for one in itertools.islice(combinations, _MAX_WHY)]
+        if not made:
+            return "slots that share a list need at least as many words as there are slots"
+        counts = Counter(why for why in made if isinstance(why, str)).most_common()
+        first = "" if len(made) < _MAX_WHY else "the first "
+        return f"of {first}{len(made)} combinations of words " + ", ".join(f"{n} {why}" for why, n in counts)
+
     def pair(self, choice: _Choice, drawn: Mapping[str, Row]) -> RawPair | None:
         """The pair of a combination, or None where it is none: words that must differ do not, or another split."""
+        made = self.pair_or_why(choice, drawn)
+        return None if isinstance(made, str) else made
+
+    def pair_or_why(self, choice: _Choice, drawn: Mapping[str, Row]) -> RawPair | str:
+        """The pair of a combination, or why it is none."""
         words = {**dict(choice.words), **drawn}
         if not self._distinct(words):
-            return None
+            return "show one word in two slots of a list"
         task, mentions = self.task, choice.template.mentions
         patched = {**words, **{slot: words[source] for slot, source in self.slot_patch.items()}}
         if self.split != "all":  # before anything is rendered: half of what is drawn ends here
             if side(_shown(mentions, words, {})) != self.split:
-                return None
+                return "are of the other split"
             if task.patch and side(_shown(mentions, patched, self.role_patch)) != self.split:
-                return None
+                return "have a patch prompt of the other split"
         original, patch = choice.template.render(words), choice.template.render(patched, self.role_patch)
         if not (self.accepts(original) and self.accepts(patch)):
-            return None
+            return "have words that touch and are no tokens of their own"
         answer = self._outcomes(task.answer, words)
         foil = self._outcomes(task.foil, words)
         if task.patch and not task.foil:
             foil = self._outcomes(task.answer, patched)
-        if not answer or set(answer) & set(foil) or (task.patch and (original.text == patch.text or not foil)):
-            return None
+        if not answer:
+            return "have no answer"
+        if set(answer) & set(foil):
+            return "have a foil that equals the answer" if task.foil else SAME_ANSWER
+        if task.patch and original.text == patch.text:
+            return "have a patch prompt that equals the original"
+        if task.patch and not foil:
+            return "have no foil"
         changed = tuple((original.spans[i][1:], patch.spans[i][1:]) for i in choice.changes)
         roles = tuple((mention.role, start, end) for mention, start, end in original.spans)
         text = PromptPair(original.text, patch.text if task.patch else None, answer, foil, roles)
