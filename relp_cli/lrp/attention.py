@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from relp_cli.lrp.local import log_pattern
 from relp_cli.lrp.rules import ActiveRule
 from relp_cli.lrp.site import RuleSite, Values, replace
 from relp_cli.models.model import Model
@@ -59,13 +60,13 @@ def _pattern_values(model: Model, name: str, rule: ActiveRule) -> RuleSite:
 
 
 def _softmax(name: str, rule: ActiveRule) -> RuleSite:
-    def surrogate(v: Values, y: Tensor, other: Values | None) -> Tensor:
-        return rule.rule.fn(v["scores"], y.detach(), other and other["pattern"])
+    def surrogate(v: Values, _: Tensor, other: Values | None) -> Tensor:
+        return rule.rule.fn(v["scores"], log_pattern(v["scores"]), other and other["log_pattern"])
 
     reads, write = {"scores": f"{name}.hook_attn_scores"}, f"{name}.hook_pattern"
     return RuleSite(
         f"{name}.softmax", (str(rule),), reads, write, surrogate,
-        lambda v: {"pattern": v["pattern"]}, lambda v, _: v["scores"].softmax(-1), {"pattern": write},
+        lambda v: {"log_pattern": log_pattern(v["scores"])}, lambda v, _: v["scores"].softmax(-1),
     )  # fmt: skip
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from relp_cli.precision import wide
+
 
 def weighed_softmax(s: Tensor, m: Tensor) -> Tensor:
     """m·(S − Σ m·S / Σ m), the softmax's first-order form with weights m in place of the pattern; masked entries (m = 0) stay."""
@@ -17,11 +19,18 @@ def weighed_softmax(s: Tensor, m: Tensor) -> Tensor:
     return m * (s - (m * s).sum(-1, keepdim=True) / m.sum(-1, keepdim=True).clamp_min(torch.finfo(m.dtype).tiny))
 
 
-def logarithmic_mean(a: Tensor, b: Tensor) -> Tensor:
-    """(a − b)/(ln a − ln b) of numbers ≥ 0; a where they are equal, 0 where one is 0."""
-    low, high = torch.minimum(a, b).detach(), torch.maximum(a, b).detach()
-    gap = torch.log1p((high - low) / low)  # ∞ where low is 0, NaN where both are
-    return torch.where(low == high, high, torch.where(low == 0, 0, high * -torch.expm1(-gap) / gap))
+def logarithmic_mean(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """(a − b)/(ln a − ln b) of numbers given by their logarithms, since patterns underflow where their logarithms do not; a where
+    they are equal, 0 where both are 0.
+    """
+    high, gap = torch.maximum(log_a, log_b), (log_a - log_b).abs()
+    mean = high.exp() * torch.where(gap == 0, 1, -torch.expm1(-gap) / torch.where(gap == 0, 1, gap))
+    return torch.where(high == -torch.inf, 0, mean)
+
+
+def log_pattern(scores: Tensor) -> Tensor:
+    """ln softmax(scores), in float32 at least."""
+    return wide(scores.detach()).log_softmax(-1)
 
 
 def cap_slope(x: Tensor, other: Tensor, cap: float) -> Tensor:
@@ -54,18 +63,42 @@ def local(
         return slope * (new - raw), slope
 
     gap, slope = moved(q_other @ k_run.transpose(-2, -1) * scale)
-    m = logarithmic_mean(p, (s + gap).softmax(-1))
+    m = logarithmic_mean(log_pattern(s), log_pattern(s + gap)).to(s.dtype)
     by_queries = weighed_softmax(slope * (q @ k_run.transpose(-2, -1)) * scale, m) @ v_run
 
     d, slope = moved(q_run @ k_other.transpose(-2, -1) * scale)
-    d = d.masked_fill(p == 0, 0)
-    far = d.clamp(-80, 80)  # beyond which the share below is 1 or its weight 0 to rounding, and exp overflows
-    # u/(1+u) with u = P·(e^d − 1), in the form that does not overflow
-    up = p * -torch.expm1(-far) / (torch.exp(-far) * (1 - p) + p)
-    down = p * torch.expm1(far) / (1 + p * torch.expm1(far))
-    moves = torch.where(far > 0, up, down)
-    kappa = torch.where(d == 0, p, moves / torch.where(d == 0, torch.ones_like(d), d))
-    by_key = kappa * (slope * (q_run @ k.transpose(-2, -1)) * scale)
-    mean_v = 0.5 * (v_run + v_other)
-    by_keys = by_key @ mean_v - (by_key * p) @ (mean_v - v_run) - by_key.sum(-1, keepdim=True) * (p @ v_run)
-    return by_queries + by_keys + (p + 0.5 * moves * (1 - p)) @ v
+    change, per_score, top, mean_without_top = one_key_at_a_time(s, d, v_run)
+    by_key = per_score * (slope * (q_run @ k.transpose(-2, -1)) * scale)
+    # Of each key t: V̄_t − the other keys' mean of V. Others than the top one have P ≤ ½, so that their rest can be divided by.
+    rest = torch.where(top, 0, by_key / torch.where(top, torch.ones_like(p), 1 - p))
+    others = rest.sum(-1, keepdim=True) * (p @ v_run) - (rest * p) @ v_run
+    others = others + (by_key * top).sum(-1, keepdim=True) * mean_without_top
+    by_keys = by_key @ (0.5 * (v_run + v_other)) - others
+    return by_queries + by_keys + (p + 0.5 * change) @ v
+
+
+def one_key_at_a_time(s: Tensor, d: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What moving the score of one key t by d_t does, while the others stay: P_t = 1 − σ(a), a = logsumexp of the others − s_t.
+
+    Returns P'_t − P_t = σ(a) − σ(a − d); the same per unit of score (at d = 0 the slope); which key is the top one of its query;
+    and the mean of V without it. In these forms nothing is 0/0 where a pattern is saturated (P = 1 to the last bit).
+    """
+    all_keys = s.logsumexp(-1, keepdim=True)
+    top = torch.zeros_like(s, dtype=torch.bool).scatter_(-1, s.argmax(-1, keepdim=True), True)
+    without_top = s.masked_fill(top, -torch.inf)
+    alone = without_top.amax(-1, keepdim=True) == -torch.inf  # a query's only key: nothing to be moved from
+    below = torch.where(alone, 0, without_top)
+    others = torch.where(
+        top, below.logsumexp(-1, keepdim=True), all_keys + torch.log1p(-torch.exp(s - all_keys).masked_fill(top, 0))
+    )
+    a = torch.where(top & alone, -torch.inf, others - s)
+    b = a - d
+    change = torch.where(
+        d >= 0,
+        torch.sigmoid(a) * torch.sigmoid(-b) * -torch.expm1(-d.clamp_min(0)),
+        torch.sigmoid(b) * torch.sigmoid(-a) * torch.expm1(d.clamp_max(0)),
+    )
+    per_score = torch.where(
+        d == 0, torch.sigmoid(a) * torch.sigmoid(-a), change / torch.where(d == 0, torch.ones_like(d), d)
+    )
+    return change, per_score, top, torch.where(alone, 0, below.softmax(-1) @ v)

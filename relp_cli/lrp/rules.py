@@ -123,10 +123,10 @@ def _half_qk(q: Tensor, k: Tensor, *_: Tensor | None) -> Tensor:
     return 0.5 * q @ k.transpose(-2, -1)
 
 
-# softmax: (scores, pattern, pattern of the other run) → surrogate of the pattern
-def _softmax2(s: Tensor, p: Tensor, other: Tensor) -> Tensor:
+# softmax: (scores, logarithm of the pattern, that of the other run) → surrogate of the pattern
+def _softmax2(s: Tensor, log_p: Tensor, log_other: Tensor) -> Tensor:
     """Exact secant: as Σ ΔP = 0, Δ log Z = Σ m·ΔS / Σ m with m the logarithmic mean of the two patterns."""
-    return weighed_softmax(s, logarithmic_mean(p, other))
+    return weighed_softmax(s, logarithmic_mean(log_p, log_other).to(s.dtype))
 
 
 def _softmax_t2(s: Tensor, *_: Tensor | None) -> Tensor:

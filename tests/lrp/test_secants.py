@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import pytest
@@ -96,13 +97,14 @@ def test_norm_softmax_and_cap_are_exact_between_their_runs() -> None:
     close(form(y) - form(x), y * inverse[1] - x * inverse[0], 1e-12)
     s, t = 4 * torch.randn(2, 5, 9, generator=rng, dtype=torch.float64)
     s[:, 7:] = t[:, 7:] = -torch.inf
-    f = [RULES["softmax2"].fn(v, s.softmax(-1), t.softmax(-1)) for v in (s, t)]
+    f = [RULES["softmax2"].fn(v, s.log_softmax(-1), t.log_softmax(-1)) for v in (s, t)]
     close(f[1] - f[0], t.softmax(-1) - s.softmax(-1), 1e-12)
     slope = cap_slope(x, y, 3.0)
     close(slope * (y - x), 3 * torch.tanh(y / 3) - 3 * torch.tanh(x / 3), 1e-12)
-    assert torch.equal(
-        logarithmic_mean(torch.tensor([0.0, 0.0, 0.3]), torch.tensor([0.0, 0.2, 0.3])), torch.tensor([0, 0, 0.3])
-    )
+    a, b = torch.tensor([[0.0, 0.0, 0.3, 0.2], [0.0, 0.2, 0.3, 0.1]], dtype=torch.float64)
+    close(logarithmic_mean(a.log(), b.log()), torch.tensor([0, 0, 0.3, 0.1 / math.log(2)], dtype=torch.float64), 1e-12)
+    far = logarithmic_mean(torch.tensor(-200.0), torch.tensor(0.0))  # e⁻²⁰⁰ is 0 in float32
+    assert far == pytest.approx(1 / 200)
 
 
 def test_two_temperatures_and_halves() -> None:
@@ -158,6 +160,29 @@ def test_the_joint_rule_changes_one_thing_at_a_time() -> None:
         values = v.clone()
         values[..., t, :] = v2[..., t, :]
         close(surrogate(q, k, values), (pattern(q, keys) + p)[..., t, None] / 2 * (v2 - v)[..., t, None, :])
+
+
+def test_the_joint_rule_is_finite_and_right_where_patterns_are_saturated() -> None:
+    """In float32, with patterns that are 1 to the last bit, coefficients are those of float64."""
+    rng = torch.Generator().manual_seed(3)
+    run, other = 1.5 * torch.randn(2, 3, 4, 2, 6, 4, generator=rng, dtype=torch.float64)
+    mask = torch.full((6, 6), torch.finfo(torch.float32).min, dtype=torch.float64).triu(1)
+
+    def coefficients(dtype: torch.dtype, scale: float) -> tuple[list[Tensor], Tensor]:
+        (q, k, v), theirs = (tuple(t.to(dtype) for t in x) for x in (run, other))
+        inputs = tuple(t.clone().requires_grad_() for t in (q, k, v))
+        scores = q @ k.transpose(-2, -1) * scale + mask.to(dtype)
+        p = scores.softmax(-1)
+        z = local((inputs, theirs), scores, p, scale, None)  # type: ignore[arg-type]
+        weight = torch.randn(z.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype)
+        return list(torch.autograd.grad((z * weight).sum(), inputs)), p
+
+    for scale in (0.5, 8.0, 40.0):
+        (narrow, p), (wide, _) = coefficients(torch.float32, scale), coefficients(torch.float64, scale)
+        for got, want in zip(narrow, wide, strict=True):
+            assert torch.isfinite(got).all()
+            torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=2e-4 * float(want.abs().max()))
+    assert (p[..., 1:, :] == 1).any()  # more keys than one, and all on one of them
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "gemma2"])
