@@ -27,7 +27,8 @@ class Bare:
 @dataclass(frozen=True)
 class Fit:
     """several: word list → word → its tokens, of words that the task cannot use.
-    pairs: split → how many were drawn, at most `MOST`. lengths: token length → how many of these. why: what is wrong, in one line a problem; an unusable task has no pairs.
+    pairs:   split → how many were drawn, at most `MOST`. lengths: token length → how many of these.
+    why:     what is wrong, in one line a problem; an unusable task has no pairs.
     """
 
     several: dict[str, dict[str, str]]
