@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import typer
 
 from relp_cli import __version__
@@ -24,7 +26,9 @@ from relp_cli.cli import (
     train_dictionary,
 )
 from relp_cli.cli.benchmarks import Evaluate
+from relp_cli.cli.waiting import waiting
 
+QUICK = ("ls", "validate", "init")  # load no torch, mostly
 app = typer.Typer(
     name="relp",
     help="Circuit discovery for transformer language models: score nodes, select circuits, evaluate and compare them.",
@@ -45,8 +49,13 @@ app.command(name="reproduce")(job.reproduce)
 
 
 @app.callback(invoke_without_command=True)
-def main(version: bool = typer.Option(False, "--version", help="Print the version and stop.")) -> None:
+def main(
+    context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version and stop.")
+) -> None:
     """Circuit discovery for transformer language models."""
     if version:
         typer.echo(__version__)
         raise typer.Exit
+    verb = context.invoked_subcommand
+    if verb not in (None, *QUICK) and not {"-h", "--help"} & set(sys.argv):
+        waiting(f"relp {verb}: loading torch …")

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from relp_cli import MOST_SEED
+from relp_cli.cli.waiting import settle
 from relp_cli.config.load import parse
 from relp_cli.errors import RelpError, unknown, visible
 
@@ -26,6 +27,10 @@ class Terminal(Console):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def print(self, *what: Any, **how: Any) -> None:
+        settle()
+        super().print(*what, **how)
 
     def render_str(self, text: str, **how: Any) -> Text:
         return super().render_str(visible(text), **how)
@@ -145,6 +150,7 @@ def print_fields(fields: Mapping[str, Any]) -> None:
 
 def print_json(value: Any) -> None:
     """Print a value as JSON on stdout; tensors and NumPy numbers become plain ones, and what is no finite number null."""
+    settle()
     ascii_only = not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
     sys.stdout.write(json.dumps(_plain(value), indent=1, ensure_ascii=ascii_only, allow_nan=False) + "\n")
 
@@ -163,19 +169,25 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def progress() -> Iterator[Callable[[int, int, str], None] | None]:
-    """A progress bar with ETA on a terminal; None (silence) in a pipe."""
+    """A progress bar with ETA on a terminal; None (silence) in a pipe. What is loading is said until the first step."""
     if not log.is_terminal:
         yield None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=log, transient=True) as bar:
-        tasks: dict[str, Any] = {}
+    bar, tasks = Progress(*columns, console=log, transient=True), dict[str, Any]()
+    try:
 
         def update(done: int, total: int, what: str) -> None:
+            if not tasks:
+                settle()
+                bar.start()
             if what not in tasks:
                 tasks[what] = bar.add_task(visible(what), total=total)
             bar.update(tasks[what], completed=done, total=total)
 
         yield update
+    finally:
+        if tasks:
+            bar.stop()

@@ -13,6 +13,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
+from relp_cli.cli.waiting import settle
 from relp_cli.errors import BAD_PLACE, RelpError, nearest, visible
 
 INTERRUPTED = "interrupted; the same command again resumes what was finished"
@@ -66,6 +67,7 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 def fail(message: str, code: int) -> None:
     """One `error:` line on stderr, and the exit code."""
+    settle()
     line = visible(message.strip())
     if len(line) > LONGEST:
         line = f"{line[: LONGEST * 2 // 3]} … {line[-LONGEST // 3 :]}"
@@ -97,6 +99,7 @@ def _interrupt(_: int, frame: FrameType | None) -> None:
     """KeyboardInterrupt, but at once while a module is imported: modules of others catch whatever is raised in them."""
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            settle()
             with suppress(OSError):
                 os.write(2, f"error: {INTERRUPTED}\n".encode())
             os._exit(130)
@@ -116,6 +119,7 @@ def _usable_streams() -> None:
 
 def _leave(code: Any) -> None:
     """Exit, also where nobody reads our output any more: what is still buffered is dropped."""
+    settle()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

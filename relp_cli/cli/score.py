@@ -24,6 +24,7 @@ from relp_cli.cli.common import (
     progress,
 )  # fmt: skip
 from relp_cli.cli.options import ScoringOptions, takes
+from relp_cli.cli.waiting import waiting
 
 
 @takes(ScoringOptions)
@@ -78,6 +79,7 @@ def command(
         from relp_cli.features.annotations import read_annotations
 
         read_annotations(annotations)
+    waiting(f"loading {at_revision(model, revision)} …")
     if dry_run:
         prepared = prepare(spec, session)
         cost = describe_cost(prepared.model, prepared.pairs, spec)

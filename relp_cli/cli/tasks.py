@@ -23,6 +23,7 @@ from relp_cli.cli.common import (
     refuse_typed,
     seed_option,
 )
+from relp_cli.cli.waiting import waiting
 from relp_cli.errors import RelpError
 
 MOST_WORDS = 20  # that are named in one line
@@ -173,6 +174,7 @@ def show(
         task=task, model=at_revision(model, revision), pairs=pairs, seed=seed, split=split, bos=bos, unusable=unusable,
         ids_of=ids_of,
     )  # fmt: skip
+    waiting(f"loading {at_revision(model, revision)} …")
     prepared = prepare(spec, Session(), at_most=True)
     tokenizer = prepared.model.tokenizer
 
@@ -194,7 +196,7 @@ def show(
     for batch in prepared.pairs:
         for original, patch, answer, foil in list(_rows(batch))[:examples]:
             example = f"answer {_some(words(answer))}, foil {_some(words(foil))}"
-            title = f"{len(batch)} pairs of {batch.n_pos} tokens, such as: {example}"
+            title = f"{len(batch)} pair{'s' * (len(batch) > 1)} of {batch.n_pos} tokens, such as: {example}"
             old, new = words(original), words(patch) if patch else [""] * len(original)
             changed = [bool(patch) and a != b for a, b in zip(old, new, strict=True)]
             places = [str(i) for i in range(batch.n_pos)]

@@ -149,3 +149,19 @@ def test_an_interrupt_while_starting_is_one_line(delay):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == "error: interrupted; the same command again resumes what was finished\n"
+
+
+def test_on_a_terminal_it_says_at_once_what_loads_and_takes_it_back():
+    import pty
+
+    code = "import sys; from relp_cli.cli.main import run; sys.argv = ['relp', 'score', 'ioi', '--pais']; run()"
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=theirs)
+    process.wait(60)
+    os.close(theirs)
+    said = os.read(ours, 4096).decode()
+    os.close(ours)
+    clear = "\r\x1b[K"
+    assert said.startswith(f"{clear}relp score: loading torch …{clear}error: relp score: unknown option")
+    piped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert piped.stderr.startswith("error: ")
