@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import relp_cli
 from relp_cli.errors import RelpError
-from relp_cli.runs.reporting import _evaluation
+from relp_cli.runs.evaluated import read_evaluation
 from relp_cli.runs.rundir import checksum
 from relp_cli.spaces.scores import KindScores, Scores, whole_of
 
@@ -166,7 +166,7 @@ def test_two_folders_of_one_name_are_two_rows(relp, tmp_path):
 
 def test_a_circuits_hash_of_digits_stays_text(tmp_path):
     (tmp_path / "evaluation.csv").write_text("circuit,faithfulness,note\n456640645983,0.5,\n")
-    table = _evaluation(tmp_path / "evaluation.csv")
+    table = read_evaluation(tmp_path / "evaluation.csv")
     assert table is not None
     assert table["circuit"].tolist() == ["456640645983"]
 
