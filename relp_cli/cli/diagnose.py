@@ -67,7 +67,9 @@ def command(
         return
     from relp_cli.report.tables import show as print_table
 
-    where = f"{prepared.task.name}, {prepared.model.name}, {how.direction}, {prepared.metric}, {spec.pairs} pairs"
+    where = (
+        f"{prepared.task.name}, {prepared.model.name}, {how.direction}, {prepared.metric}, {prepared.behaviour.n} pairs"
+    )
     out.print(f"{method} on {where}")
     for title, table in tables.values():
         if len(table):

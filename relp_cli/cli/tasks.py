@@ -207,8 +207,10 @@ def show(
                 title=title,
             )
     patch_value = "" if seen.metric_patch is None else f", on patches {seen.metric_patch:+.3f}"
+    low, high = seen.interval
     out.print(
-        f"{prepared.model.name} on {prepared.task.name}: accuracy {seen.accuracy:.3f} over {seen.n} pairs; mean "
+        f"{prepared.model.name} on {prepared.task.name}: accuracy {seen.accuracy:.3f} [{low:.2f}, {high:.2f}] over {seen.n} "
+        "pairs; mean "
         f"{prepared.metric} on originals {seen.metric_original:+.3f}{patch_value}",
     )
 

@@ -16,13 +16,17 @@ from relp_cli.tasks.formulas import NotFinite
 from relp_cli.tasks.metrics import METRICS, Metric
 from relp_cli.tasks.pairs import PairBatch
 
+LEVEL = 0.01  # of the tests against chance
+NEAR = 2 / 3  # an accuracy that counts as chance at most
+
 
 @dataclass(frozen=True)
 class Behaviour:
     """accuracy: share of originals with answer above foil; metric_original, metric_patch: means of the task's metric.
 
-    correct: per batch Bool[batch]. at_chance: accuracy is not above 1/2 at the 1 % level (only asked where there is a foil).
-    too_few: there are too few pairs to tell.
+    correct:  per batch Bool[batch].
+    interval: of the accuracy, 95 % (Clopper and Pearson 1934, exact).
+    verdict:  `against_chance`; "" where a pair has no foil.
     """
 
     accuracy: float
@@ -30,17 +34,48 @@ class Behaviour:
     metric_patch: float | None
     n: int
     correct: tuple[Tensor, ...]
-    at_chance: bool
-    too_few: bool = False
+    interval: tuple[float, float]
+    verdict: str
 
-    def as_dict(self) -> dict[str, float | int | bool | None]:
+    @property
+    def at_chance(self) -> bool:
+        """Whether a test says that the model is at chance, or below."""
+        return self.verdict in ("at", "below")
+
+    def as_dict(self) -> dict[str, float | int | bool | str | None]:
+        low, high = self.interval
         return {
             "accuracy": self.accuracy,
+            "accuracy_lo": low,
+            "accuracy_hi": high,
             "metric_original": self.metric_original,
             "metric_patch": self.metric_patch,
             "n": self.n,
             "at_chance": self.at_chance,
+            "against_chance": self.verdict,
         }
+
+    def note(self, model: str, task: str) -> str:
+        """What people have to know of it, or ""."""
+        low, high = self.interval
+        about = f"accuracy {self.accuracy:.2f} [{low:.2f}, {high:.2f}], n = {self.n}"
+        return {
+            "below": f"WARNING: {model} is below chance on {task} ({about}): it prefers the foils, and scores explain that",
+            "at": f"WARNING: {model} is at chance on {task} ({about}); scores explain no behaviour here",
+            "undecided": f"{self.n} pairs are too few to tell {model}'s behaviour on {task} from chance ({about})",
+        }.get(self.verdict, "")
+
+
+def against_chance(hits: int, n: int) -> str:
+    """Binomial tests at 1 %: "above" or "below", where ½ is rejected; "at", where 2/3 or more is; else "undecided".
+
+    With fewer than 7 pairs nothing is "above", whatever the model does.
+    """
+    if stats.binomtest(hits, n, 0.5, alternative="greater").pvalue <= LEVEL:
+        return "above"
+    if stats.binomtest(hits, n, 0.5, alternative="less").pvalue <= LEVEL:
+        return "below"
+    return "at" if stats.binomtest(hits, n, NEAR, alternative="less").pvalue <= LEVEL else "undecided"
 
 
 @torch.no_grad()
@@ -56,16 +91,15 @@ def behaviour(model: Model, pairs: Sequence[PairBatch], metric: str) -> Behaviou
             patch.append(_values(model, batch, batch.patch, row, model.logits(batch.patch), logits))
     hits, n = int(torch.cat(correct).sum()), sum(len(b) for b in pairs)
     has_foil = all((b.foil >= 0).any(-1).all() for b in pairs)
-    chance = has_foil and stats.binomtest(hits, n, 0.5, alternative="greater").pvalue > 0.01
-    too_few = has_foil and hits > n / 2 and 0.5**n > 0.01  # not even a perfect score would show
+    bounds = stats.binomtest(hits, n).proportion_ci(0.95, "exact")
     return Behaviour(
         accuracy=hits / n,
         metric_original=torch.cat(original).mean().item(),
         metric_patch=torch.cat(patch).mean().item() if patch else None,
         n=n,
         correct=tuple(correct),
-        at_chance=bool(chance and not too_few),
-        too_few=bool(too_few),
+        interval=(float(bounds.low), float(bounds.high)),
+        verdict=against_chance(hits, n) if has_foil else "",
     )
 
 

@@ -42,7 +42,7 @@ DEPTHS = ("all", "first third", "middle third", "last third")
 
 
 def study(models: Sequence[str], tasks: Sequence[str], pairs: int, seed: int = 0, say: Any = print) -> pd.DataFrame:
-    """One row per model, task, direction, node kind, depth and rule set. Tasks that a model is at chance on are left out,
+    """One row per model, task, direction, node kind, depth and rule set. Tasks that a model is not above chance on are left out,
     and so are tasks whose words it does not know; `say` is told which.
     """
     rows: list[dict[str, Any]] = []
@@ -55,8 +55,8 @@ def study(models: Sequence[str], tasks: Sequence[str], pairs: int, seed: int = 0
             except RelpError as error:
                 say(f"{model.name}, {task.name}: left out ({error})")
                 continue
-            if behaviour(model, batches, task.metric).at_chance:
-                say(f"{model.name}, {task.name}: left out (the model is at chance)")
+            if behaviour(model, batches, task.metric).verdict not in ("above", ""):
+                say(f"{model.name}, {task.name}: left out (not shown to be above chance)")
                 continue
             for direction in DIRECTIONS:
                 exact = score(model, batches, "act_patch", COMPONENTS, task.metric, direction, keep_examples=True)

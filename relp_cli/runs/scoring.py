@@ -92,17 +92,12 @@ def prepare(spec: ScoreSpec, session: Session, at_most: bool = False) -> Prepare
     if available < spec.pairs:
         notes.append(f"{available} {spec.split} pairs exist, {spec.pairs} were asked")
     seen = behaviour(model, pairs, metric)
+    if said := seen.note(model.name, task.name):  # of all pairs: those that it gets right say nothing
+        notes.append(said)
     if spec.only_correct:
         kept = keep_correct(pairs, seen)
         notes.append(f"only correct: {sum(len(b) for b in kept)} of {seen.n} pairs kept")
         pairs, seen = kept, behaviour(model, kept, metric)
-    if seen.too_few:
-        notes.append(f"{seen.n} pairs are too few to tell accuracy {seen.accuracy:.2f} from chance")
-    elif seen.at_chance:
-        notes.append(
-            f"WARNING: {model.name} is at chance on {task.name} (accuracy {seen.accuracy:.2f}, n = {seen.n}); "
-            "scores explain no behaviour here"
-        )
     return Prepared(model, task, pairs, metric, seen, built.bos, tuple(notes))
 
 

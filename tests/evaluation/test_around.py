@@ -1,5 +1,6 @@
 """What surrounds an evaluation: verified candidates, minimality, a circuit run by hand, overlap, areas, behaviour."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from oracles.wrapped import case, close, double_by_default, hook_count, pairs, r
 
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.areas import areas
-from relp_cli.evaluation.behaviour import behaviour, keep_correct
+from relp_cli.evaluation.behaviour import against_chance, behaviour, keep_correct
 from relp_cli.evaluation.evaluate import evaluate
 from relp_cli.evaluation.minimality import applied, minimality
 from relp_cli.evaluation.overlap import overlap, stability
@@ -133,6 +134,24 @@ def test_areas_by_hand():
         assert np.isnan(areas(x, y)).all()
 
 
+def _tail(n, p, hits):
+    """P(at most `hits` of n), term by term."""
+    return sum(math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in hits)
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "verdict"),
+    [(7, 7, "above"), (6, 6, "undecided"), (0, 7, "below"), (0, 6, "at"), (50, 100, "at"), (58, 100, "undecided"),
+     (62, 100, "undecided"), (63, 100, "above"), (37, 100, "below"), (38, 100, "at"), (8, 10, "undecided"),
+     (15, 30, "undecided"), (500, 1000, "at")],
+)  # fmt: skip
+def test_chance_is_said_where_a_test_says_so(hits, n, verdict):
+    above, below = _tail(n, 0.5, range(hits, n + 1)) <= 0.01, _tail(n, 0.5, range(hits + 1)) <= 0.01
+    near = _tail(n, 2 / 3, range(hits + 1)) <= 0.01
+    assert verdict == ("above" if above else "below" if below else "at" if near else "undecided")
+    assert against_chance(hits, n) == verdict
+
+
 def test_behaviour_on_originals_and_patches():
     c = case("pythia")
     both = [pairs(3, 4, seed=2), pairs(5, 6, seed=3)]
@@ -148,7 +167,7 @@ def test_behaviour_on_originals_and_patches():
     assert got.metric_patch == pytest.approx(patched.mean().item(), abs=1e-12)
     assert got.accuracy == (values > 0).double().mean().item()
     assert torch.equal(torch.cat(got.correct), values > 0)
-    assert got.at_chance
+    assert (got.verdict, got.at_chance) == ("undecided", False)  # of 8 pairs
     kept = keep_correct(both, got)
     assert sum(map(len, kept)) == int((values > 0).sum())
     easy = PairBatch(both[0].original.repeat(10, 1), None, [1] * 30, [2] * 30)
@@ -157,7 +176,11 @@ def test_behaviour_on_originals_and_patches():
     with exact_float64():
         sure = behaviour(c.model, [best], "logit_diff")
     assert (sure.accuracy, sure.at_chance, sure.metric_patch) == (1, False, None)
+    assert sure.verdict == "above"
+    assert sure.note("m", "t") == ""
+    assert sure.interval == pytest.approx((0.025 ** (1 / 30), 1.0))  # P(30 of 30) = 2.5 %
     wrong = replace(best, answer=best.foil, foil=best.answer)
     seen = behaviour(c.model, [wrong], "logit_diff")
+    assert seen.note("m", "t").startswith("WARNING: m is below chance on t (accuracy 0.00 [0.00, 0.12], n = 30)")
     with pytest.raises(RelpError, match="leaves no pair"):
         keep_correct([wrong], seen)
