@@ -94,7 +94,9 @@ def run_job(
         outcome = ENGINES[engine](job, folder, device, bar)
     result = collect(outcome.paths)
     files, tables = summarise(job, result.rows, folder)
-    state = f"{outcome.computed} cells computed, {outcome.finished} found finished, {outcome.failed} failed"
+    failed = len(result.errors)  # more than the workers counted, where their files did not come here
+    done = outcome.computed + outcome.finished + outcome.failed - failed
+    state = f"{done - outcome.finished} cells computed, {outcome.finished} found finished, {failed} failed"
     if json:
         print_json({"job": job.name, "folder": str(folder), "state": state, "errors": dict(result.errors),
                     "files": [str(f) for f in files], "rows": result.rows.to_dict("records")})  # fmt: skip
@@ -107,7 +109,7 @@ def run_job(
         for error, labels in by_error.items():
             more = f" and {len(labels) - 1} more cells" if len(labels) > 1 else ""
             note(f"WARNING: {labels[0]}{more}: {error}")
-    if outcome.failed and not (lenient and outcome.computed + outcome.finished):
+    if failed and not (lenient and done):
         raise typer.Exit(1)
 
 

@@ -250,7 +250,8 @@ class Collected:
 
 def collect(paths: dict[Cell, Path]) -> Collected:
     """The cell files of one job, in the order of its grid."""
-    contents = {cell: read_cell(path) or {"error": "not computed"} for cell, path in paths.items()}
+    lost = {"error": "its result is not in the job's folder here: all workers must share that file system"}
+    contents = {cell: read_cell(path) or lost for cell, path in paths.items()}
     rows = [row for content in contents.values() for row in content.get("rows", [])]
     errors = tuple((cell.label, content["error"]) for cell, content in contents.items() if "error" in content)
     return Collected(pd.DataFrame(rows), errors)

@@ -212,3 +212,19 @@ def test_areas_by_hand():
     assert areas([0, 0.5, 1], [0, 1, 1]) == (0.75, 0.25)
     assert areas([1, 0.5, 0], [1, 1, 0]) == (0.75, 0.25)
     assert all(v != v for v in areas([0, 0.5], [0, 1]))
+
+
+def test_results_that_did_not_come_here_are_failures(relp, job, monkeypatch):
+    """As where workers write to a file system of their own."""
+    from relp_cli.runs import engines
+
+    def elsewhere(spec, folder, device, report):
+        outcome = engines.local(spec, folder, device, report)
+        next(iter(outcome.paths.values())).unlink()
+        return outcome
+
+    monkeypatch.setattr(engines, "ENGINES", {"local": elsewhere})
+    done = relp("evaluate", job, "--override", "methods=[random]", "--override", "agreement=null", "-o", "out")
+    assert done.code == 1
+    assert "1 failed" in done.err
+    assert "all workers must share the file system" in done.err
