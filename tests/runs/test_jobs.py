@@ -227,4 +227,4 @@ def test_results_that_did_not_come_here_are_failures(relp, job, monkeypatch):
     done = relp("evaluate", job, "--override", "methods=[random]", "--override", "agreement=null", "-o", "out")
     assert done.code == 1
     assert "1 failed" in done.err
-    assert "all workers must share the file system" in done.err
+    assert "all workers must share that file system" in done.err
