@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from relp_cli.tasks.pairs import PairBatch as PairBatch
     from relp_cli.tasks.pairs import PromptPair as PromptPair
     from relp_cli.tasks.task import load_task as load_task
+    from relp_cli.tasks.texts import pairs_from as pairs_from
 
 __version__ = "0.1.0"
 MOST_SEED = 2**32 - 1  # seeds from 0 to this: what every generator of random numbers takes
@@ -53,6 +54,7 @@ _WHERE = {
     "load_task": "tasks.task",
     "neuron_edges": "edges.neurons",
     "only_stable": "spaces.refine",
+    "pairs_from": "tasks.texts",
     "rank_average": "spaces.refine",
     "score": "scoring",
     "select": "selection",

@@ -28,6 +28,10 @@ class Registry(Generic[T]):
         return row
 
     def __getitem__(self, name: str) -> T:
+        if not isinstance(name, str):
+            raise RelpError(
+                f"expected the name of a {self.what} ({', '.join(self._rows)}), got a {type(name).__name__}"
+            )
         if name not in self._rows:
             raise unknown(self.what, name, self._rows)
         return self._rows[name]

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from relp_cli import BATCH_SIZE
+from relp_cli.errors import RelpError
 from relp_cli.methods.auto import score_auto
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import COMPONENTS, resolve_method, score_units
-from relp_cli.methods.table import default_nodes
+from relp_cli.methods.table import METHODS, default_nodes
 from relp_cli.methods.unfinished import Unfinished
-from relp_cli.models.model import Model
+from relp_cli.models.model import Model, expect_model
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.table import space_for
-from relp_cli.tasks.pairs import PairBatch
+from relp_cli.tasks.pairs import PairBatch, batches_of
 
 
 def score(
     model: Model,
-    pairs: Sequence[PairBatch],
+    pairs: Sequence[PairBatch] | PairBatch,
     method: str = "relp",
-    nodes: Sequence[str] = COMPONENTS,
-    metric: str = "logit_diff",
+    nodes: str | Sequence[str] = COMPONENTS,
+    metric: str | Callable[..., Any] = "logit_diff",
     direction: str = "noising",
     baseline: str = "patch",
     batch_size: int = BATCH_SIZE,
@@ -34,9 +37,12 @@ def score(
 ) -> Scores:
     """Score nodes, edges or features of a model on prompt pairs.
 
+    pairs:     batches of one token length each, or one batch alone.
     method:    a row of `METHODS`, with `+rule` added for relp variants (`relp+ah`, `relp+two_point`, `relp+auto`).
     nodes:     rows of `NODE_KINDS`; all come from one pass. Or ["edges"], or ["feature"] for the features and error
-               terms of a `dictionary=`. By default edges for methods that score nothing else (`eap`).
+               terms of a `dictionary=`. By default edges for methods that score nothing else (`eap`). One may stand alone.
+    metric:    a row of `METRICS`, or a function (logits Float[batch, vocab], answer, foil Int[batch, k]) → Float[batch]
+               (`tasks.metrics.metric_of`); results record it as `own:NAME`, which no file or command line takes for a metric.
     direction: "noising" (the original runs, patch values go in) or "denoising" (the reverse).
     baseline:  what n(x_p) is: "patch", "zero", or "mean" over all given originals per position.
     unfinished: where this scoring leaves what it knows, and takes up what an interrupted one of the same request left.
@@ -44,14 +50,48 @@ def score(
                unknown ones are errors.
 
     Returns Scores: kind → mean, variance, n [layer, pos, *unit], per example where it fits (`keep_examples`).
-    Raises: RelpError for unknown names, bad parameters, and pairs that share no position axis.
+    Raises: RelpError for unknown names, bad parameters, pairs that share no position axis or have no patch prompt where one is
+    needed, and a function as metric of which every score is exactly 0.
     """
+    expect_model(model)
+    pairs, nodes = batches_of(pairs), _kinds(nodes)
+    METHODS[method.partition("+")[0] if isinstance(method, str) else method]
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise RelpError(f"batch_size: expected a number of pairs from 1 up, got {batch_size!r}")
     if tuple(nodes) == COMPONENTS:
         nodes = default_nodes(method, COMPONENTS)
     request = Request(metric, direction, baseline, batch_size, keep_examples, progress, unfinished)
     space = space_for(nodes)
     own = {name: value for name, value in params.items() if name not in space.options}
+    _check_keywords(method, own)
     _, parsed = resolve_method(method, own, space.name, model)
     if getattr(parsed, "rules", None) == ("auto",):
-        return score_auto(model, pairs, parsed, nodes, replace(request, unfinished=None))  # type: ignore[arg-type]
-    return score_units(model, pairs, method, nodes, request, **params)
+        scores = score_auto(model, pairs, parsed, nodes, replace(request, unfinished=None))  # type: ignore[arg-type]
+    else:
+        scores = score_units(model, pairs, method, nodes, request, **params)
+    if callable(metric) and not bool(scores.mean.any()):
+        raise RelpError(
+            f"metric '{scores.meta['metric']}': every score is exactly 0; it is constant, or its gradient vanishes where "
+            f"'{method}' evaluates it"
+        )
+    return scores
+
+
+def _kinds(nodes: Any) -> tuple[str, ...]:
+    if isinstance(nodes, str):
+        return (nodes,)
+    if not isinstance(nodes, Iterable):
+        raise RelpError(f"nodes: expected names of node kinds, got a {type(nodes).__name__}")
+    kinds = tuple(nodes)
+    if not kinds:
+        raise RelpError("nodes: expected at least one node kind, for example 'mlp_out'; `relp ls nodes` lists them")
+    return kinds
+
+
+def _check_keywords(method: str, own: dict[str, Any]) -> None:
+    """Raises RelpError for a mistyped keyword of `score` itself, which is no parameter of the method."""
+    known = METHODS[method.partition("+")[0]].parameters()
+    for key in own:
+        close = difflib.get_close_matches(key, inspect.signature(score).parameters, n=1)
+        if key not in known and close and not difflib.get_close_matches(key, known, n=1):
+            raise RelpError(f"score has no keyword '{key}'; did you mean '{close[0]}'?")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
+from relp_cli.errors import RelpError
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.scores import whole_of
 from relp_cli.spaces.table import space_of
+
+MORE = ("greedy", "connected", "prune", "errors")  # what spaces take besides
 
 
 def select(
@@ -41,5 +47,14 @@ def select(
     how = {"threshold": threshold, "fraction": fraction, "top_k": top_k, "top_p": top_p}
     given: dict[str, float] = {k: v for k, v in how.items() if v is not None}
     options = {"sign": sign, "aggregate": aggregate, "union": union, "from_layer": from_layer}
+    if not (hasattr(scores, "whole") or (isinstance(scores, Mapping) and scores)):
+        raise RelpError(f"expected scores (relp.score, relp.Scores.load), got a {type(scores).__name__}")
+    for key in more:
+        close = difflib.get_close_matches(key, [*inspect.signature(select).parameters, *MORE], n=1)
+        if close and key not in MORE:
+            raise RelpError(f"select has no keyword '{key}'; did you mean '{close[0]}'?")
+    for key, value in given.items():
+        if not isinstance(value, int | float):
+            raise RelpError(f"{key}: expected a number, got {value!r}")
     whole = scores.whole if hasattr(scores, "whole") else whole_of(scores)
     return space_of(whole.units).select(whole, given, options, **{k: v for k, v in more.items() if v is not None})

@@ -10,7 +10,7 @@ What is ablated how is the space's own affair (`SpaceRow.ablator`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,12 +26,12 @@ from relp_cli.evaluation.ablation_table import ABLATIONS, ablation_row
 from relp_cli.evaluation.donors import with_donors
 from relp_cli.evaluation.ratios import Values, ratio_table, tau_of
 from relp_cli.methods.request import Progress
-from relp_cli.models.model import Model
+from relp_cli.models.model import Model, expect_model
 from relp_cli.registry import load
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.table import SPACES, space_of
-from relp_cli.tasks.metrics import METRICS, Metric
-from relp_cli.tasks.pairs import PairBatch
+from relp_cli.tasks.metrics import Metric, metric_of
+from relp_cli.tasks.pairs import PairBatch, batches_of
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,11 @@ def ablator(model: Model, pairs: Sequence[PairBatch], circuits: Sequence[Circuit
 
 def evaluate(
     model: Model,
-    pairs: Sequence[PairBatch],
+    pairs: Sequence[PairBatch] | PairBatch,
     circuit: Circuit | Sequence[Circuit],
     ablation: str = "mean",
     exclude_layers: int | None = None,
-    metric: str | None = None,
+    metric: str | Callable[..., Any] | None = None,
     seed: int = 0,
     random_circuits: int = 0,
     bootstrap: int = 1000,
@@ -111,7 +111,7 @@ def evaluate(
 
     ablation:        a row of `ABLATIONS` that the circuit's space knows.
     exclude_layers:  how many of the first layers run unablated and are not counted (None: ⌊L/3⌋, paper A.2; edges: none).
-    metric:          None: the one the circuit was found with, else logit_diff.
+    metric:          None: the one the circuit was found with, else logit_diff. A function as `relp.score` takes them.
     corpus:          a text file, for the ablation of that name.
     random_circuits: also evaluate that many random circuits of the same size per circuit; adds `random_*` columns.
     dictionary:      for feature circuits, where it is not the one they were found with.
@@ -121,19 +121,22 @@ def evaluate(
     NaN and says so in `note`.
     Raises: RelpError for circuits of another model, of another shape, or with positions that the pairs do not have.
     """
+    expect_model(model)
+    pairs = batches_of(pairs)
     circuits = list(circuit) if isinstance(circuit, Sequence) else [circuit]
     if not circuits or not pairs:
         raise RelpError("nothing to evaluate: no circuit or no pairs")
+    expect_circuit(circuits[0])
+    for c in circuits:
+        check_circuit(model, c, circuits[0])
     if random_circuits < 0 or bootstrap < 0:
         raise RelpError(f"expected counts from 0 up, got random_circuits={random_circuits}, bootstrap={bootstrap}")
     if corpus is not None and circuits[0].units.space != "nodes":
         raise RelpError(
             f"corpus {corpus}: only circuits of nodes are ablated with a corpus, not those of edges or features"
         )
-    for c in circuits:
-        check_circuit(model, c, circuits[0])
     exclude = excluded_layers(circuits[0].units.space, model.shape.n_layers, exclude_layers)
-    row = METRICS[metric or str(circuits[0].meta.get("metric", "logit_diff"))]
+    row = metric_of(metric or str(circuits[0].meta.get("metric", "logit_diff")))
     how = Ablating(ablation, exclude, seed, corpus, dictionary, batch_size)
     groups = list(dict.fromkeys(c.units for c in circuits))  # of features: which error terms are units may differ
     tables = []
@@ -211,8 +214,15 @@ def measured(
     return values
 
 
+def expect_circuit(circuit: Any) -> None:
+    """Raises RelpError for what is no circuit."""
+    if not (hasattr(circuit, "mask") and hasattr(circuit, "units")):
+        raise RelpError(f"expected a circuit (relp.select, relp.Circuit.load), got a {type(circuit).__name__}")
+
+
 def check_circuit(model: Model, circuit: Circuit, first: Circuit) -> None:
     """Raises RelpError unless the circuit is of this model and of its shape, and of the same kinds as `first`."""
+    expect_circuit(circuit)
     if space_of(circuit.units).keys(circuit.units) != space_of(first.units).keys(first.units):
         raise RelpError(f"circuits of different node kinds in one sweep: {list(circuit.units.kinds)}")
     for what, mine in (("model", model.name), ("revision", model.revision)):

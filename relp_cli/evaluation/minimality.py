@@ -13,10 +13,10 @@ import torch
 from relp_cli import BATCH_SIZE
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.ablation_table import ABLATIONS
-from relp_cli.evaluation.evaluate import Ablating, check_circuit, evaluate, excluded_layers
+from relp_cli.evaluation.evaluate import Ablating, check_circuit, evaluate, excluded_layers, expect_circuit
 from relp_cli.evaluation.node_circuits import NodeAblator
 from relp_cli.methods.request import Progress
-from relp_cli.models.model import Model
+from relp_cli.models.model import Model, expect_model
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.table import space_of
 from relp_cli.tasks.pairs import PairBatch
@@ -81,6 +81,8 @@ def applied(
 
     Everything outside the circuit is ablated, with means over `pairs` (default: the batch itself).
     """
+    expect_model(model)
+    expect_circuit(circuit)
     if circuit.units.space != "nodes":
         raise RelpError(f"only circuits of nodes can be applied, not of {circuit.units.space}; use relp.evaluate")
     check_circuit(model, circuit, circuit)

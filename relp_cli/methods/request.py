@@ -17,7 +17,7 @@ from relp_cli.methods.table import Method, Params
 from relp_cli.methods.unfinished import Unfinished
 from relp_cli.models.model import Model
 from relp_cli.nodes.kinds import NodeKind
-from relp_cli.tasks.metrics import METRICS
+from relp_cli.tasks.metrics import Metric, metric_of
 from relp_cli.tasks.pairs import PairBatch, in_batches
 
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, what)
@@ -29,7 +29,7 @@ BASELINES = ("patch", "zero", "mean")
 class Request:
     """What `relp.score` was asked for besides the model, the pairs, the method and the nodes; see there for meanings."""
 
-    metric: str = "logit_diff"
+    metric: str | Callable[..., Any] | Metric = "logit_diff"
     direction: str = "noising"
     baseline: str = "patch"
     batch_size: int = BATCH_SIZE
@@ -39,10 +39,10 @@ class Request:
 
     def check(self, of: str = "", baselines: Sequence[str] = BASELINES) -> None:
         """Raises RelpError for a metric, direction or baseline that does not exist (`of` features, say)."""
-        METRICS[self.metric]
+        metric_of(self.metric)
         for what, value, known in (("direction", self.direction, DIRECTIONS), ("baseline", self.baseline, baselines)):
             if value not in known:
-                raise unknown(f"{what}{of}", value, known)
+                raise unknown(f"{what}{of}", str(value), known)
 
     def setup(
         self, model: Model, batch: PairBatch, kinds: tuple[NodeKind, ...], passes: Passes, means: Means | None = None
@@ -50,7 +50,7 @@ class Request:
         """One batch made ready. `means`: for baseline mean."""
         direction: Any = self.direction
         baseline: Any = self.baseline
-        return Setup(model, batch, METRICS[self.metric], kinds, direction, baseline, means, passes)
+        return Setup(model, batch, metric_of(self.metric), kinds, direction, baseline, means, passes)
 
     def chunks(self, model: Model, pairs: Sequence[PairBatch]) -> list[PairBatch]:
         """The pairs in batches of at most `batch_size`, on the model's device."""
@@ -86,7 +86,7 @@ class Account:
             "params": params.model_dump(mode="json", exclude=set(row.fixed)),
             "signed": row.signed,
             "rules": dict(rules),
-            "metric": self.request.metric,
+            "metric": metric_of(self.request.metric).name,
             "direction": self.request.direction,
             "baseline": self.request.baseline,
             **model_meta(self.model),

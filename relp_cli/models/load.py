@@ -20,6 +20,7 @@ from relp_cli.models.catalog import EMBEDDED, embedded_names
 from relp_cli.models.checks import check_forward, check_model, flat_points, longest, mlp_form, probe, unscaled_norms
 from relp_cli.models.families import family_of
 from relp_cli.models.folder import content_hash, local_path, split_revision
+from relp_cli.models.loaded import loaded_of, weights_hash
 from relp_cli.models.model import Model, Shape
 from relp_cli.models.moe import CHOSEN
 from relp_cli.models.scaled import contributions
@@ -30,28 +31,34 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 
 def load_model(
-    name: str | Path,
+    name: str | Path | Any,
     *,
-    dtype: str | torch.dtype = "float32",
+    dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     revision: str | None = None,
     bos: bool | None = None,
+    tokenizer: Any = None,
 ) -> Model:
     """Load a model by embedded name, local Hugging Face folder, .gguf file, or hub name (with a revision: `name@revision`).
+    Or take one that is in memory: a Hugging Face model (with `tokenizer=`, else token-id pairs only) or a TransformerBridge.
 
     Parameters are frozen, attention is eager (so that patterns exist), dropout is off, weights are the raw Hugging
     Face weights (nothing folded). `device` defaults to the GPU if there is one. `bos` overrides whether prompts start
-    with the BOS token (default: TransformerLens's for this architecture).
+    with the BOS token (default: TransformerLens's for this architecture). `dtype` is float32 unless given.
 
-    Raises: RelpError for an unknown name, a folder without complete weights, an unreachable hub, or an architecture
-    whose residual stream is not the sum that every method here assumes.
+    A model in memory is not copied: it is frozen, put in eval mode and wrapped for good, and it stays in its dtype and on its
+    device (unless `device` is given). Its checks are those at loading; the logits of a bridge, which has replaced the modules
+    already, have no plain ones to be held against. Its revision is a hash of its weights.
+
+    Raises: RelpError for an unknown name, a model that cannot be taken, a folder without complete weights, an unreachable
+    hub, or an architecture whose residual stream is not the sum that every method here assumes.
     """
-    torch_dtype = _dtype(dtype)
-    try:
-        target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-        torch.empty(1, device=target)
-    except (RuntimeError, AssertionError) as error:
-        raise RelpError(f"device '{device}' is not available here ({_first_line(error)})") from error
+    if not isinstance(name, str | Path):
+        return _in_memory(name, dtype, device, revision, bos, tokenizer)
+    if tokenizer is not None:
+        raise RelpError(f"tokenizer= goes with a model that is in memory; '{name}' has its own")
+    torch_dtype = _dtype(dtype or "float32")
+    target = _device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     name, revision = split_revision(str(name), revision)
     local = local_path(name)
     if local is not None and revision is not None:
@@ -62,6 +69,27 @@ def load_model(
     return wrap(hf, tokenizer, label, device=target, revision=version, bos=bos)
 
 
+def _in_memory(
+    given: Any, dtype: Any, device: str | torch.device | None, revision: str | None, bos: bool | None, tokenizer: Any
+) -> Model:
+    for key, value in (("dtype", dtype), ("revision", revision)):
+        if value is not None:
+            raise RelpError(f"{key}= goes with a name; a model that is in memory has its own")
+    model = loaded_of(given, tokenizer)
+    target = model.device if device is None else _device(device)
+    version = weights_hash(model.hf)
+    return wrap(model.hf, model.tokenizer, model.name, device=target, revision=version, bos=bos, wrapped=model.bridge)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        target = torch.device(device)
+        torch.empty(1, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise RelpError(f"device '{device}' is not available here ({_first_line(error)})") from error
+    return target
+
+
 def wrap(
     hf: Any,
     tokenizer: Any,
@@ -70,9 +98,11 @@ def wrap(
     device: torch.device | str = "cpu",
     revision: str = "in-memory",
     bos: bool | None = None,
+    wrapped: Any = None,
 ) -> Model:
     """A Model from a Hugging Face causal language model that is already in memory (its weights are frozen, not copied).
 
+    wrapped: its bridge, where it has one.
     Raises: RelpError where TransformerLens cannot wrap it, or computes something else than the model does, or where it is
     not what rules and methods assume (`checks`).
     """
@@ -80,7 +110,7 @@ def wrap(
     hf.config._experts_implementation = "eager"  # grouped_mm, the default, has no float64
     hf.to(device).eval().requires_grad_(False)
     tokens, plain = probe(hf, name)
-    bridge = _bridge(hf, name)
+    bridge = _bridge(hf, name) if wrapped is None else wrapped
     hf.requires_grad_(False)
     shape = _shape(hf, bridge)
     _narrow_rotary(bridge, next(hf.parameters()).dtype)

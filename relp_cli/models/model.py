@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from relp_cli.errors import RelpError
+from relp_cli.errors import RelpError, visible
 from relp_cli.models.families import ACTIVATIONS, Activation, Family
 
 Hook = Callable[[Tensor], "Tensor | None"]
@@ -45,7 +45,7 @@ class Shape:
     residual_multiplier: float = 1.0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A causal language model in eval mode with frozen parameters.
 
@@ -75,6 +75,11 @@ class Model:
     flat: frozenset[str] = frozenset()
     unscaled_norms: tuple[str, ...] = ()
     batch: list[int] = field(default_factory=lambda: [0])
+
+    def __repr__(self) -> str:
+        s, dtype = self.shape, str(self.dtype).removeprefix("torch.")
+        sizes = f"{s.n_layers} layers, {s.n_heads} heads, d_model {s.d_model}, d_mlp {s.d_mlp}, {s.vocab} tokens"
+        return f"Model({visible(self.name)}: {self.family.name}, {sizes}, {dtype} on {self.device})"
 
     def point(self, name: str) -> nn.Module:
         """The hook point of that name. Raises RelpError where the architecture has none."""
@@ -148,6 +153,15 @@ class Model:
             return self.point("logits")(self.hf(**given).logits)
         with self.hooks({"unembed.hook_in": lambda h: h[:, -1:].contiguous()}):
             return self.point("logits")(self.hf(**given).logits)[:, 0]
+
+
+def expect_model(model: Any) -> None:
+    """Raises RelpError for what is no `Model`, and says how to make one."""
+    if not isinstance(model, Model):
+        hint = {str: ": relp.load_model(name)"}.get(type(model), "")
+        if isinstance(model, nn.Module):
+            hint = ": relp.load_model(model, tokenizer=...)"
+        raise RelpError(f"expected a model that relp.load_model returned, got a {type(model).__name__}{hint}")
 
 
 def _as_forward_hook(fn: Hook) -> Callable[..., Tensor | None]:

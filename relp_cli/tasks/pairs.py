@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from relp_cli.errors import RelpError
+from relp_cli.errors import RelpError, visible
 from relp_cli.tasks.prompt import PromptPair
 
-__all__ = ["PairBatch", "PromptPair", "in_batches"]
+__all__ = ["PairBatch", "PromptPair", "batches_of", "in_batches"]
 
 
 def _as_sets(values: Int[Tensor, " batch"] | Int[Tensor, "batch k"] | Sequence[object], what: str) -> Tensor:
@@ -27,7 +28,17 @@ def _as_sets(values: Int[Tensor, " batch"] | Int[Tensor, "batch k"] | Sequence[o
     return torch.tensor([list(row) + [-1] * (width - len(row)) for row in rows], dtype=torch.long)
 
 
-@dataclass(frozen=True)
+def _as_ids(values: Any, what: str) -> Tensor:
+    """Raises RelpError for texts, and for rows of several lengths."""
+    try:
+        return torch.as_tensor(values).long()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RelpError(
+            f"PairBatch: {what} must be token ids [batch, pos], all rows of one length (texts: relp.pairs_from)"
+        ) from error
+
+
+@dataclass(frozen=True, repr=False)
 class PairBatch:
     """Pairs of one token length, never padded.
 
@@ -45,9 +56,9 @@ class PairBatch:
     roles: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "original", torch.as_tensor(self.original).long())
+        object.__setattr__(self, "original", _as_ids(self.original, "original"))
         if self.patch is not None:
-            object.__setattr__(self, "patch", torch.as_tensor(self.patch).long())
+            object.__setattr__(self, "patch", _as_ids(self.patch, "patch"))
         object.__setattr__(self, "answer", _as_sets(self.answer, "answer"))
         object.__setattr__(self, "foil", _as_sets(self.foil, "foil"))
         if self.original.ndim != 2 or 0 in self.original.shape:
@@ -67,6 +78,11 @@ class PairBatch:
 
     def __len__(self) -> int:
         return int(self.original.shape[0])
+
+    def __repr__(self) -> str:
+        patch = "without patch prompts" if self.patch is None else "with patch prompts"
+        roles = "" if self.roles is None else f", roles {' '.join(map(visible, self.roles))}"
+        return f"PairBatch({len(self)} pairs of {self.n_pos} tokens, {patch}{roles})"
 
     @property
     def n_pos(self) -> int:
@@ -103,6 +119,20 @@ class PairBatch:
     def split(self, size: int) -> list[PairBatch]:
         """Consecutive batches of at most `size` pairs."""
         return [self.rows(slice(i, i + size)) for i in range(0, len(self), size)]
+
+
+def batches_of(pairs: Any) -> list[PairBatch]:
+    """The batches that a caller gave: one alone, or several. Raises RelpError that names what is none."""
+    if isinstance(pairs, PairBatch):
+        return [pairs]
+    made = "task.pairs(model), relp.pairs_from(model, ...) and relp.PairBatch(...) make them"
+    if isinstance(pairs, str | bytes | Tensor | dict) or not isinstance(pairs, Iterable):
+        raise RelpError(f"pairs: expected PairBatches, got a {type(pairs).__name__}; {made}")
+    batches = list(pairs)
+    for number, batch in enumerate(batches):
+        if not isinstance(batch, PairBatch):
+            raise RelpError(f"pairs[{number}]: expected a PairBatch, got a {type(batch).__name__}; {made}")
+    return batches
 
 
 def in_batches(pairs: Sequence[PairBatch], size: int, device: torch.device | str) -> list[PairBatch]:

@@ -101,6 +101,8 @@ class Task:
         unusable: str | None = None,
     ) -> Built:
         """As `pairs`, with the texts and what the tokenizer dropped from the word lists."""
+        if not hasattr(model, "tokenizer"):
+            raise RelpError(f"expected a model that relp.load_model returned, got a {type(model).__name__}")
         check_split(split)
         if n is not None and n < 1:
             raise RelpError(f"expected at least one pair, got {n}")
@@ -132,7 +134,7 @@ class Task:
         ]
         notes.append(_repeated(everything, encoder.name))
         return Built(
-            [_batch([tokens for tokens, _ in group]) for group in ordered],
+            [batch_of([tokens for tokens, _ in group]) for group in ordered],
             tuple(pair for group in ordered for _, pair in group),
             dropped,
             about,
@@ -184,6 +186,8 @@ def load_task(name_or_path: str | Path) -> Task:
 
     Raises: RelpError, one line `file:line: key: what was expected`; unknown names with the nearest shipped one.
     """
+    if not isinstance(name_or_path, str | Path):
+        raise RelpError(f"load_task: expected a task's name or a path, got a {type(name_or_path).__name__}")
     return task_of(read_source(name_or_path))
 
 
@@ -257,7 +261,8 @@ def _repeated(pairs: list[TokenPair], name: str) -> str:
     )
 
 
-def _batch(pairs: list[TokenPair]) -> PairBatch:
+def batch_of(pairs: list[TokenPair]) -> PairBatch:
+    """Pairs of the same roles as one batch. Raises RelpError where only some have a patch prompt."""
     patches = [pair.patch for pair in pairs if pair.patch is not None]
     if patches and len(patches) != len(pairs):
         raise RelpError("some of the pairs have a patch prompt and some have none")
