@@ -77,12 +77,12 @@ def score(
     return scores
 
 
-def _kinds(nodes: Any) -> tuple[str, ...]:
+def _kinds(nodes: Any) -> list[str]:
     if isinstance(nodes, str):
-        return (nodes,)
+        return [nodes]
     if not isinstance(nodes, Iterable):
         raise RelpError(f"nodes: expected names of node kinds, got a {type(nodes).__name__}")
-    kinds = tuple(nodes)
+    kinds = list(nodes)
     if not kinds:
         raise RelpError("nodes: expected at least one node kind, for example 'mlp_out'; `relp ls nodes` lists them")
     return kinds

@@ -57,7 +57,7 @@ def load_model(
         return _in_memory(name, dtype, device, revision, bos, tokenizer)
     if tokenizer is not None:
         raise RelpError(f"tokenizer= goes with a model that is in memory; '{name}' has its own")
-    torch_dtype = _dtype(dtype or "float32")
+    torch_dtype = _dtype("float32" if dtype is None else dtype)
     target = _device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     name, revision = split_revision(str(name), revision)
     local = local_path(name)
