@@ -73,9 +73,15 @@ def command(
     out.print(f"{method} on {where}")
     for title, table in tables.values():
         if len(table):
-            print_table(table, out, title)
+            keys = sum(name in PLACE for name in table.columns)
+            if "unit" in table:  # -1: a vector node has none
+                table = table.assign(unit=table.unit.astype("Int64").replace(-1, None))
+            print_table(table, out, title, keys=max(1, keys))
     for line in found.summary:
         out.print(f"• {line}")
+
+
+PLACE = ("kind", "layer", "position", "unit", "head", "query")  # what names a row, at the left
 
 
 def _tables(found: Any, show: int) -> dict[str, tuple[str, Any]]:

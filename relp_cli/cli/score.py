@@ -70,8 +70,8 @@ def command(
         task=task, model=at_revision(model, revision), method=method, nodes=comma(nodes, "--nodes"),
         keep_examples=per_example, params=how.params | own, **how.of_spec,
     )  # fmt: skip
-    from relp_cli.runs.cost import describe_cost
-    from relp_cli.runs.scoring import Prepared, Session, check_request, prepare, score_run, scoring_notes
+    from relp_cli.runs.cost import describe_cost, expected_time
+    from relp_cli.runs.scoring import Prepared, Session, check_request, loaded_params, prepare, score_run, scoring_notes
 
     session = Session(how.device)
     check_request(spec, output)
@@ -83,6 +83,8 @@ def command(
     if dry_run:
         prepared = prepare(spec, session)
         cost = describe_cost(prepared.model, prepared.pairs, spec)
+        if took := expected_time(prepared.model, prepared.pairs, spec, loaded_params(spec, prepared, session)):
+            cost["time"] = took
         print_json(cost) if json else print_fields(cost)
         return
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +17,11 @@ from relp_cli.models.model import Model
 from relp_cli.nodes.access import units
 from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
 from relp_cli.runs.spec import ScoreSpec
+from relp_cli.scoring import score
 from relp_cli.spaces.graph import Graph
 from relp_cli.tasks.pairs import PairBatch
+
+TIMED = 8  # pairs at most
 
 
 def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> dict[str, Any]:
@@ -52,6 +57,46 @@ def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> 
         "memory": f"about {(activations + weights) / 2**20:.0f} MiB for weights and activations, "
         f"{sum(nodes.values()) * 8 * 2 / 2**20:.1f} MiB for scores",
     }
+
+
+def expected_time(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec, params: dict[str, Any]) -> str:
+    """About how long it would take here: of methods of a few passes by scoring a few pairs, of exact ones by one forward pass.
+
+    params: the spec's, dictionaries loaded. "" for all others (many steps, searches, choosing rules): timing takes too long.
+    """
+    row = METHODS[spec.method.partition("+")[0]]
+    auto = spec.method.endswith("+auto") or spec.params.get("rules") == "auto"
+    many = any(word in cost_of(spec.method) for word in ("×", "per ", "none"))
+    if row.by == "all" or auto or (row.each and spec.nodes == (SCORED,)) or (many and not row.each):
+        return ""
+    n_pairs, first = sum(len(b) for b in pairs), max(pairs, key=len)
+    few = min(TIMED, len(first), spec.batch_size)
+    patch = None if first.patch is None else first.patch[:few]
+    batch = replace(first, original=first.original[:few], patch=patch, answer=first.answer[:few], foil=first.foil[:few])
+    start = time.perf_counter()
+    if not row.each:
+        score(model, [batch], spec.method, spec.nodes, spec.metric or "logit_diff", spec.direction, spec.baseline, few, False,
+              **params)  # fmt: skip
+        return _about((time.perf_counter() - start) * n_pairs / few, f"{few} pairs were timed")
+    with torch.no_grad():
+        model.logits(batch.to(model.device).original)
+    each = (time.perf_counter() - start) / few
+    if spec.nodes == ("edges",):
+        runs = Graph.of(model.shape).n_edges * n_pairs
+    else:
+        runs = sum(_patched(model, b, NODE_KINDS[k], spec.baseline) for b in pairs for k in spec.nodes)
+    return _about(each * runs, "as many whole forward passes; most patched runs start later and are shorter")
+
+
+def _about(seconds: float, how: str) -> str:
+    shown = (
+        f"{seconds:.2g} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.0f} h"
+    )
+    return f"about {shown} here ({how})"
 
 
 def _patched(model: Model, batch: PairBatch, kind: NodeKind, baseline: str) -> int:

@@ -172,9 +172,6 @@ def score_run(
         return run, load_scores(run, run.read()), True
     check_writable(run.path)
     unfinished = Unfinished(run.unfinished, digest)
-    params = dict(spec.params)
-    if "dictionary" in params:
-        params["dictionary"] = session.dictionaries(params["dictionary"], prepared.model)
     scores = score(
         prepared.model,
         prepared.pairs,
@@ -187,7 +184,7 @@ def score_run(
         spec.keep_examples,
         progress,
         unfinished,
-        **params,
+        **loaded_params(spec, prepared, session),
     )
     scores = with_meta(scores, prepared, spec, digest)
     scores.save(run.scores)
@@ -203,6 +200,14 @@ def score_run(
     )
     unfinished.clear()
     return run, scores, False
+
+
+def loaded_params(spec: ScoreSpec, prepared: Prepared, session: Session) -> dict[str, Any]:
+    """The spec's parameters as `score` takes them: dictionaries loaded."""
+    params = dict(spec.params)
+    if "dictionary" in params:
+        params["dictionary"] = session.dictionaries(params["dictionary"], prepared.model)
+    return params
 
 
 def scoring_notes(scores: Scores) -> list[str]:

@@ -94,3 +94,21 @@ def test_thirty_layers_and_many_positions_fit_eighty_columns(capsys):
     (last,) = [line for line in lines if line[-1] == "-9"]
     assert last[0] == "29"
     assert "to layer 28" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "timed"),
+    [
+        (("--method", "atp"), True),
+        (("--method", "act_patch", "--nodes", "edges"), True),
+        (("--method", "ig_activations"), False),
+        (("--method", "eap_gp"), False),
+    ],
+)
+def test_a_dry_run_says_how_long_where_timing_is_quick(relp, options, timed):
+    done = relp("score", "ioi", "--pairs", 4, "--dry-run", "--json", *options)
+    assert done.code == 0
+    said = json.loads(done.out)
+    assert ("time" in said) == timed
+    assert not timed or said["time"].startswith("about ")
+    assert not list(Path().iterdir())
