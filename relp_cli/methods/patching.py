@@ -126,10 +126,15 @@ class Cells:
 
 
 def _moved(setup: Setup, source: Activations, at: At) -> Bool[Tensor, "pairs slots units"]:
-    """Where a patch can change the metric: the node differs between source and run, at a position that something reads."""
+    """Where a patch can change the metric: the node differs between source and run, at a position that something reads.
+
+    Before the first token that differs nothing does, though two passes may round differently there.
+    """
     kind, layer = NODE_KINDS[at[0]], at[1]
     differs = source[kind.name][layer] != setup.traced[1][kind.name][layer]
     differs = differs.unflatten(-1, (units(setup.model, kind), -1)).any(-1)
+    if setup.baseline == "patch":
+        differs &= (setup.run != setup.source).cumsum(1).gt(0)[..., None]
     if layer == setup.model.shape.n_layers - 1 and not kind.attended:
         differs[:, :-1] = False  # only the last position's logits are read
     return torch.stack([differs[:, setup.slots == slot].any(1) for slot in range(len(setup.labels))], 1)

@@ -155,3 +155,17 @@ def test_nothing_is_left_in_the_model() -> None:
         assert hook_count(c.model) == count
     with pytest.raises(ValueError, match=r"embed\.hook_out is neither in a block nor behind them"):
         trace.logits([Rows([("embed.hook_out", lambda v: v)], torch.arange(2))])
+
+
+def test_before_the_first_changed_token_effects_are_zero_to_the_last_bit() -> None:
+    """Two passes may round differently, in float32: that is no effect, and costs no run."""
+    model = relp_cli.load_model("tiny-gpt2")
+    batches = relp_cli.load_task("sva_across_pp").pairs(model, n=24, seed=0)
+    scores = score(model, batches, "act_patch", ["resid_pre", "mlp_neuron"])
+    (batch,) = batches
+    assert batch.patch is not None
+    first = int((batch.original != batch.patch).any(0).nonzero()[0])
+    assert first >= 1
+    for kind in ("resid_pre", "mlp_neuron"):
+        assert scores[kind].mean[:, :first].abs().max() == 0
+        assert scores[kind].mean[:, first].abs().max() > 0.01
