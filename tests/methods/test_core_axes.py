@@ -180,7 +180,7 @@ def test_delta_is_the_norm_of_the_change():
     [
         ({"method": "rlp"}, "unknown method 'rlp'; did you mean 'relp'"),
         ({"kinds": ["mlp_outt"]}, "unknown node kind 'mlp_outt'; did you mean 'mlp_out'"),
-        ({"kinds": []}, "expected node kinds"),
+        ({"kinds": []}, "expected at least one node kind"),
         ({"kinds": ["head", "head"]}, "each once"),
         ({"metric": "logitdiff"}, "unknown metric 'logitdiff'; did you mean 'logit_diff'"),
         ({"direction": "denoise"}, "unknown direction 'denoise'; did you mean 'denoising'"),
