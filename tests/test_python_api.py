@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -184,3 +185,85 @@ def test_types_are_shipped():
     from importlib.resources import files
 
     assert (files("relp_cli") / "py.typed").is_file()
+
+
+@cache
+def scores():
+    return relp.score(model(), pairs(), nodes=["head", "mlp_out"])
+
+
+def test_a_frame_has_the_tensors_numbers():
+    view = scores()["head"]
+    frame = view.to_pandas()
+    mean, labels = view.mean, list(view.labels)
+    assert len(frame) == len(view) == mean.numel()
+    for row in frame.itertuples():
+        at = row.layer, labels.index(row.position), row.unit
+        assert row.score == mean[at].item()
+        assert row.se == pytest.approx((view.variance[at] / 6).sqrt().item(), rel=1e-6)
+    assert len(scores().to_pandas()) == len(view) + len(scores()["mlp_out"])
+    assert [row.score for row in view] == frame.score.tolist()
+    assert list(scores()) == ["head", "mlp_out"]
+
+
+def test_a_frame_of_edges_has_the_matrices_numbers():
+    edges = relp.score(model(), pairs(), "eap")["edges"]
+    rows = {row.unit: row.score for row in edges}
+    assert len(rows) == len(edges) == int(edges.mask.sum())
+    for name, score in rows.items():
+        writer, reader = name.split("->")
+        assert score == edges.mean[edges.writers.index(writer), edges.readers.index(reader)].item()
+
+
+def test_the_strongest_are_those_of_the_largest_size():
+    sizes = sorted((abs(value) for value in scores().mean.tolist()), reverse=True)
+    assert scores().top(7).score.abs().tolist() == sizes[:7]
+    circuit = relp.select(scores(), top_k=7)
+    assert circuit.top(3, scores()).equals(scores().top(3))
+    for wrong in (0, -1, "3", 2.5):
+        with pytest.raises(relp.RelpError, match="number of units from 1 up"):
+            scores().top(wrong)
+
+
+def test_a_circuits_rows_are_its_mask():
+    circuit = relp.select(scores(), top_k=7)
+    rows = {(row.kind, row.layer, row.position, row.unit) for row in circuit}
+    masks = circuit.masks
+    want = {("head", la, circuit.labels[p], u) for la, p, u in masks["head"].nonzero().tolist()}
+    want |= {("mlp_out", la, circuit.labels[p], None) for la, p in masks["mlp_out"].nonzero().tolist()}
+    assert rows == want
+    assert len(circuit) == len(rows) == 7
+    empty = relp.select(scores(), threshold=float("inf"))
+    assert len(empty) == 0
+    assert empty
+    assert list(empty) == []
+
+
+def test_what_notebooks_show_is_short_and_escaped():
+    edges = relp.score(model(), pairs(), "eap")
+    circuit = relp.select(edges, top_k=12)
+    for thing in (scores(), scores()["head"], edges, edges["edges"], circuit, relp.select(scores(), top_k=7)):
+        assert len(repr(thing)) < 160, repr(thing)
+        assert "\n" not in repr(thing)
+        assert thing._repr_html_().count("<tr") <= 11
+    assert "m3-&gt;logits" in edges._repr_html_()
+    marked = replace(scores(), labels=("<b>x</b>", *scores().labels[1:]), meta={"method": "<i>\x1b[1m"})
+    page = replace(marked, mean=-torch.arange(len(marked.mean)).flip(0).double())._repr_html_()
+    assert "<b>" not in page
+    assert "<i>" not in page
+    assert "&lt;b&gt;" in page
+    assert "\x1b" not in page
+
+
+def test_figures_are_of_matplotlib():
+    edges = relp.score(model(), pairs(), "eap")
+    circuit = relp.select(edges, top_k=12)
+    drawn = [scores().plot(), scores()["mlp_out"].plot(), edges.plot(), circuit.plot(edges)]
+    kept = relp.select(scores(), top_k=7)
+    drawn.append(kept.plot())
+    assert {type(figure).__name__ for figure in drawn} == {"Figure"}
+    shown = [axes.get_images()[0].get_array() for axes in drawn[-1].axes if axes.get_images()]
+    assert (shown[0] == kept.masks["head"].sum(-1).numpy()).all()
+    assert (shown[1] == kept.masks["mlp_out"].numpy()).all()
+    with pytest.raises(relp.RelpError, match=r"circuit.plot\(scores\)"):
+        circuit.plot()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError
 from relp_cli.spaces.files import load_circuit, save_circuit, tensor_hash
+from relp_cli.spaces.shown import ShownCircuit
 from relp_cli.spaces.table import SPACES, space_of
 from relp_cli.spaces.units import ANY_POSITION, Units
 from relp_cli.tasks.pairs import PairBatch
@@ -22,8 +23,8 @@ from relp_cli.tasks.pairs import PairBatch
 RANDOM = "random circuit"
 
 
-@dataclass(frozen=True)
-class Circuit:
+@dataclass(frozen=True, repr=False)
+class Circuit(ShownCircuit):
     """A set of units.
 
     units:  what there is to keep. mask: Bool[pos, unit], True = in the circuit.

@@ -21,6 +21,7 @@ from relp_cli.spaces.graph import Graph
 from relp_cli.spaces.paths import graph_path
 from relp_cli.spaces.scores import KindScores, Scores
 from relp_cli.spaces.select import choose, circuit_of
+from relp_cli.spaces.shown import ShownView
 from relp_cli.spaces.table import Entries
 from relp_cli.spaces.units import ANY_POSITION, Block, Units
 
@@ -70,8 +71,8 @@ def edge_mask(circuit: Circuit) -> Bool[Tensor, "pos writer reader"]:
     return graph.dense(circuit.mask)
 
 
-@dataclass(frozen=True)
-class EdgeScores:
+@dataclass(frozen=True, repr=False)
+class EdgeScores(ShownView):
     """Scores of every edge.
 
     graph:          the writers and readers, and where there are edges.

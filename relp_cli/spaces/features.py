@@ -14,6 +14,7 @@ from relp_cli.errors import RelpError, unknown
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.feature_graph import FeatureNode
 from relp_cli.spaces.scores import Scores
+from relp_cli.spaces.shown import ShownView
 from relp_cli.spaces.sites import Site, parse_site
 from relp_cli.spaces.units import Block, Units
 
@@ -141,8 +142,8 @@ def feature_nodes(circuit: Circuit) -> tuple[FeatureNode, ...]:
     return tuple(nodes)
 
 
-@dataclass(frozen=True)
-class FeatureScores:
+@dataclass(frozen=True, repr=False)
+class FeatureScores(ShownView):
     """Scores of the features and error terms of all sites. whole: the same as scores of units."""
 
     whole: Scores
@@ -150,6 +151,9 @@ class FeatureScores:
     @property
     def sites(self) -> tuple[Site, ...]:
         return sites_of(self.whole.units).sites
+
+    def __len__(self) -> int:
+        return len(self.whole.mean)  # those that are not 0 in every pair
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from relp_cli.errors import unknown
 from relp_cli.spaces.files import SIGN, load_scores, save_scores, tensor_hash
+from relp_cli.spaces.shown import Shown, ShownView
 from relp_cli.spaces.table import SPACES, space_of
 from relp_cli.spaces.units import Units
 
@@ -24,8 +25,8 @@ def support_sign(meta: Mapping[str, Any]) -> int:
     return -1 if meta.get("signed", True) and meta.get("direction", "noising") == "noising" else 1
 
 
-@dataclass(frozen=True)
-class KindScores:
+@dataclass(frozen=True, repr=False)
+class KindScores(ShownView):
     """Scores of one kind as a table.
 
     mean, variance: Float[layer, pos, *unit] over examples (variance unbiased; NaN where n = 1).
@@ -55,8 +56,8 @@ class KindScores:
         return whole_of({self.kind: self}, self.meta)
 
 
-@dataclass(frozen=True)
-class Scores(Mapping[str, Any]):
+@dataclass(frozen=True, repr=False)
+class Scores(Shown, Mapping[str, Any]):
     """Scores of units at positions. A *cell* is one unit at one position: number position · len(units) + unit.
 
     units:          what was scored. labels, axis, n: the positions, as in KindScores (edges without positions: "*", "all").

@@ -88,6 +88,30 @@ def circuit_table(scores: Scores, circuit: Circuit) -> pd.DataFrame:
     return table.sort_values("score", key=abs, ascending=False, kind="stable", ignore_index=True)[COLUMNS]
 
 
+def strongest(scores: Scores, n: int) -> pd.DataFrame:
+    """The first n rows of `unit_table` by |score|. Raises RelpError unless n is from 1 up."""
+    return unit_table(scores, _strongest_first(scores)[: _count(n)])
+
+
+def strongest_kept(circuit: Circuit, scores: Any, n: int) -> pd.DataFrame:
+    """The first n rows of `circuit_table`. Raises RelpError for scores of other positions, and unless n is from 1 up."""
+    return circuit_table(scores.whole, circuit).head(_count(n))
+
+
+def kept_units(circuit: Circuit) -> pd.DataFrame:
+    """A row per kept unit and position, in the order of positions: kind, layer, position, unit (as `unit_table`)."""
+    space = space_of(circuit.units)
+    rows = [space.row(circuit.units, unit, circuit.labels[at]) for at, unit in circuit.mask.nonzero().tolist()]
+    columns = {name: pd.Series([row[name] for row in rows], dtype=object) for name in COLUMNS[:4]}
+    return pd.DataFrame(columns)
+
+
+def _count(n: Any) -> int:
+    if not isinstance(n, int) or n < 1:
+        raise RelpError(f"expected a number of units from 1 up, got {n!r}")
+    return n
+
+
 def _strongest_first(scores: Scores) -> Int[Tensor, " column"]:
     """Columns by |mean score|; of those that tie, the first in the order of cells."""
     sizes, units = scores.mean.double().abs().nan_to_num(0), scores.units
