@@ -74,8 +74,8 @@ def run_job(
     from relp_cli.runs.job import cells
     from relp_cli.runs.jobrun import check_job, collect
 
-    check_job(job)
     folder = output or Path("runs") / job.name
+    check_job(job, folder)
     if dry_run:
         grid = cells(job)
         summary = {
@@ -103,6 +103,8 @@ def run_job(
     else:
         _print(tables, files)
         note(f"{job.name}: {state}")
+        for model in outcome.noted:
+            note(f"{model}: not loaded; its cells are those of the content that it had when it was loaded for this job")
         by_error: dict[str, list[str]] = {}
         for label, error in result.errors:
             by_error.setdefault(error, []).append(label)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 
 import pandas as pd
 
-from relp_cli import __version__
 from relp_cli.errors import RelpError, unknown
 from relp_cli.evaluation.ablation_table import ablation_row
 from relp_cli.evaluation.compare import run_comparison
@@ -27,6 +27,7 @@ from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.runs.checked import distinct, model_labels
 from relp_cli.runs.evaluating import circuits_of, held_out, sweep_points
 from relp_cli.runs.job import COSTS, Cell, Group, JobSpec, cell_hash, cells, nodes_of, read_cell, score_spec_of
+from relp_cli.runs.known import Known, identity_of
 from relp_cli.runs.rundir import provenance
 from relp_cli.runs.scoring import Prepared, Session, check_request, default_folder, digest_of, prepare, score_run
 from relp_cli.runs.spec import ScoreSpec
@@ -38,16 +39,17 @@ from relp_cli.tasks.task import load_task
 Report = Callable[[int, int, str], None]
 
 
-def check_job(job: JobSpec) -> None:
+def check_job(job: JobSpec, folder: Path | None = None) -> None:
     """What can be known to be wrong before any cell runs: tasks, methods, their parameters and rules, dictionaries,
     ablations, metrics, the sweep, and models that are there twice. One model of several that does not load fails
-    in its own cells.
+    in its own cells. folder: the job's; models that were loaded for it once need not be there any more.
 
     Raises: RelpError for what no cell could be computed with.
     """
     model_labels(job.models)
     wrong = [problem for model in job.models if (problem := _no_model(model)) is not None]
-    if len(wrong) == len(job.models):
+    known = folder and Known(job, folder)
+    if len(wrong) == len(job.models) and not (known and any(map(known.revision, job.models))):
         raise wrong[0]
     distinct("task name", [load_task(task).name for task in job.tasks])
     methods = [*job.methods, *([job.agreement.reference] if job.agreement else [])]
@@ -121,7 +123,7 @@ class GroupRun:
     def identity(self) -> dict[str, str]:
         """What the names in a cell stand for; part of its hash."""
         p = self.prepared()
-        names = {"task_hash": p.task.hash, "revision": p.model.revision, "metric": p.metric, "relp": __version__}
+        names = identity_of(p.task, p.metric, p.model.revision)
         where = self.job.dictionary
         return names | ({"dictionary": self.session.dictionaries(where, p.model).digest} if where else {})
 
@@ -195,12 +197,14 @@ class GroupRun:
 
 @dataclass(frozen=True)
 class Outcome:
-    """paths: every cell's file; computed, finished (found done) and failed count cells."""
+    """paths: every cell's file; computed, finished (found done) and failed count cells; noted: models that are not on this
+    disk, whose cells are those of the content that was noted when they were loaded."""
 
     paths: dict[Cell, Path]
     computed: int
     finished: int
     failed: int
+    noted: tuple[str, ...] = ()
 
 
 def run_cells(job: JobSpec, folder: Path, session: Session, report: Report | None = None) -> Outcome:
@@ -209,27 +213,32 @@ def run_cells(job: JobSpec, folder: Path, session: Session, report: Report | Non
     Raises: RelpError where the folder cannot be written to.
     """
     check_writable(folder)
-    paths: dict[Cell, Path] = {}
-    counts = {"computed": 0, "finished": 0, "failed": 0}
-    current: GroupRun | None = None
-    todo = cells(job)
-    for number, cell in enumerate(todo):
-        if current is None or current.group != cell.group:
-            current = GroupRun(job, cell.group, folder, session)
-        paths[cell], state = _run_cell(job, cell, current, folder / "cells")
-        counts[state] += 1
-        if report:
-            report(number + 1, len(todo), f"{job.name}: {cell.group.task}, {cell.group.model}")
-    return Outcome(paths, **counts)
+    known, states = Known(job, folder), dict[Cell, tuple[Path, str]]()
+    grid = cells(job)
+    for model in job.models:  # one model after the other, so that one is in memory at a time
+        for group in dict.fromkeys(cell.group for cell in grid if cell.group.model == model):
+            run = GroupRun(job, group, folder, session)
+            for cell in (c for c in grid if c.group == group):
+                states[cell] = _run_cell(cell, run, known)
+                if report:
+                    report(len(states), len(grid), f"{job.name}: {group.task}, {group.model}")
+        session.forget()
+    counted = Counter(state for _, state in states.values())
+    paths = {cell: states[cell][0] for cell in grid}
+    return Outcome(paths, counted["computed"], counted["finished"], counted["failed"], tuple(sorted(known.noted)))
 
 
-def _run_cell(job: JobSpec, cell: Cell, group: GroupRun, folder: Path) -> tuple[Path, str]:
-    started = time.perf_counter()
+def _run_cell(cell: Cell, group: GroupRun, known: Known) -> tuple[Path, str]:
+    """The file of a cell, and what became of it. A model is loaded only for what is not finished."""
+    path, started = known.path(cell), time.perf_counter()
+    if path and "rows" in (read_cell(path) or {}):
+        return path, "finished"
     content: dict[str, Any] = {"cell": cell.label}
-    # A cell whose model or task does not load has no content hash yet; its error still needs a file.
-    path, state = folder / f"unloaded-{cell_hash(job, cell)}.json", "computed"
+    path, state = known.unloaded(cell), "computed"
     try:
-        path = folder / f"{cell_hash(job, cell, **group.identity())}.json"
+        identity = group.identity()
+        known.note(cell.group.model, identity["revision"])
+        path = path.with_name(f"{cell_hash(group.job, cell, **identity)}.json")
         if "rows" in (read_cell(path) or {}):
             return path, "finished"
         content["rows"] = group.run(cell)

@@ -43,6 +43,11 @@ class Session:
             self.models[name, dtype] = load_model(name, dtype=dtype, device=self.device)
         return self.models[name, dtype]
 
+    def forget(self) -> None:
+        """Let go of models and what was loaded for them: the next ones are others."""
+        self.models.clear()
+        self.saes.clear()
+
     def dictionaries(self, path: str, model: Model) -> Dictionaries:
         """The sparse autoencoders of a folder, or shipped ones, for a model."""
         key = (path, model.name, str(model.dtype))

@@ -17,6 +17,8 @@ from relp_cli.runs.job import COSTS, JobSpec
 
 # What a table of all cells has even where it is undefined in every one of them.
 MEASURES = ("pcc", "pcc_lo", "pcc_hi", "pcc_per_pair", "spearman", "topk", "note", "faithfulness", "completeness")
+KEYS = ("task", "model", "kind", "method", "direction", "seed")
+TIMES = ["seconds"]
 Tables = list[tuple[str, pd.DataFrame]]
 
 
@@ -28,10 +30,14 @@ def summarise(job: JobSpec, rows: pd.DataFrame, folder: Path) -> tuple[list[Path
     if rows.empty:
         return [], []
     files = [folder / "results.csv"]
-    write_table(rows, files[0])
+    values = rows.drop(columns=TIMES, errors="ignore")  # the same bytes, however many processes computed them
+    write_table(values, files[0])
     if _has_pyarrow():
         files.append(folder / "results.parquet")
-        write_table(rows, files[-1])
+        write_table(values, files[-1])
+    if timed := [name for name in TIMES if name in rows.columns]:
+        files.append(folder / "timings.csv")
+        write_table(rows[rows[timed[0]].notna()][[*KEYS, *timed]].drop_duplicates(), files[-1])
     tables: Tables = []
     for part, make in (("agreement", _agreement), ("evaluation", _evaluation)):
         chosen = rows[rows.what == part]
@@ -75,7 +81,7 @@ def _evaluation(job: JobSpec, rows: pd.DataFrame, folder: Path) -> tuple[list[Pa
     areas = areas_of(rows)
     for end in ("csv", "md", "tex"):
         files.append(folder / f"summary.{end}")
-        write_table(areas, files[-1])
+        write_table(areas.drop(columns=TIMES, errors="ignore"), files[-1])
     tables: Tables = [(f"{job.name}: areas under the curves against the fraction of nodes kept", areas)]
     if job.published == "figure3":
         tables.append(("neuron circuits, ours beside the paper's Figure 3", beside(rows)))
@@ -94,7 +100,7 @@ def areas_of(rows: pd.DataFrame) -> pd.DataFrame:
     """Per cell: CPR and CMD over the fraction of nodes kept, and the number of nodes at which faithfulness reaches 1/2."""
     from relp_cli.evaluation.areas import areas
 
-    keys = ["task", "model", "kind", "method", "direction", "seed"]
+    keys = list(KEYS)
     out: list[dict[str, Any]] = []
     for key, chosen in rows.groupby(keys, sort=False):
         fraction = (chosen.n_nodes / chosen.n_possible).tolist()

@@ -29,7 +29,6 @@ exact_candidates: 20
 agreement: {}
 evaluate: {sweep: "counts:1,5,20,1000000", heldout: 6, random_circuits: 1}
 """
-TIMES = ["seconds"]
 
 
 FINISHED: list[Path] = []
@@ -55,7 +54,7 @@ def finished(relp, job, tmp_path, tmp_path_factory) -> Path:
 
 
 def results(folder: Path) -> pd.DataFrame:
-    return pd.read_csv(folder / "results.csv").drop(columns=TIMES)
+    return pd.read_csv(folder / "results.csv")
 
 
 def test_cells_equal_the_python_api(finished):
@@ -101,6 +100,38 @@ def test_killed_half_way_it_finishes_with_identical_results(relp, job, finished,
     assert relp("evaluate", job, "-o", "killed").code == 0
     assert kept == {p: p.stat().st_mtime_ns for p in kept}
     pd.testing.assert_frame_equal(results(tmp_path / "killed"), results(finished))
+
+
+def test_a_finished_job_needs_no_model_and_no_folder_of_it(relp, job, tmp_path, monkeypatch):
+    source = Path(relp_cli.__file__).parent / "models/embedded/tiny-gpt2"
+    shutil.copytree(source, tmp_path / "copy")
+    how = (
+        "--override",
+        "models=[./copy]",
+        "--override",
+        "methods=[random]",
+        "--override",
+        "agreement=null",
+        "-o",
+        "out",
+    )
+    assert relp("evaluate", job, *how).code == 0
+    first = (tmp_path / "out/results.csv").read_bytes()
+    assert "seconds" not in first.decode().splitlines()[0]
+    assert (tmp_path / "out/timings.csv").read_text().startswith("task,model,kind,method,direction,seed,seconds")
+    monkeypatch.setattr("relp_cli.runs.scoring.load_model", None)
+    again = relp("evaluate", job, *how)  # the folder is there: known by its content, not loaded
+    assert again.code == 0
+    assert "not loaded" not in again.err
+    shutil.rmtree(tmp_path / "copy")
+    gone = relp("evaluate", job, *how)
+    assert gone.code == 0
+    assert "0 cells computed, 2 found finished, 0 failed" in gone.err
+    assert "./copy: not loaded" in gone.err
+    assert (tmp_path / "out/results.csv").read_bytes() == first
+    more = relp("evaluate", job, *how[:2], "--override", "pairs=5", *how[4:])
+    assert more.code == 1
+    assert "does not exist" in more.err
 
 
 def test_one_failing_cell_fails_alone_and_is_tried_again(relp, job, tmp_path):
