@@ -129,9 +129,6 @@ def test_a_finished_job_needs_no_model_and_no_folder_of_it(relp, job, tmp_path, 
     assert "0 cells computed, 2 found finished, 0 failed" in gone.err
     assert "./copy: not loaded" in gone.err
     assert (tmp_path / "out/results.csv").read_bytes() == first
-    more = relp("evaluate", job, *how[:2], "--override", "pairs=5", *how[4:])
-    assert more.code == 1
-    assert "does not exist" in more.err
 
 
 def test_one_failing_cell_fails_alone_and_is_tried_again(relp, job, tmp_path):
