@@ -25,6 +25,7 @@ from relp_cli.models.folder import local_path, split_revision
 from relp_cli.models.load import DTYPES
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.runs.checked import distinct, model_labels
+from relp_cli.runs.claims import POLL, Claims
 from relp_cli.runs.evaluating import circuits_of, held_out, sweep_points
 from relp_cli.runs.job import COSTS, Cell, Group, JobSpec, cell_hash, cells, nodes_of, read_cell, score_spec_of
 from relp_cli.runs.known import Known, identity_of
@@ -210,22 +211,53 @@ class Outcome:
 def run_cells(job: JobSpec, folder: Path, session: Session, report: Report | None = None) -> Outcome:
     """Compute what is missing, each cell on its own: a failure is recorded in its file and tried again next time.
 
+    Several processes at one folder share its groups by claims: each cell is computed once, each process waits for all.
+
     Raises: RelpError where the folder cannot be written to.
     """
     check_writable(folder)
-    known, states = Known(job, folder), dict[Cell, tuple[Path, str]]()
+    known, claims, states = Known(job, folder), Claims(folder / "claims"), dict[Cell, tuple[Path, str]]()
     grid = cells(job)
+    before = {path: path.stat().st_mtime_ns for path in (folder / "cells").glob("*.json")}
     for model in job.models:  # one model after the other, so that one is in memory at a time
-        for group in dict.fromkeys(cell.group for cell in grid if cell.group.model == model):
-            run = GroupRun(job, group, folder, session)
-            for cell in (c for c in grid if c.group == group):
-                states[cell] = _run_cell(cell, run, known)
-                if report:
-                    report(len(states), len(grid), f"{job.name}: {group.task}, {group.model}")
+        waiting = list(dict.fromkeys(cell.group for cell in grid if cell.group.model == model))
+        while waiting:
+            left = []
+            for group in waiting:
+                of_group = [cell for cell in grid if cell.group == group]
+                with claims.claim(_group_hash(job, group)) as ours:
+                    if not ours:
+                        left.append(group)  # another process is at it
+                        continue
+                    run = GroupRun(job, group, folder, session)
+                    for cell in of_group:
+                        states[cell] = _tried(cell, known, before) or _run_cell(cell, run, known)
+                        if report:
+                            report(len(states), len(grid), f"{job.name}: {group.task}, {group.model}")
+            if waiting := left:
+                time.sleep(POLL)
         session.forget()
     counted = Counter(state for _, state in states.values())
     paths = {cell: states[cell][0] for cell in grid}
     return Outcome(paths, counted["computed"], counted["finished"], counted["failed"], tuple(sorted(known.noted)))
+
+
+def _group_hash(job: JobSpec, group: Group) -> str:
+    """The name of a group's claim: of all that it asks for, so that two jobs in one folder do not wait for each other."""
+    return cell_hash(job, Cell(group, job.methods[0], job.kinds[0]))
+
+
+def _tried(cell: Cell, known: Known, before: dict[Path, int]) -> tuple[Path, str] | None:
+    """A cell's file where it failed in another process since this one began: it is not tried once more by each of them."""
+    for path in (known.path(cell), known.unloaded(cell)):
+        if (
+            path
+            and path.is_file()
+            and before.get(path) != path.stat().st_mtime_ns
+            and "error" in (read_cell(path) or {})
+        ):
+            return path, "failed"
+    return None
 
 
 def _run_cell(cell: Cell, group: GroupRun, known: Known) -> tuple[Path, str]:
