@@ -228,9 +228,10 @@ def test_corpus_is_not_ignored_for_edges_and_features(tmp_path):
     from relp_cli.spaces.edges import edge_circuit
     from relp_cli.spaces.graph import Graph
 
-    graph = Graph(2, 2, False, False)
+    model = relp_cli.load_model("tiny-gpt2")
+    graph, pairs = Graph.of(model.shape), relp_cli.load_task("sva_simple").pairs(model, n=2)
     with pytest.raises(RelpError, match="only circuits of nodes are ablated with a corpus"):
-        evaluate(None, [None], edge_circuit(graph, graph.mask), corpus=tmp_path / "text.txt")  # type: ignore[arg-type,list-item]
+        evaluate(model, pairs, edge_circuit(graph, graph.mask), corpus=tmp_path / "text.txt")
 
 
 def test_json_on_stdout_has_no_nan(capsys):
