@@ -118,6 +118,7 @@ def gelu(x: float) -> float:
 
 
 def silu(x: float) -> float:
+    """Llama's: x·σ(x)."""
     return x / (1 + math.exp(-x)) if x > -700 else 0.0
 
 

@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from relp_cli.files import write_atomically
 from relp_cli.methods.setup import Passes, Setup
 from relp_cli.methods.table import Result
 
-EVERY, AT_MOST = 10.0, 0.05  # seconds between writings, and their share of the time
+EVERY, REST = 10.0, 20.0  # from one writing to the next: seconds, and times as long as it took; the longer of the two
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Unfinished:
 
     folder: Path
     digest: str
-    _waiting: dict[Path, bytes] = field(default_factory=dict)
+    _waiting: dict[Path, tuple[dict[str, Tensor], str]] = field(default_factory=dict)  # not made into bytes in vain
     _next: float = field(default_factory=lambda: time.monotonic() + EVERY)
 
     def due(self) -> bool:
@@ -42,15 +42,15 @@ class Unfinished:
         """Keep one file's content; it is written when it is time."""
         content = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         path = self.folder / f"{name}.safetensors"
-        self._waiting[path] = save(content, {"digest": self.digest, "about": json.dumps(about)})
+        self._waiting[path] = content, json.dumps(about)
         if not self.due():
             return
         started = time.monotonic()
-        for path, data in self._waiting.items():
-            write_atomically(path, data)
+        for path, (content, about_it) in self._waiting.items():
+            write_atomically(path, save(content, {"digest": self.digest, "about": about_it}))
         self._waiting.clear()
         ended = time.monotonic()
-        self._next = ended + max(EVERY, (ended - started) / AT_MOST if AT_MOST else 0.0)
+        self._next = ended + max(EVERY, REST * (ended - started))
 
     def get(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What was kept under a name; None where there is nothing, or nothing of this request."""
@@ -114,5 +114,5 @@ class UnfinishedBatch:
 
 
 def _assign(passes: Passes, values: Mapping[str, Any]) -> None:
-    for name, value in asdict(replace(passes, **values)).items():
+    for name, value in values.items():
         setattr(passes, name, value)

@@ -308,7 +308,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
     c = case("gpt2")
     whole = run(c, method, ["head"], steps=6)
     monkeypatch.setattr(unfinished, "EVERY", 0.0)
-    monkeypatch.setattr(unfinished, "AT_MOST", 0.0)
+    monkeypatch.setattr(unfinished, "REST", 0.0)
     kept = Unfinished(tmp_path, "x")
 
     def stop(done: int, total: int, what: str) -> None:

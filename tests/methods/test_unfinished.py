@@ -31,7 +31,7 @@ class Stop(Exception):
 @pytest.fixture(autouse=True)
 def _written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "EVERY", 0.0)
-    monkeypatch.setattr(module, "AT_MOST", 0.0)
+    monkeypatch.setattr(module, "REST", 0.0)
 
 
 def scored(method: str, store: Unfinished, steps: int | None = None, **options: Any) -> tuple[Any, list[int]]:
