@@ -44,6 +44,12 @@ log = Terminal(stderr=True, soft_wrap=True)
 COMPONENTS = "resid_pre,attn_out,mlp_out"
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of tables.")]
 DryRunFlag = Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and stop.")]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Compute one share of several: 3/8, or auto (a Slurm array's or a Kubernetes Job's own counting)."
+    ),
+]
 MOST = 10**9
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 

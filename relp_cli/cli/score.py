@@ -12,6 +12,7 @@ from relp_cli.cli.common import (
     DryRunFlag,
     JsonFlag,
     RevisionOption,
+    ShardOption,
     at_revision,
     comma,
     count_option,
@@ -51,6 +52,7 @@ def command(
     ] = None,
     top: Annotated[int, count_option(1, help="Nodes to print per kind.")] = 10,
     output: Annotated[Path | None, output_option(help="Run directory (default: runs/…).")] = None,
+    shard: ShardOption = None,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -72,8 +74,10 @@ def command(
     )  # fmt: skip
     from relp_cli.runs.cost import describe_cost, expected_time
     from relp_cli.runs.scoring import Prepared, Session, check_request, loaded_params, prepare, score_run, scoring_notes
+    from relp_cli.runs.shards import score_shard, shard_of
 
     session = Session(how.device)
+    share = None if shard is None else shard_of(shard)
     check_request(spec, output)
     if annotations is not None:
         from relp_cli.features.annotations import read_annotations
@@ -102,7 +106,15 @@ def command(
             note(f"act_patch: {describe_cost(prepared.model, prepared.pairs, spec)['forwards']}")
 
     with progress() as bar:
-        run, scores, cached = score_run(spec, session, output, bar, ready)
+        if share is None:
+            run, scores, cached = score_run(spec, session, output, bar, ready)
+        else:
+            run, whole, cached, waiting_for = score_shard(spec, session, share, output, bar, ready)
+            if whole is None:
+                said = f"{share} is done; {waiting_for} batches wait for other shards; the last one writes the run"
+                print_json({"run": str(run.path), "shard": str(share), "waiting": waiting_for}) if json else note(said)
+                return
+            scores = whole
     for line in scoring_notes(scores):
         note(line)
     if json:

@@ -90,6 +90,8 @@ class FeatureBatch(NodeBatch):
     only: the circuit whose nodes `patch` patches (others have score 0). about: where `patch` counts its runs.
     """
 
+    parts_of_patch = False
+
     def __init__(
         self, setup: Setup, dictionaries: Mapping[Site, Dictionary], only: Circuit | None = None,
         about: dict[str, Any] | None = None, chunk_tokens: int = CHUNK_TOKENS, tick: Progress | None = None,

@@ -76,6 +76,8 @@ class NodesAt:
 class NodeBatch(Batch):
     """Activations of the node kinds; the features of a site (`features.space`) are read off the same."""
 
+    parts_of_patch = True
+
     def read_source(self) -> Activations:
         return self.setup.source_activations()
 

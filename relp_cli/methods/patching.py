@@ -7,6 +7,7 @@ without one. Nodes are put by `patch_sets` (sets of nodes, of any kinds and laye
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from relp_cli.methods.setup import CHUNK_TOKENS, Setup, fitting
-from relp_cli.methods.unfinished import UnfinishedBatch
+from relp_cli.methods.unfinished import Cost, Steps, UnfinishedBatch
 from relp_cli.models.model import Hook
 from relp_cli.models.resume import Rows, putting
 from relp_cli.nodes.access import Activations, split, units
@@ -74,37 +75,56 @@ def patch_nodes(
     `chunk_tokens` tokens together; they go from the first layer to the last. unfinished: what an interrupted call left of this
     one, and where this one leaves what it knows.
     """
-    trace, value = setup.traced[0], setup.prompt_value("run")
+    value, passes, n_slots = setup.prompt_value("run"), setup.passes, len(setup.labels)
     todo = {at: _moved(setup, source, at) for at in sorted(wanted, key=lambda at: at[1])}
     todo = {at: moved if (mask := wanted[at]) is None else moved & mask.to(moved.device) for at, moved in todo.items()}
-    out = {at: value.new_zeros(len(value), len(setup.labels), units(setup.model, NODE_KINDS[at[0]])) for at in wanted}
-    done, total = 0, sum(int(mask.sum()) for mask in todo.values())
-    steps_done, known = unfinished.so_far(setup.passes) if unfinished else (0, {})
-    step = 0
-    for (kind, layer), effect in out.items() if known else ():
-        effect.copy_(known[f"{kind}.{layer}"])
-    for part in _parts(todo, fitting(setup.batch.n_pos, chunk_tokens)):
-        if step + len(setup.labels) > steps_done:
-            counted = setup.passes.computed if step < steps_done else None  # a part that was begun: with its first slot
+    out = {at: value.new_zeros(len(value), n_slots, units(setup.model, NODE_KINDS[at[0]])) for at in wanted}
+    rows, total = fitting(setup.batch.n_pos, chunk_tokens), sum(int(mask.sum()) for mask in todo.values())
+    n_parts = -(-sum(int(mask.any(1).sum()) for mask in todo.values()) // rows)
+    known = {step: piece for piece in (unfinished.pieces(rows) if unfinished else []) for step in piece.cost}
+    steps = Steps({f"{kind}.{layer}": effect for (kind, layer), effect in out.items()})
+    computed, done = passes.computed, 0
+    for number, part in enumerate(_parts(todo, rows)):
+        if unfinished and unfinished.shard and not unfinished.shard.has(unfinished.number * n_parts + number):
+            continue
+        slots = [slot for slot in range(n_slots) if any(cells.slots[:, slot].any() for cells in part)]
+        left = [slot for slot in slots if number * n_slots + slot not in known]
+        passes.computed = 0.0
+        if left:
             part = _written(setup, source, part)
-            setup.passes.computed = counted or setup.passes.computed
-        for slot in range(len(setup.labels)):
-            here = [cells.of(cells.slots[:, slot]) for cells in part if cells.slots[:, slot].any()]
-            step += 1
-            if step <= steps_done or not here:
-                done += sum(len(cells.pair) for cells in here)
-                continue
-            positions = (setup.slots == slot).nonzero()[:, 0]
-            first = trace.first(int(positions[0]))
-            found = _effects(setup, [_rows(setup, source, cells, positions, first) for cells in here], first)
-            for cells, effect in zip(here, found.split([len(cells.pair) for cells in here]), strict=True):
-                out[cells.at][cells.pair, slot, cells.unit] = effect
-            done += len(found)
-            if tick:
+        if len(left) < len(slots):
+            passes.computed = 0.0  # what the part's layers write was counted with its first slot
+        for slot in slots:
+            step, cells = number * n_slots + slot, [c.of(c.slots[:, slot]) for c in part if c.slots[:, slot].any()]
+            n, no_effect, started = sum(len(c.pair) for c in cells), passes.no_effect, time.perf_counter()
+            if slot in left:
+                _patch_slot(setup, source, slot, cells, out)
+                steps.cost[step] = Cost(n, passes.computed, passes.no_effect - no_effect, time.perf_counter() - started)
+            else:
+                for c in cells:
+                    at = c.pair, slot, c.unit
+                    out[c.at][at] = known[step].effects[f"{c.at[0]}.{c.at[1]}"].to(value.device)[at]
+                cost = steps.cost[step] = known[step].cost[step]
+                passes.patched, passes.no_effect = passes.patched + n, no_effect + cost.no_effect
+                passes.seconds += cost.seconds
+            passes.computed, done = 0.0, done + n
+            if tick and slot in left:
                 tick(done, total, "patched runs")
-            if unfinished:
-                unfinished.keep(step, setup.passes, lambda: {f"{kind}.{n}": v for (kind, n), v in out.items()})
+            if unfinished and unfinished.store.due():
+                unfinished.keep_piece(steps, rows, total)
+    passes.computed = computed + sum(cost.computed for cost in steps.cost.values())
+    if unfinished and unfinished.shard:
+        unfinished.keep_piece(steps, rows, total)
     return out
+
+
+def _patch_slot(setup: Setup, source: Activations, slot: int, cells: Sequence[Cells], out: Mapping[At, Tensor]) -> None:
+    """One pass: the nodes of `cells`, put where the positions of a slot are; their effects go into `out`."""
+    positions = (setup.slots == slot).nonzero()[:, 0]
+    first = setup.traced[0].first(int(positions[0]))
+    found = _effects(setup, [_rows(setup, source, c, positions, first) for c in cells], first)
+    for c, effect in zip(cells, found.split([len(c.pair) for c in cells]), strict=True):
+        out[c.at][c.pair, slot, c.unit] = effect
 
 
 @dataclass(frozen=True)

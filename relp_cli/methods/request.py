@@ -67,7 +67,9 @@ class Account:
         self.values: list[Tensor] = []
 
     def done(self, setup: Setup) -> None:
-        """One batch is scored."""
+        """One batch is scored, whose passes are counted with it, or with those of all batches already."""
+        if setup.passes is not self.passes:
+            self.passes.add(setup.passes)
         original = setup.prompt_value("run" if self.request.direction == "noising" else "source")
         self.values.append(original.cpu())
         if self.request.progress:
@@ -95,7 +97,7 @@ class Account:
             "forwards_per_pair": round(forward, 3),
             "backwards_per_pair": round(passes.backward / self.n_batches, 3),
             **_of_patched(passes),
-            "seconds": round(time.perf_counter() - self.started, 3),
+            "seconds": round(time.perf_counter() - self.started + passes.seconds, 3),
             "mean_metric": values.mean().item(),
             "mean_abs_metric": values.abs().mean().item(),
             **more,

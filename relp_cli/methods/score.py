@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -10,7 +12,7 @@ from pydantic import ValidationError
 from relp_cli.errors import RelpError, nearest, unknown
 from relp_cli.lrp.rules import RULE_SETS, RULES, Rule, parse_rules
 from relp_cli.methods.request import Account, Progress, Request
-from relp_cli.methods.setup import CHUNK_TOKENS
+from relp_cli.methods.setup import CHUNK_TOKENS, Passes
 from relp_cli.methods.space import Batch, Scorer
 from relp_cli.methods.table import METHODS, Method, Params, Result, methods_for
 from relp_cli.methods.unfinished import Unfinished
@@ -39,48 +41,105 @@ def score_units(
 
     only: of features, the circuit whose nodes act_patch patches (others have score 0).
     """
-    space = space_for(nodes)
-    options = {"only": only} | {name: params.pop(name, None) for name in space.options}
-    row, parsed = resolve_method(method, params, space.name, model)
-    check_baseline(row, space, request)
-    scorer: Scorer = space.load_scorer()(model, pairs, nodes, request, options)
-    chunks = request.chunks(model, pairs)
-    account = Account(request, model, chunks, method)
-    scorer.prepare(chunks, account.passes)
-    size = getattr(parsed, "chunk_tokens", CHUNK_TOKENS)
-    batches = (
-        scorer.batch(chunk, account.passes, size, _within(request.progress, i, len(chunks)))
-        for i, chunk in enumerate(chunks)
-    )
+    work = _Work.begin(model, pairs, method, nodes, request, only, params)
+    row, scorer, account = work.row, work.scorer, work.account
     totals = Totals(scorer.units, scorer.labels, account.n_pairs, request.keep_examples)
     result = Result({})
-    for on, result in _results(row, parsed, batches, request.unfinished):
+    for on, result in work.results():
         totals.add(scorer.blocks(result.scores), on.labels)
         account.done(on.setup)
         on.forget()
-    meta = account.meta(row, parsed, result.applied, scorer.axis, **scorer.about, **result.meta)
+    meta = account.meta(row, work.params, result.applied, scorer.axis, **scorer.about, **result.meta)
     return totals.finish(scorer.axis, meta)
 
 
-def _results(
-    row: Method, params: Params, batches: Iterable[Batch], unfinished: Unfinished | None
-) -> Iterator[tuple[Batch, Result]]:
-    """What an estimator of any sort says of each batch; of one by one, what an interrupted scoring said already."""
-    function, _ = row.load()
-    if row.by == "all":
-        every = list(batches)
-        every[0].unfinished = unfinished.of(0) if unfinished else None
-        yield from zip(every, function(every, params), strict=True)
-        return
-    for number, on in enumerate(batches):
-        on.unfinished = unfinished.of(number) if unfinished else None
-        result = on.unfinished.result(on.setup) if on.unfinished else None
-        if result is None:
-            values = function(on, params)
-            result = on.attribute(values) if row.by == "points" else values
-            if on.unfinished:
-                on.unfinished.keep_result(on.setup, result)
-        yield on, result
+def score_share(
+    model: Model, pairs: Sequence[PairBatch], method: str, nodes: Sequence[str], request: Request, **params: Any
+) -> list[int]:
+    """Compute what is the share of `request.unfinished.shard` and leave it there. Returns the batches that still miss something.
+
+    `score_units` with the same arguments then has it all, to the same bits, or computes what is missing.
+    Raises: as `score_units`. `check_divisible` says which methods have shares.
+    """
+    work, unfinished = _Work.begin(model, pairs, method, nodes, request, None, params), request.unfinished
+    assert unfinished is not None
+    for on, _ in work.results():
+        unfinished.write()
+        work.account.done(on.setup)
+        on.forget()
+    return [number for number in range(work.account.n_batches) if not unfinished.of(number).complete()]
+
+
+def check_divisible(row: Method, method: str, rules: Any = None) -> None:
+    """Raises RelpError for a method whose batches depend on each other, and for rules that are chosen on some of the pairs."""
+    if row.by == "all" or "auto" in (rules, method.partition("+")[2]):
+        raise RelpError(f"method '{method}' needs all pairs in one process: it cannot be computed in shards")
+
+
+@dataclass
+class _Work:
+    """One estimator over batches of pairs of one space, made ready."""
+
+    row: Method
+    params: Params
+    scorer: Scorer
+    account: Account
+    batches: Iterable[Batch]
+    unfinished: Unfinished | None
+
+    @classmethod
+    def begin(
+        cls,
+        model: Model,
+        pairs: Sequence[PairBatch],
+        method: str,
+        nodes: Sequence[str],
+        request: Request,
+        only: Any,
+        params: dict[str, Any],
+    ) -> _Work:
+        space = space_for(nodes)
+        options = {"only": only} | {name: params.pop(name, None) for name in space.options}
+        row, parsed = resolve_method(method, params, space.name, model)
+        check_baseline(row, space, request)
+        scorer: Scorer = space.load_scorer()(model, pairs, nodes, request, options)
+        chunks = request.chunks(model, pairs)
+        account = Account(request, model, chunks, method)
+        scorer.prepare(chunks, account.passes)
+        size = getattr(parsed, "chunk_tokens", CHUNK_TOKENS)
+        passes = (lambda: account.passes) if row.by == "all" else Passes
+        batches = (
+            scorer.batch(chunk, passes(), size, _within(request.progress, i, len(chunks)))
+            for i, chunk in enumerate(chunks)
+        )
+        return cls(row, parsed, scorer, account, batches, request.unfinished)
+
+    def results(self) -> Iterator[tuple[Batch, Result]]:
+        """What the estimator says of each batch; of one by one, what an interrupted scoring said already.
+
+        Of a shard, its share.
+        """
+        row, params, unfinished = self.row, self.params, self.unfinished
+        function, _ = row.load()
+        if row.by == "all":
+            every = list(self.batches)
+            every[0].unfinished = unfinished.of(0) if unfinished else None
+            yield from zip(every, function(every, params), strict=True)
+            return
+        shard = unfinished.shard if unfinished else None
+        for number, on in enumerate(self.batches):
+            on.unfinished = unfinished.of(number) if unfinished else None
+            shared = shard is not None and row.each and on.parts_of_patch
+            if shard and not shared and not shard.has(number):
+                continue
+            result = on.unfinished.result(on.setup) if on.unfinished else None
+            if result is None:
+                started = time.perf_counter()
+                values = function(on, params)
+                result = on.attribute(values) if row.by == "points" else values
+                if on.unfinished and not shared:
+                    on.unfinished.keep_result(on.setup, result, time.perf_counter() - started)
+            yield on, result
 
 
 def _within(progress: Progress | None, number: int, count: int) -> Progress | None:

@@ -35,7 +35,8 @@ class Passes:
     """Forward and backward passes spent on a batch, in units of one pass over one pair.
 
     patched: runs with a patch, on top of these, and of single pairs: how many there are depends on the pair. computed: what was
-    computed for them, in whole runs. no_effect: how many of them ended in the run's own L, to the last bit.
+    computed for them, in whole runs. no_effect: how many of them ended in the run's own L, to the last bit. seconds: what other
+    processes took for what was taken from them.
     """
 
     forward: float = 0.0
@@ -43,6 +44,11 @@ class Passes:
     patched: int = 0
     computed: float = 0.0
     no_effect: int = 0
+    seconds: float = 0.0
+
+    def add(self, other: Passes) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class Batch(ABC):
     """
 
     unfinished: UnfinishedBatch | None = None
+    parts_of_patch: ClassVar[bool] = False  # whether several shards can share one batch's exact patching
 
     def __init__(self, setup: Setup, chunk_tokens: int = CHUNK_TOKENS, tick: Progress | None = None) -> None:
         self.setup, self.chunk_tokens, self._tick = setup, chunk_tokens, tick

@@ -2,6 +2,8 @@
 
 A file a batch. It holds the batch's result, or, while it is worked on step by step, what is known so far. Files
 are written when `EVERY` seconds have passed, so that short runs write nothing.
+
+Several processes may work at one request, each at its `Shard`: then exact patching has a file for each of them and batch.
 """
 
 from __future__ import annotations
@@ -9,11 +11,12 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -25,12 +28,30 @@ from relp_cli.methods.table import Result
 EVERY, REST = 10.0, 20.0  # from one writing to the next: seconds, and times as long as it took; the longer of the two
 
 
+@dataclass(frozen=True)
+class Shard:
+    """Share `index` (from 0) of `count` of one request: every `count`-th piece of work."""
+
+    index: int
+    count: int
+
+    def has(self, number: int) -> bool:
+        return number % self.count == self.index
+
+    def __str__(self) -> str:
+        return f"shard {self.index + 1}/{self.count}"
+
+
 @dataclass
 class Unfinished:
-    """The folder of one request, whose content hash is `digest`: files of another one are not read."""
+    """The folder of one request, whose content hash is `digest`: files of another one are not read.
+
+    shard: the share of the request that is worked at (None: all of it).
+    """
 
     folder: Path
     digest: str
+    shard: Shard | None = None
     _waiting: dict[Path, tuple[dict[str, Tensor], str]] = field(default_factory=dict)  # not made into bytes in vain
     _next: float = field(default_factory=lambda: time.monotonic() + EVERY)
 
@@ -43,8 +64,11 @@ class Unfinished:
         content = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         path = self.folder / f"{name}.safetensors"
         self._waiting[path] = content, json.dumps(about)
-        if not self.due():
-            return
+        if self.due():
+            self.write()
+
+    def write(self) -> None:
+        """Write what waits to be written."""
         started = time.monotonic()
         for path, (content, about_it) in self._waiting.items():
             write_atomically(path, save(content, {"digest": self.digest, "about": about_it}))
@@ -70,15 +94,52 @@ class Unfinished:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def of(self, number: int) -> UnfinishedBatch:
-        return UnfinishedBatch(self, f"batch-{number:05d}")
+        return UnfinishedBatch(self, number)
+
+
+class Cost(NamedTuple):
+    """Of one step of exact patching: patched runs, what was computed for them in whole runs, how many had no effect, seconds."""
+
+    patched: int
+    computed: float
+    no_effect: int
+    seconds: float
+
+
+@dataclass
+class Steps:
+    """Steps of exact patching that are done, by their numbers, and their effects: name → Float[pairs, slots, units], in which
+    the cells of other steps are anything.
+    """
+
+    effects: dict[str, Tensor]
+    cost: dict[int, Cost] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> Steps:
+        step, *cost = (tensors.pop(name).tolist() for name in ("step", *Cost._fields))
+        return cls(tensors, {int(n): Cost(int(p), c, int(z), s) for n, p, c, z, s in zip(step, *cost, strict=True)})
+
+    def tensors(self) -> dict[str, Tensor]:
+        costs = {name: [getattr(cost, name) for cost in self.cost.values()] for name in Cost._fields}
+        columns = {"step": list(self.cost), **costs}
+        return self.effects | {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
 
 
 @dataclass
 class UnfinishedBatch:
-    """One batch's file. Passes that it took are kept with it, so that costs are those of the whole."""
+    """One batch's files. Passes that it took are kept with it, so that costs are those of the whole."""
 
     store: Unfinished
-    name: str
+    number: int
+
+    @property
+    def name(self) -> str:
+        return f"batch-{self.number:05d}"
+
+    @property
+    def shard(self) -> Shard | None:
+        return self.store.shard
 
     def so_far(self, passes: Passes) -> tuple[int, dict[str, Tensor]]:
         """How many steps are done already, and what is known after them; `passes` becomes what they took."""
@@ -93,6 +154,32 @@ class UnfinishedBatch:
         if self.store.due():
             self.store.put(self.name, known(), {"done": done, "passes": asdict(passes)})
 
+    def pieces(self, rows: int) -> list[Steps]:
+        """What processes left of exact patching with `rows` rows a pass; what was done with another number is not taken."""
+        return [Steps.of(tensors) for tensors, about in self._pieces() if about["rows"] == rows]
+
+    def keep_piece(self, steps: Steps, rows: int, total: int) -> None:
+        """What this process knows of its share of the batch's exact patching, which is `total` patched runs."""
+        of = f".{self.shard.index}-of-{self.shard.count}" if self.shard else ""
+        self.store.put(f"{self.name}{of}", steps.tensors(), {"rows": rows, "total": total})
+
+    def complete(self) -> bool:
+        """Whether nothing of the batch is left to compute."""
+        stored = self.store.get(self.name)
+        if stored is not None and "applied" in stored[1]:
+            return True
+        done: dict[tuple[int, int], dict[int, int]] = {}
+        for tensors, about in self._pieces():
+            runs = dict(zip(tensors["step"].tolist(), tensors["patched"].tolist(), strict=True))
+            done.setdefault((about["rows"], about["total"]), {}).update(runs)
+        return any(sum(runs.values()) == total for (_, total), runs in done.items())
+
+    def _pieces(self) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+        for path in sorted(self.store.folder.glob(f"{self.name}*.safetensors")):
+            stored = self.store.get(path.name.removesuffix(".safetensors"))
+            if stored is not None and "total" in stored[1]:
+                yield stored
+
     def result(self, setup: Setup) -> Result | None:
         """The batch's result where it is finished; the setup then knows L of its prompts, and its passes."""
         stored = self.store.get(self.name)
@@ -105,11 +192,12 @@ class UnfinishedBatch:
         scores = {k[6:]: v.to(device) for k, v in tensors.items() if k.startswith("score.")}
         return Result(scores, about["applied"], about["meta"])
 
-    def keep_result(self, setup: Setup, result: Result) -> None:
-        """The batch is finished."""
+    def keep_result(self, setup: Setup, result: Result, seconds: float) -> None:
+        """The batch is finished, after so many seconds of this process."""
         seen = {f"seen.{k}": v for k, v in setup.seen.items()}
         scores = {f"score.{k}": v for k, v in result.scores.items()}
-        about = {"applied": result.applied, "meta": result.meta, "passes": asdict(setup.passes)}
+        passes = asdict(setup.passes) | {"seconds": setup.passes.seconds + seconds}
+        about = {"applied": result.applied, "meta": result.meta, "passes": passes}
         self.store.put(self.name, {**seen, **scores}, about)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,14 @@ import pytest
 import torch
 from oracles.wrapped import case, pairs, run
 
+from relp_cli.errors import RelpError
+from relp_cli.methods import patching
 from relp_cli.methods import unfinished as module
-from relp_cli.methods.unfinished import Unfinished
+from relp_cli.methods.request import Request
+from relp_cli.methods.score import score_share
+from relp_cli.methods.unfinished import Shard, Unfinished
+from relp_cli.runs.shards import shard_of
+from relp_cli.spaces.scores import Scores
 
 KINDS = ["resid_pre", "mlp_neuron"]
 BATCHES = [pairs(3, 4, roles=("a", "b", "c", "end")), pairs(2, 5, seed=2, roles=("a", "b", "b2", "c", "end"))]
@@ -75,6 +82,46 @@ def test_the_rest_is_done_and_the_whole_is_the_same(
     assert {k: again.meta.get(k) for k in COSTS} == {k: whole.meta.get(k) for k in COSTS}
 
 
+@pytest.mark.parametrize("count", [1, 3, 7])
+@pytest.mark.parametrize(("method", "options"), [("act_patch", {"chunk_tokens": 64}), ("relp+secant", {})])
+def test_shards_are_the_whole_to_the_bit(
+    tmp_path: Path, method: str, options: dict[str, Any], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any order of shards; every patched run is made once."""
+    runs: list[int] = []
+    effects = patching._effects
+
+    def counted(on: Any, groups: Any, *more: Any) -> Any:
+        runs.append(sum(len(group.example) for group in groups))
+        return effects(on, groups, *more)
+
+    monkeypatch.setattr(patching, "_effects", counted)
+    whole, _ = scored(method, Unfinished(tmp_path / "whole", "x"), **options)
+    every, model = runs[:], case("gpt2").model
+    runs.clear()
+    for index in reversed(range(count)):
+        request = Request(unfinished=Unfinished(tmp_path / "shards", "x", Shard(index, count)))
+        waiting = score_share(model, BATCHES, method, KINDS, request, **options)
+        assert bool(waiting) == (index > 0)
+    assert sorted(runs) == sorted(every)
+    runs.clear()
+    merged, _ = scored(method, Unfinished(tmp_path / "shards", "x"), **options)
+    assert not runs
+    for kind in KINDS:
+        assert torch.equal(merged[kind].examples, whole[kind].examples)
+        assert torch.equal(merged[kind].mean, whole[kind].mean)
+    assert {k: merged.meta.get(k) for k in COSTS} == {k: whole.meta.get(k) for k in COSTS}
+
+
+def test_pieces_with_other_sizes_of_passes_are_not_mixed(tmp_path: Path) -> None:
+    for index, size in enumerate((64, 32)):
+        request = Request(unfinished=Unfinished(tmp_path, "x", Shard(index, 2)))
+        waiting = score_share(case("gpt2").model, BATCHES, "act_patch", KINDS, request, chunk_tokens=size)
+        assert waiting == [0, 1]
+    again, whole = (scored("act_patch", Unfinished(tmp_path / name, "x"), chunk_tokens=64)[0] for name in ("", "other"))
+    assert torch.equal(again["mlp_neuron"].examples, whole["mlp_neuron"].examples)
+
+
 def test_what_another_request_or_half_a_file_left_is_not_read(tmp_path: Path) -> None:
     whole, every = scored("act_patch", Unfinished(tmp_path, "x"))
     for damage in (None, b"half"):
@@ -93,3 +140,45 @@ def test_a_run_leaves_nothing_when_it_is_done(relp: Any, tmp_path: Path, monkeyp
     assert relp(*command).code == 0
     assert len(set(written)) == 3
     assert not (tmp_path / "run/unfinished").exists()
+
+
+def test_the_shard_that_ends_last_writes_the_run(relp: Any, tmp_path: Path) -> None:
+    command = ("score", "sva_simple", "--method", "act_patch", "--pairs", 5, "--batch-size", 3, "--json")
+    assert relp(*command, "-o", "whole").code == 0
+    for index in (2, 3, 1):
+        shard = relp(*command, "--shard", f"{index}/3", "-o", "run")
+        assert shard.code == 0
+        assert (tmp_path / "run/run.json").exists() == (index == 1)
+        assert ("waiting" in json.loads(shard.out)) == (index != 1)
+    one, other = (Scores.load(tmp_path / name / "scores.safetensors") for name in ("whole", "run"))
+    assert torch.equal(one.examples, other.examples)
+    assert {k: v for k, v in one.meta.items() if k != "seconds"} == {
+        k: v for k, v in other.meta.items() if k != "seconds"
+    }
+    assert not (tmp_path / "run/unfinished").exists()
+    assert json.loads(relp(*command, "--shard", "1/3", "-o", "run").out)["cached"]
+
+
+@pytest.mark.parametrize(("text", "environment", "expected"), [
+    ("3/8", {}, (2, 8)), ("1/1", {}, (0, 1)),
+    ("auto", {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "3",
+              "SLURM_ARRAY_TASK_STEP": "2"}, (2, 3)),
+    ("auto", {"JOB_COMPLETION_INDEX": "0", "JOB_COMPLETIONS": "4"}, (0, 4)),
+    ("0/2", {}, "expected I/N"), ("3/2", {}, "expected I/N"), ("-1/2", {}, "expected I/N"), ("half", {}, "expected I/N"),
+    ("auto", {}, "SLURM_ARRAY_TASK_ID"), ("auto", {"JOB_COMPLETION_INDEX": "1"}, "JOB_COMPLETIONS is not set"),
+    ("auto", {"JOB_COMPLETION_INDEX": "4", "JOB_COMPLETIONS": "4"}, "task 5 of 4"),
+    ("auto", {"JOB_COMPLETION_INDEX": "one", "JOB_COMPLETIONS": "4"}, "'one', expected a number"),
+])  # fmt: skip
+def test_which_share_a_process_has(text: str, environment: dict[str, str], expected: Any) -> None:
+    if isinstance(expected, str):
+        with pytest.raises(RelpError, match=expected):
+            shard_of(text, environment)
+    else:
+        assert shard_of(text, environment) == Shard(*expected)
+
+
+def test_a_method_of_all_pairs_has_no_shards(relp: Any) -> None:
+    for method in ("screened", "relp+auto"):
+        refused = relp("score", "ioi", "--method", method, "--shard", "1/2", "-o", "run")
+        assert refused.code == 2
+        assert "cannot be computed in shards" in refused.err
