@@ -1,17 +1,15 @@
-"""What the page's own script shows of a run: every heatmap's values, the strongest units, and how many a threshold keeps."""
+"""What the page's own script shows of a run: the strongest units, and how many a threshold keeps."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 
-from relp_cli.report.names import kind_title
+from relp_cli.report.maps import short
+from relp_cli.report.page import plain
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.top import top_units
 
@@ -24,7 +22,6 @@ def explorer(
 ) -> dict[str, Any]:
     """Plain data for JSON; numbers have six significant digits.
 
-    maps:  of nodes, per kind the mean score [layer][position] (added up over units), its standard error (of vector nodes) and n.
     rows:  the `most` strongest units: kind, layer, position, unit, score, standard error, n. of: how many units there are.
     steps: (τ, how many units have |score| > τ), from the largest τ down. curve: τ, nodes, faithfulness with its interval, and
     completeness of every evaluated circuit.
@@ -34,36 +31,12 @@ def explorer(
     return {
         "labels": list(scores.labels),
         "tokens": list(tokens or []),
-        "maps": _maps(scores) if scores.units.space == "nodes" else [],
         "columns": [str(name) for name in table.columns],
-        "rows": [[_plain(value) for value in row] for row in table.itertuples(index=False, name=None)],
+        "rows": [[plain(value) for value in row] for row in table.itertuples(index=False, name=None)],
         "of": scores.n_nodes,
         "steps": _steps(strengths),
         "curve": _curve(evaluation),
     }
-
-
-def script_text(data: Any) -> str:
-    """JSON that can stand in a script element."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _maps(scores: Scores) -> list[dict[str, Any]]:
-    maps = []
-    for kind, view in scores.items():
-        vector = view.mean.ndim == 2
-        mean = view.mean if vector else view.mean.flatten(2).sum(2)
-        error = (view.variance / view.n).sqrt() if vector else None
-        maps.append({
-            "kind": kind, "title": kind_title(kind), "mean": _grid(mean), "se": None if error is None else _grid(error),
-            "n": view.n.tolist(),
-        })  # fmt: skip
-    return maps
-
-
-def _grid(values: Tensor) -> list[list[float | None]]:
-    return [[_plain(float(value)) for value in row] for row in values.tolist()]
 
 
 def _steps(strengths: np.ndarray) -> list[list[float | int]]:
@@ -72,10 +45,10 @@ def _steps(strengths: np.ndarray) -> list[list[float | int]]:
     if not len(strengths):
         return [[0.0, 0]]
     counts = np.unique(np.geomspace(1, len(strengths), STEPS).astype(int))
-    steps: list[list[float | int]] = [[_short(float(strengths[-1])), 0]]
+    steps: list[list[float | int]] = [[short(float(strengths[-1])), 0]]
     for count in counts.tolist():
         below = strengths[-count - 1] if count < len(strengths) else 0.0
-        tau = _short(float((strengths[-count] + below) / 2))
+        tau = short(float((strengths[-count] + below) / 2))
         steps.append([tau, int((strengths > tau).sum())])
     return steps
 
@@ -84,17 +57,5 @@ def _curve(table: pd.DataFrame | None) -> list[dict[str, Any]]:
     names = ("tau", "n_nodes", "n_possible", "faithfulness", "faithfulness_lo", "faithfulness_hi", "completeness")
     if table is None or not {*names} <= {*table.columns}:
         return []
-    rows = [{name: _plain(row[name]) for name in names} for row in table.to_dict("records")]
+    rows = [{name: plain(row[name]) for name in names} for row in table.to_dict("records")]
     return [row for row in rows if row["tau"] is not None]
-
-
-def _plain(value: Any) -> Any:
-    if value is pd.NA or value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return None
-    if isinstance(value, float):
-        return _short(value)
-    return value if isinstance(value, str) else int(value)
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")

@@ -2,53 +2,30 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 from matplotlib.figure import Figure
 
 from relp_cli.errors import RelpError
 from relp_cli.files import write_atomically
-from relp_cli.report.canvas import DARK, LIGHT, Theme, rendered, save_figure
+from relp_cli.report.canvas import DARK, LIGHT, Theme, save_figure
 from relp_cli.report.curve_plot import curves_figure
 from relp_cli.report.digest import circuit_counts, top_nodes
-from relp_cli.report.explore import explorer, script_text
+from relp_cli.report.explore import explorer
 from relp_cli.report.graph import DRAWINGS, MOST_EDGES, circuit_figure
 from relp_cli.report.heatmap import Over, heatmap_figure
-from relp_cli.report.names import counted, kind_title
+from relp_cli.report.maps import map_set
+from relp_cli.report.names import counted
+from relp_cli.report.page import Picture, render
 from relp_cli.report.tables import cell, is_numeric
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.scores import SIGN, Scores
 from relp_cli.spaces.table import SPACES
 
 MAX_HEADS = 128
-CSS_DPI = 96
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One figure of the page, drawn for both colour schemes."""
-
-    name: str
-    caption: str
-    light: Figure
-    dark: Figure
-
-    @property
-    def width(self) -> int:
-        """In CSS pixels: text in figures is as large as on the page."""
-        return round(self.light.get_figwidth() * CSS_DPI)
-
-    def sources(self) -> dict[str, str]:
-        """Both as data URIs."""
-        return {k: "data:image/png;base64," + base64.b64encode(rendered(f, dpi=2 * CSS_DPI)).decode()
-                for k, f in (("light", self.light), ("dark", self.dark))}  # fmt: skip
 
 
 def write_html(
@@ -95,16 +72,13 @@ def render_page(
     meanings: pd.DataFrame | None = None,
 ) -> str:
     """The page as text."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"cell": cell, "kind": kind_title, "json": lambda v: json.dumps(v, indent=1, default=str)}
     about = {**scores.meta, **dict(record.get("scores") or {})}
     labels = scores.labels
-    return environment.get_template("page.html.j2").render(
+    maps = map_set({str(about.get("method", "")): scores}, tokens)
+    data = explorer(scores, evaluation, tokens) | {"sets": {"scores": maps} if maps else {}}
+    return render(
+        "page.html.j2",
+        data,
         about=about,
         title=" · ".join(str(about.get(k, "?")) for k in ("task", "model", "method")),
         sign=SIGN,
@@ -115,8 +89,7 @@ def render_page(
         kinds=[(kind, s.n_nodes) for kind, s in scores.items()],
         tops=_top_tables(scores, top),
         tokens=dict(zip(labels, tokens, strict=True)) if tokens else {},
-        explore=script_text(explorer(scores, evaluation, tokens)),
-        script=(Path(__file__).parent / "explore.js").read_text(encoding="utf-8"),
+        maps=maps,
         meanings=[] if meanings is None else meanings.to_dict("records"),
         pictures=[(p, p.sources()) for p in pictures],
         circuit=_circuit(circuit) if circuit else None,

@@ -14,8 +14,10 @@ import pandas as pd
 import pytest
 import torch
 
-from relp_cli.report.explore import MOST, explorer, script_text
+from relp_cli.report.explore import MOST, explorer
 from relp_cli.report.html import write_html
+from relp_cli.report.maps import map_set
+from relp_cli.report.page import script_text
 from relp_cli.spaces.scores import Scores
 from tests.report.made import evaluation, node_scores, scores
 
@@ -24,7 +26,8 @@ DRIVER = """
 <script>
 const told = {};
 const set = (id, value) => { const e = document.getElementById(id); e.value = value; e.dispatchEvent(new Event("input")); };
-const rows = () => [...document.querySelectorAll("#rows tr")].map((r) => [...r.children].map((c) => c.textContent));
+const search = (value) => { document.querySelector("#units input").id = "search"; set("search", value); };
+const rows = () => [...document.querySelectorAll("#units tbody tr")].map((r) => [...r.children].map((c) => c.textContent));
 const tipAt = (kind, layer, at) => {
   const rect = document.querySelector(`svg[data-kind=${kind}] rect[data-layer="${layer}"][data-at="${at}"]`);
   rect.dispatchEvent(new PointerEvent("pointermove", { bubbles: true, clientX: 5, clientY: 5 }));
@@ -32,19 +35,19 @@ const tipAt = (kind, layer, at) => {
 };
 told.tips = { mlp_out: tipAt("mlp_out", 2, 3), head: tipAt("head", 1, 4) };
 told.rows = rows();
-told.count = document.getElementById("rows-count").textContent;
+told.count = document.querySelector("#units .count").textContent;
 set("tau", 7);
 told.tau = document.getElementById("tau-line").textContent;
-told.kept = document.querySelectorAll("#maps rect.kept").length;
+told.kept = document.querySelectorAll("#scores rect.kept").length;
 told.keptRows = rows().length;
 set("tau", document.getElementById("tau").max);
-set("search", "head end");
+search("head end");
 told.searched = rows();
-set("search", "");
-document.querySelectorAll("#rows-head button")[1].click();
+search("");
+document.querySelectorAll("#units th button")[1].click();
 told.byLayer = rows().map((r) => +r[1]);
-document.getElementById("later").click();
-told.page2 = document.getElementById("rows-count").textContent;
+document.querySelectorAll("#units .tools button")[2].click();
+told.page2 = document.querySelector("#units .count").textContent;
 const svg = document.querySelector("svg[data-kind=mlp_out]");
 svg.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowDown" }));
 told.key = document.getElementById("tip").textContent;
@@ -60,11 +63,13 @@ def own() -> Scores:
 
 def test_numbers_are_those_of_the_scores(own: Scores) -> None:
     data = explorer(own, evaluation(points={1: 0.0, 10: 0.5}), None)
-    by_kind = {m["kind"]: m for m in data["maps"]}
-    np.testing.assert_allclose(by_kind["mlp_out"]["mean"], own["mlp_out"].mean, rtol=1e-5)
-    np.testing.assert_allclose(by_kind["mlp_out"]["se"], (0.25 / 4) ** 0.5, rtol=1e-5)
-    np.testing.assert_allclose(by_kind["head"]["mean"], own["head"].mean.sum(2), rtol=1e-5, atol=1e-6)
-    assert by_kind["head"]["se"] is None
+    maps = map_set({"relp": own})
+    panels = {row["kind"]: row["panels"][0] for row in maps["rows"]}  # type: ignore[index]
+    np.testing.assert_allclose(panels["mlp_out"]["mean"], own["mlp_out"].mean, rtol=1e-5)
+    np.testing.assert_allclose(panels["mlp_out"]["se"], (0.25 / 4) ** 0.5, rtol=1e-5)
+    np.testing.assert_allclose(panels["head"]["mean"], own["head"].mean.sum(2), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(panels["head by unit"]["mean"], own["head"].mean.sum(1), rtol=1e-5, atol=1e-6)
+    assert panels["head"]["se"] is None
     assert len(data["rows"]) == data["of"] == 80
     size = torch.cat([own[kind].mean.flatten() for kind in own]).abs()
     assert data["steps"][0][1] == 0
@@ -92,11 +97,9 @@ def test_in_a_browser(own: Scores, tmp_path: Path) -> None:
     told = json.loads(re.search(r'<pre id="told">(.*?)</pre>', done.stdout, re.S)[1])  # type: ignore[index]
     assert "CONSOLE" not in done.stderr
     mean = own["mlp_out"].mean
-    assert told["tips"]["mlp_out"] == f"MLP, layer 2, S2 'c': {mean[2, 3]:.4f} ± 0.2500 (n = 4)"
+    assert told["tips"]["mlp_out"] == f"MLP, layer 2, S2 ‘c’: {mean[2, 3]:.4f} ± 0.2500 (n = 4)"
     assert f": {own['head'].mean[1, 4].sum():.4f} (n = 4)" in told["tips"]["head"]
-    assert told["key"] == f"MLP, layer 1, bos '<bos>': {mean[1, 0]:.4f} ± 0.2500 (n = 4)".replace(
-        "<bos>", "&lt;bos&gt;"
-    )
+    assert told["key"] == f"MLP, layer 3, S2 ‘c’: {mean[3, 3]:.4f} ± 0.2500 (n = 4)"  # below where the pointer was
     size = torch.cat([own[kind].mean.flatten() for kind in own]).abs()
     assert float(told["rows"][0][4]) == pytest.approx(float(size.max()) * np.sign(float(told["rows"][0][4])), abs=1e-4)
     assert told["count"] == "80 of 80; page 1 of 2"
