@@ -71,8 +71,9 @@ def run_job(
 ) -> None:
     """Run, collect, write tables and figures, print a summary. Exit code 1 where a cell failed (`lenient`: where all
     of them did, for experiments whose models are not expected to be all there)."""
+    from relp_cli.runs.collecting import collect
     from relp_cli.runs.job import cells
-    from relp_cli.runs.jobrun import check_job, collect
+    from relp_cli.runs.jobcheck import check_job
 
     folder = output or Path("runs") / job.name
     check_job(job, folder)

@@ -124,7 +124,7 @@ def _is_job(name: str) -> bool:
 
 def _checked_job(name: str) -> dict[str, Any]:
     from relp_cli.runs.job import cells, load_job
-    from relp_cli.runs.jobrun import check_job
+    from relp_cli.runs.jobcheck import check_job
 
     job = load_job(name, [])
     check_job(job)

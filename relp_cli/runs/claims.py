@@ -50,6 +50,10 @@ class Claims:
             for old in self._held(name):  # the highest last: until then it holds
                 old.unlink(missing_ok=True)
 
+    def names(self) -> set[str]:
+        """What is claimed, by whomever."""
+        return {path.name.rpartition(".")[0] for path in self.folder.glob("[!.]*")}
+
     def _held(self, name: str) -> list[Path]:
         return sorted(self.folder.glob(f"{name}.*"), key=_number)
 

@@ -150,6 +150,12 @@ def cells(job: JobSpec) -> list[Cell]:
     return [Cell(g, m, k) for g in groups for m in job.methods for k in job.kinds]
 
 
+def groups_of(job: JobSpec) -> list[Group]:
+    """The grid's groups, those of one model behind each other."""
+    groups = dict.fromkeys(cell.group for cell in cells(job))
+    return sorted(groups, key=lambda group: job.models.index(group.model))
+
+
 def nodes_of(kind: str) -> tuple[str, ...]:
     """The node kinds that are scored for one of a job's kinds; `attn_dim+mlp_dim` is circuits of both, ranked together."""
     return tuple(scored_as(kind).split("+"))
@@ -182,6 +188,16 @@ def cell_hash(job: JobSpec, cell: Cell, **identity: str) -> str:
         **identity,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def cell_file(job: JobSpec, cell: Cell, identity: dict[str, str]) -> str:
+    """The name of a cell's file in JOB/cells."""
+    return f"{cell_hash(job, cell, **identity)}.json"
+
+
+def unloaded_file(job: JobSpec, cell: Cell) -> str:
+    """That of a cell whose model or task does not load: it has no content hash, its error needs a file."""
+    return f"unloaded-{cell_hash(job, cell)}.json"
 
 
 def read_cell(path: Path) -> dict[str, Any] | None:

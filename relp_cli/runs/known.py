@@ -13,7 +13,7 @@ from relp_cli import __version__
 from relp_cli.errors import RelpError
 from relp_cli.files import read_json, write_atomically
 from relp_cli.models.folder import content_hash, local_path, split_revision
-from relp_cli.runs.job import Cell, Group, JobSpec, cell_hash, score_spec_of
+from relp_cli.runs.job import Cell, Group, JobSpec, cell_file, score_spec_of, unloaded_file
 from relp_cli.tasks.task import Task, load_task
 
 
@@ -30,11 +30,11 @@ class Known:
     def path(self, cell: Cell) -> Path | None:
         """The file of a cell; None where only loading its model can tell."""
         identity = self.identity(cell.group)
-        return None if identity is None else self.folder / "cells" / f"{cell_hash(self.job, cell, **identity)}.json"
+        return None if identity is None else self.folder / "cells" / cell_file(self.job, cell, identity)
 
     def unloaded(self, cell: Cell) -> Path:
-        """The file of a cell whose model or task does not load: it has no content hash, its error needs a file."""
-        return self.folder / "cells" / f"unloaded-{cell_hash(self.job, cell)}.json"
+        """The file of a cell whose model or task does not load."""
+        return self.folder / "cells" / unloaded_file(self.job, cell)
 
     def identity(self, group: Group) -> dict[str, str] | None:
         """`identity_of` this group; None where the model is not on this disk and was never loaded for this job."""
@@ -63,8 +63,9 @@ class Known:
             return noted
         return self._here[model]
 
-    def note(self, model: str, revision: str) -> None:
-        """A model was loaded."""
+    def note(self, model: str, identity: dict[str, str]) -> None:
+        """A model was loaded, and is what `identity` says."""
+        revision = identity["revision"]
         if self._noted(model) != revision:
             write_atomically(self._note(model), json.dumps({"model": model, "revision": revision}) + "\n")
 
