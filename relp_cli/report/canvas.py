@@ -77,9 +77,14 @@ def new_figure(width: float, height: float) -> Figure:
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write PNG, SVG or PDF by file ending, atomically. Raises: RelpError for another ending."""
     path = Path(path)
+    check_ending(path)
+    write_atomically(path, rendered(figure, path.suffix.lower().lstrip(".")))
+
+
+def check_ending(path: Path) -> None:
+    """Raises RelpError for a figure's file of no known sort."""
     if path.suffix.lower() not in ENDINGS:
         raise RelpError(f"figure {path}: unknown file ending '{path.suffix}'; expected one of {', '.join(ENDINGS)}")
-    write_atomically(path, rendered(figure, path.suffix.lower().lstrip(".")))
 
 
 def rendered(figure: Figure, form: str = "png", dpi: int = 180) -> bytes:

@@ -1,6 +1,7 @@
 """Benchmarks: cost of each method as a ratio to plain Hugging Face passes, measured in turns in one run.
 
-Model: GPT-2-small shape with random weights; batch of 8 pairs × 16 tokens; one thread. Each round times the baseline and
+Model: GPT-2-small shape with random weights; batch of 8 pairs × 16 tokens; one thread (`growth` has others).
+Each round times the baseline and
 the candidate one after the other; the ratio is of medians over rounds.
 """
 
@@ -9,7 +10,8 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -60,17 +62,29 @@ class Bench:
     rounds: int | None = None
 
 
-def fixture(layers: int = 12) -> Fixture:
-    """GPT-2-small shape (124M parameters at 12 layers), seeded random weights."""
+# GPT-2's sizes: layers, width, heads. Random weights, so that no download is needed; costs do not depend on them.
+SHAPES = {"tiny": (4, 128, 4), "gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20)}
+
+
+def fixture(
+    layers: int | None = None, positions: int = 16, pairs: int = 8, shape: str = "gpt2", device: Any = "cpu"
+) -> Fixture:
+    """A GPT-2 of a row of SHAPES, seeded random weights; `layers` of them. Both models share their weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=layers, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    its_layers, width, heads = SHAPES[shape]
+    config = GPT2Config(
+        n_layer=layers or its_layers, n_embd=width, n_head=heads, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+        n_positions=max(1024, positions),
+    )  # fmt: skip
     config._attn_implementation = "eager"
-    plain = GPT2LMHeadModel(config).eval().requires_grad_(False)
-    ids = torch.randint(0, config.vocab_size, (2, 8, 16))
-    answer, foil = torch.randint(0, config.vocab_size, (2, 8))
-    return Fixture(wrap(copy.deepcopy(plain), None, "gpt2-small-shape"), plain, PairBatch(ids[0], ids[1], answer, foil))
+    plain = GPT2LMHeadModel(config).eval().requires_grad_(False).to(device)
+    shared = {id(parameter): parameter for parameter in plain.parameters()}
+    ids = torch.randint(0, config.vocab_size, (2, pairs, positions))
+    answer, foil = torch.randint(0, config.vocab_size, (2, pairs))
+    batch = PairBatch(ids[0], ids[1], answer, foil).to(plain.device)
+    return Fixture(wrap(copy.deepcopy(plain, shared), None, f"{shape}-shape"), plain, batch)
 
 
 def plain_forward(f: Fixture) -> None:
@@ -187,10 +201,11 @@ def _exact(kinds: Sequence[str] = COMPONENTS, shared: int = 0) -> Callable[[Fixt
 
 def _transformer_lens_loop(f: Fixture) -> int:
     """TransformerLens's way: `run_with_hooks` for every node. One node of each layer; they all take the same time."""
-    layers = f.model.shape.n_layers
+    layers, n_pos = f.model.shape.n_layers, f.batch.n_pos
+    others = (torch.arange(n_pos, device=f.batch.original.device) != n_pos // 2)[:, None]
     with torch.no_grad():
         for layer in range(layers):
-            hook = (f"blocks.{layer}.hook_mlp_out", lambda value, hook: value * (torch.arange(16) != 8)[:, None])  # noqa: ARG005
+            hook = (f"blocks.{layer}.hook_mlp_out", lambda value, hook: value * others)  # noqa: ARG005
             f.model.bridge.run_with_hooks(f.batch.original, fwd_hooks=[hook])
     return layers
 
@@ -231,16 +246,23 @@ def run_benches(rounds: int, layers: int = 12, only: str = "") -> list[dict[str,
     chosen = [bench for bench in BENCHES if only in bench.name]
     if not chosen:
         raise unknown("row", only, [bench.name for bench in BENCHES], where="--only: ")
+    with one_thread():
+        f = fixture(layers)
+        return [timed(f, bench, rounds) for bench in chosen]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        f = fixture(layers)
-        return [_time(f, bench, rounds) for bench in chosen]
+        yield
     finally:
         torch.set_num_threads(before)
 
 
-def _time(f: Fixture, bench: Bench, rounds: int) -> dict[str, Any]:
+def timed(f: Fixture, bench: Bench, rounds: int) -> dict[str, Any]:
+    """Medians of seconds, after one run of each that is not timed."""
     pair = (BASELINES[bench.baseline], bench.run)
     for run in pair:
         run(f)
@@ -249,6 +271,8 @@ def _time(f: Fixture, bench: Bench, rounds: int) -> dict[str, Any]:
         for run, spent in zip(pair, times, strict=True):
             start = time.perf_counter()
             count = run(f)
+            if f.batch.original.is_cuda:
+                torch.cuda.synchronize()
             spent.append((time.perf_counter() - start) / (count if isinstance(count, int) else 1))
     base, mine = (statistics.median(t) for t in times)
     return {"what": bench.name, "baseline": bench.baseline, "baseline s": base, "s": mine, "ratio": mine / base,
