@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from relp_cli.errors import RelpError
@@ -109,5 +110,9 @@ def score_shard(
     while True:
         with claims.claim("scores") as ours:
             if ours:
-                return *score_run(spec, session, run.path, progress, prepared=prepared), 0
+                run, scores, cached = score_run(spec, session, run.path, progress, prepared=prepared)
+                break
         time.sleep(POLL)  # another shard is writing the run
+    with suppress(OSError):  # another shard is still looking
+        claims.folder.rmdir()
+    return run, scores, cached, 0
