@@ -64,13 +64,13 @@ class Claims:
             return None
         path = self.folder / f"{name}.{_number(held[-1]) + 1 if held else 0}"
         draft = self.folder / f".{uuid4().hex}"
-        draft.write_text(json.dumps({"machine": _machine(), "pid": os.getpid()}))
         try:
+            draft.write_text(json.dumps({"machine": _machine(), "pid": os.getpid()}))
             os.link(draft, path)
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # another process was faster, or took the empty folder away: again
             return None
         finally:
-            draft.unlink()
+            draft.unlink(missing_ok=True)
         return path
 
     def _lives(self, path: Path) -> bool:
