@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from relp_cli.cli.common import (
+    DeviceMapOption,
     DeviceOption,
     JsonFlag,
     comma,
@@ -25,6 +26,7 @@ from relp_cli.cli.common import (
 from relp_cli.cli.listing import list_of, listed, show_list, undecided_threshold
 from relp_cli.errors import RelpError
 from relp_cli.files import check_file_writable
+from relp_cli.models.placement import placed
 from relp_cli.report.terminal import Column, print_table
 from relp_cli.spaces.table import SPACES
 
@@ -93,6 +95,7 @@ def command(
         bool, typer.Option("--allow-empty", help="Let a circuit of nothing replace a file that is there.")
     ] = False,
     device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
     output: Annotated[Path | None, output_option(help="Default: circuit.json in the run.")] = None,
     json: JsonFlag = False,
 ) -> None:
@@ -142,10 +145,11 @@ def command(
             raise RelpError(f"{name} is for one circuit; --clusters makes one for each cluster")
     if average or stable_signs is not None:
         check_refining(average, stable_signs, union, resamples, fraction, top_p, verify and confirm is None)
+    place = placed(device, device_map)
     from relp_cli.selection import select
 
     run_dir, spec, scores = open_run(run)
-    session = Session(device)
+    session = Session(place)
     kinds = comma(nodes, "--nodes") if nodes is not None else tuple(scores)
     chosen = scores.only(kinds)
     more: dict[str, Any] = {} if errors is None else {"errors": errors}

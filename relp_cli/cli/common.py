@@ -20,6 +20,7 @@ from relp_cli import MOST_SEED
 from relp_cli.cli.waiting import settle
 from relp_cli.config.load import parse
 from relp_cli.errors import RelpError, unknown, visible
+from relp_cli.models.placement import check_device_map
 
 
 class Terminal(Console):
@@ -64,6 +65,14 @@ def _device(name: str) -> str:
 DeviceOption = Annotated[
     str | None,
     typer.Option(parser=_device, metavar="TEXT", help="cpu, cuda, cuda:1 … (default: the GPU if there is one)"),
+]
+DeviceMapOption = Annotated[
+    str | None,
+    typer.Option(
+        parser=lambda name: check_device_map(name, "--device-map: "),
+        metavar="TEXT",
+        help="In place of --device, for large models: auto, balanced, offload (docs/big-models.md).",
+    ),
 ]
 BosOption = Annotated[
     bool | None,

@@ -21,7 +21,8 @@ from relp_cli.cli.common import (
 )
 from relp_cli.cli.options import ScoringOptions, takes
 
-OF_RUNS = ("targets", "reference", "top_k", "seed", "device", "output", "json")  # what is asked of runs that exist
+# What is asked of runs that exist.
+OF_RUNS = ("targets", "reference", "top_k", "seed", "device", "device_map", "output", "json")
 
 
 @takes(ScoringOptions)
@@ -63,9 +64,9 @@ def command(
         output = Path("runs") / "-".join(["compare", *names])[:120]
     with progress() as bar:
         if runs:
-            result = compare_runs([Path(t) for t in targets], options, output, how.device)
+            result = compare_runs([Path(t) for t in targets], options, output, how.place)
         else:
-            result = compare_tasks(targets, options, output, how.device, bar)
+            result = compare_tasks(targets, options, output, how.place, bar)
     for line in result.notes:
         note(line)
     if json:

@@ -46,7 +46,7 @@ def command(
     from relp_cli.runs.scoring import Session, prepare
 
     check_candidate(method)
-    prepared = prepare(spec, Session(how.device))
+    prepared = prepare(spec, Session(how.place))
     with progress() as bar:
         found = diagnose(
             prepared.model, prepared.pairs, prepared.metric, how.direction, method,

@@ -10,6 +10,7 @@ import typer
 from relp_cli import BATCH_SIZE
 from relp_cli.cli.benchmarks import refuse_misplaced
 from relp_cli.cli.common import (
+    DeviceMapOption,
     DeviceOption,
     DryRunFlag,
     JsonFlag,
@@ -25,8 +26,9 @@ from relp_cli.cli.common import (
     seed_option,
 )
 from relp_cli.errors import RelpError
+from relp_cli.models.placement import placed
 
-OF_JOBS = ("target", "batch_size", "device", "output", "override", "engine", "dry_run", "json")
+OF_JOBS = ("target", "batch_size", "device", "device_map", "output", "override", "engine", "dry_run", "json")
 
 
 def command(
@@ -63,6 +65,7 @@ def command(
         int | None, count_option(1, help=f"Pairs per pass (default: {BATCH_SIZE}, or the job's).")
     ] = None,
     device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
     output: Annotated[
         Path | None,
         output_option(help="Job folder; for a run, the table (default: evaluation.csv in it)."),
@@ -80,6 +83,7 @@ def command(
 
     Example: relp evaluate runs/ioi --sweep log:1e-4:1:15
     """
+    place = placed(device, device_map)
     refuse_misplaced(target)
     if target.endswith((".yaml", ".yml")) or not Path(target).exists():
         from relp_cli.cli.job import named_job, run_job
@@ -87,7 +91,7 @@ def command(
         size = [] if batch_size is None else [f"batch_size={batch_size}"]
         job = named_job(target, [*override, *size])
         refuse_typed(context, OF_JOBS, f"is for runs; '{target}' is a job, whose keys --override changes")
-        run_job(job, output, engine, device, dry_run, json)
+        run_job(job, output, engine, place, dry_run, json)
         return
     if override or engine != "local":
         raise RelpError(f"{'--override' if override else '--engine'} is for jobs; '{target}' is a run")
@@ -107,7 +111,7 @@ def command(
         corpus=corpus, exclude_layers=exclude_layers, batch_size=batch_size or BATCH_SIZE,
         alone="drop nodes of" if minimality else "",
     )  # fmt: skip
-    at = ready(Path(target), asked, Session(device), output)
+    at = ready(Path(target), asked, Session(place), output)
     with progress() as bar:
         path, table = evaluate_run(at, random, output, bar)
     dropped = None

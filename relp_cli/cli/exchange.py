@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from relp_cli.cli.common import DeviceOption, JsonFlag, log, note, out, output_option, print_json
+from relp_cli.cli.common import DeviceMapOption, DeviceOption, JsonFlag, log, note, out, output_option, print_json
 from relp_cli.errors import RelpError, unknown
 from relp_cli.files import check_file_writable
+from relp_cli.models.placement import arguments, placed
 
 FORMATS = ("eap-ig", "mib", "table")
 TABLES = (".csv", ".parquet")
@@ -33,6 +34,7 @@ def export(
         str | None, typer.Option("--as", help="For mib: the folder's name, task_model (default: from the run).")
     ] = None,
     device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Write a run's scores and circuit for other programs. To .csv or .parquet: a row per unit with kind, layer, position, unit,
@@ -55,7 +57,7 @@ def export(
     if form not in FORMATS:
         raise unknown("format", form, FORMATS)
     if form == "mib":
-        _submit(run, file, as_, device, json)
+        _submit(run, file, as_, placed(device, device_map), json)
         return
     if as_ is not None:
         raise RelpError("--as names a folder of a submission; it goes with --format mib")
@@ -101,11 +103,11 @@ def _table(run: Path, file: Path, json: bool) -> None:
     log.print(f"{file}: {done.rows} rows" + ("" if done.kept is None else f", {done.kept} in the circuit"))
 
 
-def _submit(run: Path, folder: Path, name: str | None, device: str | None, json: bool) -> None:
+def _submit(run: Path, folder: Path, name: str | None, place: str | None, json: bool) -> None:
     from relp_cli.report.tables import show
     from relp_cli.runs.submission import checked_submission, export_submission
 
-    file = export_submission(run, folder, name, device)
+    file = export_submission(run, folder, name, place)
     rows, notes = checked_submission(folder)
     if json:
         print_json({"file": str(file), "folders": rows, "notes": notes})
@@ -127,6 +129,7 @@ def import_(
         Path | None, output_option(help="The circuit file to write (circuit.json), or the case's folder (cases/NAME).")
     ] = None,
     device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Read an edge circuit of EAP-IG or MIB and write it as a relp circuit. `relp evaluate RUN --circuit FILE` takes both.
@@ -144,12 +147,13 @@ def import_(
         about = {"case": str(case.folder), "nodes": case.nodes, "edges": case.edges}
         print_json(about) if json else log.print(f"{case.folder}: {len(case.nodes)} nodes of the circuit")
         return
+    place = placed(device, device_map)
     output = output or Path("circuit.json")
     from relp_cli.edges.exchange import import_circuit
     from relp_cli.models.load import load_model
 
     check_file_writable(output)
-    circuit, _ = import_circuit(file, None if model is None else load_model(model, device=device))
+    circuit, _ = import_circuit(file, None if model is None else load_model(model, **arguments(place)))
     circuit.save(output)
     if json:
         print_json({"circuit": str(output), "n_edges": circuit.n_nodes, "n_possible": circuit.n_possible})

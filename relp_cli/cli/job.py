@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from relp_cli.cli.common import (
+    DeviceMapOption,
     DeviceOption,
     JsonFlag,
     comma,
@@ -22,6 +23,7 @@ from relp_cli.cli.common import (
     progress,
 )
 from relp_cli.errors import RelpError, unknown
+from relp_cli.models.placement import placed
 
 if TYPE_CHECKING:
     from relp_cli.runs.job import JobSpec
@@ -34,6 +36,7 @@ def reproduce(
     pairs: Annotated[int | None, count_option(1, help="How many pairs (default: the paper's number).")] = None,
     output: Annotated[Path | None, output_option(help="Job folder (default: runs/JOB).")] = None,
     device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Run the paper's experiment on every model that loads, and print our numbers beside the published ones.
@@ -48,7 +51,7 @@ def reproduce(
         "pairs": pairs,
     }
     overrides = [f"{key}={to_json(value)}" for key, value in given.items() if value is not None]
-    run_job(named_job(what, overrides), output, "local", device, False, json, lenient=True)
+    run_job(named_job(what, overrides), output, "local", placed(device, device_map), False, json, lenient=True)
 
 
 def named_job(name: str, overrides: list[str]) -> JobSpec:
@@ -64,7 +67,7 @@ def run_job(
     job: JobSpec,
     output: Path | None,
     engine: str,
-    device: str | None,
+    place: str | None,
     dry_run: bool,
     json: bool,
     lenient: bool = False,
@@ -92,7 +95,7 @@ def run_job(
     from relp_cli.runs.summary import summarise
 
     with progress() as bar:
-        outcome = ENGINES[engine](job, folder, device, bar)
+        outcome = ENGINES[engine](job, folder, place, bar)
     result = collect(outcome.paths)
     files, tables = summarise(job, result.rows, folder)
     failed = len(result.errors)  # more than the workers counted, where their files did not come here

@@ -24,7 +24,7 @@ from relp_cli.cli.common import (
 from relp_cli.cli.options import ScoringOptions, takes
 from relp_cli.errors import RelpError
 
-OF_RUNS = ("root", "runs", "heldout", "on", "bootstrap", "device", "output", "dry_run", "json")
+OF_RUNS = ("root", "runs", "heldout", "on", "bootstrap", "device", "device_map", "output", "dry_run", "json")
 
 
 @takes(ScoringOptions)
@@ -74,12 +74,12 @@ def command(
         params=how.params, common=common, heldout=heldout, on=on, runs=paths, bootstrap=bootstrap,
     )  # fmt: skip
     if dry_run:
-        cost = mib_cost(root, options, how.device)
+        cost = mib_cost(root, options, how.place)
         print_json(cost) if json else print_fields(cost)
         return
     folder = output or Path("runs") / f"mib-{root.resolve().name}-{Path(options.model).name}"[:120]
     with progress() as bar:
-        result = evaluate_mib(root, options, folder, how.device, bar)
+        result = evaluate_mib(root, options, folder, how.place, bar)
     for line in result.notes:
         note(line)
     if json:

@@ -16,6 +16,7 @@ import typer
 from relp_cli import BATCH_SIZE
 from relp_cli.cli.common import (
     BosOption,
+    DeviceMapOption,
     DeviceOption,
     DtypeOption,
     IdsOfOption,
@@ -25,6 +26,7 @@ from relp_cli.cli.common import (
     count_option,
     seed_option,
 )
+from relp_cli.models.placement import placed
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,12 @@ class PairOptions:
     ids_of: IdsOfOption = None
     dtype: DtypeOption = "float32"
     device: DeviceOption = None
+    device_map: DeviceMapOption = None
+
+    @property
+    def place(self) -> str | None:
+        """The device or the device map. Raises RelpError for both."""
+        return placed(self.device, self.device_map)
 
     @property
     def of_spec(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import typer
 
 from relp_cli import BATCH_SIZE
 from relp_cli.cli.common import (
+    DeviceMapOption,
     DeviceOption,
     DryRunFlag,
     JsonFlag,
@@ -22,6 +23,7 @@ from relp_cli.cli.common import (
     progress,
     seed_option,
 )
+from relp_cli.models.placement import placed
 
 
 def command(
@@ -44,6 +46,7 @@ def command(
     seed: Annotated[int, seed_option(help="Draws held-out pairs and resamples.")] = 0,
     batch_size: Annotated[int, count_option(1, help="Pairs per pass.")] = BATCH_SIZE,
     device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -56,6 +59,7 @@ def command(
     from relp_cli.runs.robustness import Grid, grid_cost, robustness_of_run
     from relp_cli.runs.scoring import Session, open_run
 
+    place = placed(device, device_map)
     own = open_run(run)[1].method
     grid = Grid(
         comma(methods, "--methods") if methods is not None else (own, *(() if same_method(own, "atp") else ("atp",))),
@@ -67,7 +71,7 @@ def command(
         print_json(cost) if json else print_fields(cost)
         return
     with progress() as bar:
-        got = robustness_of_run(run, grid, Session(device), bar)
+        got = robustness_of_run(run, grid, Session(place), bar)
     for line in got.notes:
         note(line)
     if json:

@@ -76,7 +76,7 @@ def command(
     from relp_cli.runs.scoring import Prepared, Session, check_request, loaded_params, prepare, score_run, scoring_notes
     from relp_cli.runs.shards import score_shard, shard_of
 
-    session = Session(how.device)
+    session = Session(how.place)
     share = None if shard is None else shard_of(shard)
     check_request(spec, output)
     if annotations is not None:

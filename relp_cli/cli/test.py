@@ -9,6 +9,7 @@ import typer
 
 from relp_cli import BATCH_SIZE
 from relp_cli.cli.common import (
+    DeviceMapOption,
     DeviceOption,
     DryRunFlag,
     JsonFlag,
@@ -21,6 +22,7 @@ from relp_cli.cli.common import (
     progress,
     seed_option,
 )
+from relp_cli.models.placement import placed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,6 +57,7 @@ def command(
     ] = None,
     batch_size: Annotated[int, count_option(1, help="Pairs per pass.")] = BATCH_SIZE,
     device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -67,6 +70,7 @@ def command(
 
     how = Levels(alpha, epsilon, quantile, permutations, references, units)
     how.check()
+    place = placed(device, device_map)
     if dry_run:
         from relp_cli.runs.testing import testing_cost
 
@@ -81,7 +85,7 @@ def command(
         circuit=circuit, task=task, metric=metric, pairs=pairs, seed=seed, errors=errors, ablation=ablation, corpus=corpus,
         exclude_layers=exclude_layers, batch_size=batch_size, alone="test",
     )  # fmt: skip
-    at = ready(run, asked, Session(device))
+    at = ready(run, asked, Session(place))
     with progress() as bar:
         files, tests, tested = run_tests(at, how, bar)
     for line in at.notes:

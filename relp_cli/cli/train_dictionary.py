@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from relp_cli.cli.common import (
+    DeviceMapOption,
     DeviceOption,
     JsonFlag,
     RevisionOption,
@@ -21,6 +22,7 @@ from relp_cli.cli.common import (
     progress,
     seed_option,
 )
+from relp_cli.models.placement import arguments, placed
 
 
 def command(
@@ -42,6 +44,7 @@ def command(
     ] = None,
     lines: Annotated[int, count_option(1, help="How many lines; every tenth is held out.")] = 8000,
     device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
     output: Annotated[Path, output_option(help="Folder: one SAELens folder per site.")] = Path("dictionaries"),
     json: JsonFlag = False,
 ) -> None:
@@ -65,7 +68,7 @@ def command(
     read_card(output)
     check_writable(output)
     given = None if text is None else read_lines(text, lines)
-    loaded = load_model(at_revision(model, revision), device=device)
+    loaded = load_model(at_revision(model, revision), **arguments(placed(device, device_map)))
     material = task_lines(lines) if given is None else given
     wanted = [site_of(name, loaded) for name in names] or all_sites(loaded)
     with progress() as bar:

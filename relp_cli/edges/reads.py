@@ -16,6 +16,7 @@ from torch import Tensor
 
 from relp_cli.lrp.sites import centred, linear_parameters, weighted
 from relp_cli.models.model import Model
+from relp_cli.models.offload import parameter
 from relp_cli.spaces.graph import QKV
 
 
@@ -30,9 +31,8 @@ class Norm:
     def centres(self) -> bool:
         return self.component is not None and not self.component.uses_rms_norm
 
-    @property
-    def bias(self) -> Tensor | None:
-        return getattr(self.component, "bias", None) if self.centres else None
+    def bias(self, like: Tensor) -> Tensor | None:
+        return parameter(self.component, "bias", like) if self.centres else None
 
     def centre(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         return x if self.component is None else centred(self.component, x)
@@ -51,7 +51,8 @@ class Norm:
     def __call__(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         numerator = self.centre(x)
         out = self.weighted(numerator / self.sigma(numerator))
-        return (out if self.bias is None else out + self.bias).to(x.dtype)
+        bias = self.bias(x)
+        return (out if bias is None else out + bias).to(x.dtype)
 
 
 def _epsilon(norm: Norm, like: Tensor) -> float:
@@ -106,7 +107,8 @@ def projections(
         weight, bias = linear_parameters(model, f"blocks.{layer}.attn.{part}", shape.d_model, heads * shape.d_head)
         folded = norm.weighted(weight)
         folded = (norm.centre(folded) if transposed else folded).unflatten(0, (heads, -1))
-        total = bias if norm.bias is None else weight @ norm.bias + (0 if bias is None else bias)
+        of_norm = norm.bias(weight)
+        total = bias if of_norm is None else weight @ of_norm + (0 if bias is None else bias)
         total = None if total is None else total.unflatten(0, (heads, -1))
         repeats = shape.n_heads // heads
         if repeats > 1:

@@ -13,7 +13,8 @@ from relp_cli.lrp.attention import attention_sites
 from relp_cli.lrp.rules import ActiveRule, NormForm
 from relp_cli.lrp.site import RuleSite, Values, replace
 from relp_cli.models.model import Model
-from relp_cli.models.moe import CHOSEN, OUT, X, moe_of
+from relp_cli.models.moe import CHOSEN, OUT, X, check_moe, moe_of
+from relp_cli.models.offload import parameter
 
 
 def build_sites(model: Model, active: list[ActiveRule]) -> list[RuleSite]:
@@ -53,14 +54,14 @@ def _norm(model: Model, name: str, rule: ActiveRule) -> RuleSite:
         return {"x": centred(component, v["x"]), "inverse": 1 / v["scale"]}
 
     def value(v: Values, _: Values | None) -> Tensor:
-        return numerator(component, v["x"]) / v["scale"] + _bias(component)
+        return numerator(component, v["x"]) / v["scale"] + _bias(component, v["x"])
 
     reads = {"x": f"{name}.hook_in", "scale": f"{name}.hook_scale"}
     return RuleSite(name, (str(rule),), reads, f"{name}.hook_out", surrogate, record, value)
 
 
-def _bias(norm: Any) -> Tensor | float:
-    bias: Tensor | None = getattr(norm, "bias", None)
+def _bias(norm: Any, x: Tensor) -> Tensor | float:
+    bias = parameter(norm, "bias", x)
     return 0.0 if bias is None else bias
 
 
@@ -71,7 +72,7 @@ def centred(norm: Any, x: Tensor) -> Tensor:
 
 def weighted(norm: Any, x: Tensor) -> Tensor:
     """x times a norm's weight."""
-    weight = getattr(norm, "weight", None)
+    weight = parameter(norm, "weight", x)
     if weight is None:
         return x
     return x * (1 + weight) if norm.uses_weight_offset else x * weight
@@ -110,7 +111,8 @@ def _moe(model: Model, layer: int, act: ActiveRule | None, gate: ActiveRule | No
     """A mixture of experts: `act` and `gate` as in any gated MLP, and `gate` again at weight × expert output. The choice of
     experts is constant, and the router's softmax has its plain gradient.
     """
-    moe, hidden = moe_of(model, layer), _hidden(model, act, gate)
+    hidden = _hidden(model, act, gate)
+    check_moe(model, layer)
 
     def within(pre: Tensor, up: Tensor, *other: Tensor) -> Tensor:
         # A value, and not only a gradient: the product with the weight reads it.
@@ -120,14 +122,16 @@ def _moe(model: Model, layer: int, act: ActiveRule | None, gate: ActiveRule | No
         return gate.rule.fn(weight, output, *other) if gate else weight * output
 
     def surrogate(v: Values, _: Tensor, other: Values | None) -> Tensor:
-        return moe.output(v["x"], v["chosen"], within, weigh, None if other is None else other["x"])
+        return moe_of(model, layer).output(v["x"], v["chosen"], within, weigh, None if other is None else other["x"])
 
     rules = tuple(str(r) for r in (act, gate) if r)
     at = f"blocks.{layer}."
     reads = {"x": at + X, "chosen": at + CHOSEN}
 
     def value(v: Values, _: Values | None) -> Tensor:
-        return moe.output(v["x"], v["chosen"], lambda pre, up: model.activation.fn(pre) * up, torch.mul)
+        return moe_of(model, layer).output(
+            v["x"], v["chosen"], lambda pre, up: model.activation.fn(pre) * up, torch.mul
+        )
 
     return RuleSite(f"{at}mlp", rules, reads, at + OUT, surrogate, dict, value)
 
@@ -188,7 +192,9 @@ def linear_parameters(model: Model, name: str, d_in: int, d_out: int) -> tuple[T
 def linear_layer(model: Model, name: str) -> tuple[Tensor, Tensor | None]:
     """Weight [out, in] and bias [out] as they are."""
     layer = model.component(name).original_component
-    return layer.weight.T if type(layer).__name__ == "Conv1D" else layer.weight, layer.bias
+    weight, bias = (parameter(layer, part, model.device) for part in ("weight", "bias"))
+    assert weight is not None
+    return weight.T if type(layer).__name__ == "Conv1D" else weight, bias
 
 
 BUILDERS: tuple[tuple[tuple[str, ...], Callable[..., list[RuleSite]]], ...] = (

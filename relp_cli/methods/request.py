@@ -116,4 +116,4 @@ def model_meta(model: Model) -> dict[str, str]:
         "revision": model.revision,
         "family": model.family.name,
         "dtype": str(model.dtype).removeprefix("torch."),
-    }
+    } | ({} if model.device_map is None else {"device_map": model.device_map})

@@ -18,6 +18,7 @@ from relp_cli.errors import RelpError
 from relp_cli.models.families import ACTIVATIONS, Activation
 from relp_cli.models.model import Hook, Model
 from relp_cli.models.moe import CHOSEN, OUT, X, moe_of
+from relp_cli.models.offload import device_of
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 # Two ways to the same logits (fused or not, another order of sums) differ by more than one formula does.
@@ -40,7 +41,7 @@ def probe(hf: Any, name: str) -> tuple[Int[Tensor, "1 pos"], Float[Tensor, "1 po
     Raises: RelpError where the plain model cannot run, or its logits are not finite.
     """
     vocab, n = hf.get_input_embeddings().weight.shape[0], min(PROBE, longest(hf.config.get_text_config()) or PROBE)
-    tokens = (torch.arange(n, device=hf.get_input_embeddings().weight.device) * (vocab // n + 1) % vocab)[None]
+    tokens = (torch.arange(n, device=device_of(hf)) * (vocab // n + 1) % vocab)[None]
     try:
         with torch.no_grad():
             logits = hf(input_ids=tokens, use_cache=False).logits

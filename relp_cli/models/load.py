@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,23 @@ import torch
 
 from relp_cli.errors import RelpError, nearest
 from relp_cli.files import read_object
+from relp_cli.models.bridging import bos_of, bridge_of, first_line, narrow_rotary, shape_of
 from relp_cli.models.catalog import EMBEDDED, embedded_names
-from relp_cli.models.checks import check_forward, check_model, flat_points, longest, mlp_form, probe, unscaled_norms
+from relp_cli.models.checks import check_forward, check_model, flat_points, mlp_form, probe, unscaled_norms
 from relp_cli.models.families import family_of
 from relp_cli.models.folder import content_hash, local_path, split_revision
 from relp_cli.models.loaded import loaded_of, weights_hash
-from relp_cli.models.model import Model, Shape
-from relp_cli.models.moe import CHOSEN
+from relp_cli.models.model import Model
+from relp_cli.models.offload import (
+    Spare,
+    adopt,
+    check_modules,
+    device_map_of,
+    device_of,
+    devices_of,
+    is_placed,
+)
+from relp_cli.models.placement import check_device_map, written
 from relp_cli.models.scaled import contributions
 
 # Weights of other parts of a checkpoint: pictures, next-token heads of training, buffers that are computed anew.
@@ -35,6 +46,7 @@ def load_model(
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
     revision: str | None = None,
     bos: bool | None = None,
     tokenizer: Any = None,
@@ -46,15 +58,25 @@ def load_model(
     Face weights (nothing folded). `device` defaults to the GPU if there is one. `bos` overrides whether prompts start
     with the BOS token (default: TransformerLens's for this architecture). `dtype` is float32 unless given.
 
+    device_map, in place of `device`: "auto" or "balanced" (Transformers' own, over the GPUs there are, then main memory, then
+    the disk), "offload" (the blocks' matrices are fetched from main memory or disk for each call), or {module: device, "cpu"
+    or "disk"}. The numbers are those of the plain model.
+
     A model in memory is not copied: it is frozen, put in eval mode and wrapped for good, and it stays in its dtype and on its
     device (unless `device` is given). Its checks are those at loading; the logits of a bridge, which has replaced the modules
     already, have no plain ones to be held against. Its revision is a hash of its weights.
 
-    Raises: RelpError for an unknown name, a model that cannot be taken, a folder without complete weights, an unreachable
-    hub, or an architecture whose residual stream is not the sum that every method here assumes.
+    Raises: RelpError for an unknown name, a device beside a device map, a model that cannot be taken, a folder without complete
+    weights, an unreachable hub, or an architecture whose residual stream is not the sum that every method here assumes.
     """
+    if device is not None and device_map is not None:
+        raise RelpError("device= and device_map= both say where the model is: give one of them")
     if not isinstance(name, str | Path):
+        if device_map is not None:
+            raise RelpError("device_map= goes with a name: a model that is in memory is where it is")
         return _in_memory(name, dtype, device, revision, bos, tokenizer)
+    if isinstance(device_map, str):
+        check_device_map(device_map)
     if tokenizer is not None:
         raise RelpError(f"tokenizer= goes with a model that is in memory; '{name}' has its own")
     torch_dtype = _dtype("float32" if dtype is None else dtype)
@@ -63,10 +85,14 @@ def load_model(
     local = local_path(name)
     if local is not None and revision is not None:
         raise RelpError(f"--revision {revision}: '{name}' is on this disk, only models of the hub have revisions")
-    hf, tokenizer = _from_pretrained(name, local, torch_dtype, revision)
+    if device_map is not None and local is not None and local.is_file():
+        raise RelpError(f"model '{name}': a GGUF file has no device map; convert it into a Hugging Face folder first")
+    hf, tokenizer = _from_pretrained(name, local, torch_dtype, revision, device_map, target)
     version = content_hash(local) if local else str(getattr(hf.config, "_commit_hash", None) or revision or "unknown")
     label = local.name if local and name not in embedded_names() else name + (f"@{revision}" if revision else "")
-    return wrap(hf, tokenizer, label, device=target, revision=version, bos=bos)
+    if device_map is not None:
+        target = device_of(hf)
+    return wrap(hf, tokenizer, label, device=target, revision=version, bos=bos, device_map=device_map)
 
 
 def _in_memory(
@@ -76,9 +102,16 @@ def _in_memory(
         if value is not None:
             raise RelpError(f"{key}= goes with a name; a model that is in memory has its own")
     model = loaded_of(given, tokenizer)
+    places = getattr(model.hf, "hf_device_map", None) if is_placed(model.hf) else None
+    if places and device is not None:
+        raise RelpError(f"device= cannot move model '{model.name}', whose modules a device map has placed")
     target = model.device if device is None else _device(device)
+    adopt(model.hf)
     version = weights_hash(model.hf)
-    return wrap(model.hf, model.tokenizer, model.name, device=target, revision=version, bos=bos, wrapped=model.bridge)
+    return wrap(
+        model.hf, model.tokenizer, model.name, device=target, revision=version, bos=bos, wrapped=model.bridge,
+        device_map=places,
+    )  # fmt: skip
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -86,7 +119,7 @@ def _device(device: str | torch.device) -> torch.device:
         target = torch.device(device)
         torch.empty(1, device=target)
     except (RuntimeError, AssertionError) as error:
-        raise RelpError(f"device '{device}' is not available here ({_first_line(error)})") from error
+        raise RelpError(f"device '{device}' is not available here ({first_line(error)})") from error
     return target
 
 
@@ -99,21 +132,25 @@ def wrap(
     revision: str = "in-memory",
     bos: bool | None = None,
     wrapped: Any = None,
+    device_map: str | Mapping[str, Any] | None = None,
 ) -> Model:
     """A Model from a Hugging Face causal language model that is already in memory (its weights are frozen, not copied).
 
-    wrapped: its bridge, where it has one.
+    wrapped: its bridge, where it has one. device_map: what it was loaded by, if by one; it is not moved then.
     Raises: RelpError where TransformerLens cannot wrap it, or computes something else than the model does, or where it is
     not what rules and methods assume (`checks`).
     """
     hf.config._attn_implementation = "eager"
     hf.config._experts_implementation = "eager"  # grouped_mm, the default, has no float64
-    hf.to(device).eval().requires_grad_(False)
+    if device_map is None and not is_placed(hf):
+        hf.to(device)
+    adopt(hf)
+    hf.eval().requires_grad_(False)
     tokens, plain = probe(hf, name)
-    bridge = _bridge(hf, name) if wrapped is None else wrapped
+    bridge = bridge_of(hf, name) if wrapped is None else wrapped
     hf.requires_grad_(False)
-    shape = _shape(hf, bridge)
-    _narrow_rotary(bridge, next(hf.parameters()).dtype)
+    shape = shape_of(hf, bridge)
+    narrow_rotary(bridge, next(hf.parameters()).dtype)
     model = Model(
         name=name,
         hf=bridge.original_model,
@@ -124,12 +161,15 @@ def wrap(
             "logits": torch.nn.Identity(),
         },
         tokenizer=tokenizer,
-        bos=_bos(tokenizer, bool(bridge.cfg.default_prepend_bos) if bos is None else bos, name, bos is not None),
+        bos=bos_of(tokenizer, bool(bridge.cfg.default_prepend_bos) if bos is None else bos, name, bos is not None),
         family=family_of(hf.config.model_type, shape.gated),
         shape=shape,
         revision=revision,
         dtype=next(hf.parameters()).dtype,
         device=torch.device(device),
+        device_map=None if device_map is None else written(device_map),
+        fetches=any(p.is_meta for p in hf.parameters()),
+        spread=len(devices_of(hf)) > 1,
         bos_asked=bos is not None,
     )
     check_forward(model, tokens, plain)
@@ -147,11 +187,19 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _from_pretrained(name: str, local: Path | None, dtype: torch.dtype, revision: str | None) -> tuple[Any, Any]:
+def _from_pretrained(
+    name: str,
+    local: Path | None,
+    dtype: torch.dtype,
+    revision: str | None,
+    device_map: str | Mapping[str, Any] | None,
+    device: torch.device,
+) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # that weights are elsewhere was asked for
     # trust_remote_code=False: code in a folder is neither run nor asked about on stdin.
     where: dict[str, Any] = {
         "pretrained_model_name_or_path": local or name, "revision": revision, "trust_remote_code": False,
@@ -162,17 +210,38 @@ def _from_pretrained(name: str, local: Path | None, dtype: torch.dtype, revision
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            spare = None if device_map is None else Spare()
+            placing = {} if spare is None else _placing(where, dtype, device_map, device, spare.path)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                **where, dtype=dtype, attn_implementation="eager", output_loading_info=True
+                **where, dtype=dtype, attn_implementation="eager", output_loading_info=True, **placing
             )
+    except RelpError:
+        raise
     except Exception as error:  # each configuration, file format and package fails in a way of its own
         raise _load_error(name, local, error) from error
     hf, info = loaded
+    hf._spare = spare  # it goes when the model goes
     _must_be_complete(name, info)
     folder = local if local is not None and local.is_dir() else None
     if folder and not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return hf, None
     return hf, _tokenizer(name, folder, where)
+
+
+def _placing(
+    where: dict[str, Any], dtype: torch.dtype, device_map: Any, device: torch.device, folder: str
+) -> dict[str, Any]:
+    """What `from_pretrained` is told of a device map."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if device_map == "offload" or not isinstance(device_map, str):
+        with init_empty_weights():
+            empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**where), dtype=dtype)
+        if device_map == "offload":
+            device_map = device_map_of(empty, device)
+        check_modules(device_map, empty)
+    return {"device_map": device_map, "offload_folder": folder}
 
 
 def load_tokenizer(name: str) -> Any:
@@ -206,11 +275,11 @@ def _tokenizer(name: str, folder: Path | None, where: dict[str, Any]) -> Any:
         if folder is None and isinstance(error, OSError):
             raise RelpError(
                 f"no tokenizer of '{name}': it is neither an embedded model nor a local folder, and the hub does not give it "
-                f"({_first_line(error)}); offline, name a folder with its tokenizer.json"
+                f"({first_line(error)}); offline, name a folder with its tokenizer.json"
             ) from error
         raise RelpError(
             f"model '{name}': its tokenizer cannot be loaded, tokenizer.json or tokenizer_config.json is broken "
-            f"({type(error).__name__}: {_first_line(error)})"
+            f"({type(error).__name__}: {first_line(error)})"
         ) from error
 
 
@@ -267,73 +336,6 @@ def _load_error(name: str, local: Path | None, error: Exception) -> RelpError:
     hint = near if "did you mean" in near else f"; embedded models: {', '.join(embedded_names())}"
     return RelpError(
         f"model '{name}' is neither an embedded model nor a local folder, and the Hugging Face hub does not give it "
-        f"({_first_line(error)}). Offline: fetch it elsewhere with `hf download {name} --local-dir DIR` and pass "
+        f"({first_line(error)}). Offline: fetch it elsewhere with `hf download {name} --local-dir DIR` and pass "
         f"--model DIR{hint}"
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-
-
-def _bridge(hf: Any, name: str) -> Any:
-    """The bridge is built without a tokenizer: tokenisation is ours, and a folder without one serves token-id pairs."""
-    from transformer_lens.model_bridge.sources import build_bridge_from_module
-
-    logging.getLogger("transformer_lens").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return build_bridge_from_module(hf, type(hf).__name__, hf_config=hf.config, model_name=name)
-        except Exception as error:  # each adapter fails in its own way on a configuration that it does not know
-            raise RelpError(f"TransformerLens cannot wrap model '{name}': {_first_line(error)}") from error
-
-
-def _narrow_rotary(bridge: Any, dtype: torch.dtype) -> None:
-    """Rotated queries and keys in the model's dtype, as Hugging Face has them: for OLMo the bridge leaves them in float32,
-    which its next product with bfloat16 values refuses.
-    """
-    if dtype in (torch.float32, torch.float64):
-        return
-    for name, point in bridge.hook_dict.items():
-        if name.endswith((".hook_rot_q", ".hook_rot_k")):
-            point.register_forward_hook(lambda _m, _a, value: value.to(dtype))
-
-
-def _bos(tokenizer: Any, wanted: bool, name: str, asked: bool) -> int | None:
-    if tokenizer is None or not wanted:
-        return None
-    if tokenizer.bos_token_id is None:
-        if asked:
-            raise RelpError(f"model '{name}': its tokenizer has no BOS token; use --no-bos")
-        return None
-    return int(tokenizer.bos_token_id)
-
-
-def _shape(hf: Any, bridge: Any) -> Shape:
-    cfg, points, config = bridge.cfg, bridge.hook_dict, hf.config.get_text_config()
-    heads = int(cfg.n_heads)
-    named = (
-        getattr(config, key, None) for key in ("hidden_activation", "hidden_act", "activation_function", "activation")
-    )
-    learned = "pos_embed.hook_out" in points
-    return Shape(
-        n_layers=int(cfg.n_layers),
-        d_model=int(cfg.d_model),
-        n_heads=heads,
-        n_kv_heads=int(getattr(cfg, "n_key_value_heads", None) or heads),
-        d_head=int(getattr(cfg, "d_head", 0) or cfg.d_model // heads),
-        d_mlp=int(cfg.d_mlp),
-        vocab=int(hf.get_input_embeddings().weight.shape[0]),
-        gated="blocks.0.mlp.gate.hook_out" in points,  # of a mixture of experts: its router, and its experts are gated
-        moe=f"blocks.0.{CHOSEN}" in points,
-        parallel="blocks.0.hook_resid_mid" not in points,
-        post_norm="blocks.0.ln2_post.hook_out" in points,
-        attn_softcap=getattr(config, "attn_logit_softcapping", None),
-        final_softcap=getattr(config, "final_logit_softcapping", None),
-        activation=str(next((name for name in named if name), "unknown")),
-        clip_qkv=getattr(config, "clip_qkv", None) or getattr(getattr(config, "attn_config", None), "clip_qkv", None),
-        positions=longest(config),
-        learned_positions=learned,
-        residual_multiplier=float(getattr(config, "residual_multiplier", None) or 1.0),
     )

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from relp_cli.errors import RelpError
+from relp_cli.models.offload import device_of, named_weights
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,13 @@ def loaded_of(given: Any, tokenizer: Any) -> Loaded:
     tokenizer = own if tokenizer is None else tokenizer
     if tokenizer is not None and not callable(getattr(tokenizer, "convert_ids_to_tokens", None)):
         raise RelpError(f"tokenizer: expected a Hugging Face tokenizer, got a {type(tokenizer).__name__}")
-    return Loaded(hf, tokenizer, name, next(hf.parameters()).device, bridge)
+    return Loaded(hf, tokenizer, name, device_of(hf), bridge)
 
 
 def weights_hash(hf: nn.Module) -> str:
     """sha256 over the names and bytes of all parameters: tells apart what has one name and was trained on."""
     digest = hashlib.sha256()
-    for name, values in hf.named_parameters():
+    for name, values in named_weights(hf):
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
         digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return f"weights-{digest.hexdigest()[:16]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from relp_cli.errors import RelpError, visible
 from relp_cli.models.families import ACTIVATIONS, Activation, Family
+from relp_cli.models.offload import forgetting
 
 Hook = Callable[[Tensor], "Tensor | None"]
 
@@ -56,6 +57,10 @@ class Model:
     bos:       the token id that prompts start with, or None.
     flat:      hook points where the model has one row per token, [batch·pos, width]; hooks see [batch, pos, width] there.
     unscaled_norms: paths of norms inside the blocks at which no hook shows a scale, so that no rule can act on them.
+    device:    where token ids and logits are, and every value that hooks see.
+    device_map: what it was loaded by (`placement.written`), or None.
+    fetches:   weights are elsewhere between the calls of their modules (`offload`).
+    spread:    modules run on several devices.
     batch:     how many prompts the running forward pass has.
     bos_asked: whether that was asked for at loading; otherwise it is TransformerLens's default for the architecture.
     """
@@ -71,6 +76,9 @@ class Model:
     revision: str
     dtype: torch.dtype
     device: torch.device
+    device_map: str | None = None
+    fetches: bool = False
+    spread: bool = False
     bos_asked: bool = False
     flat: frozenset[str] = frozenset()
     unscaled_norms: tuple[str, ...] = ()
@@ -109,6 +117,7 @@ class Model:
         with ExitStack() as stack:
             for name, fn in items:
                 seen = self._by_prompt(name, fn) if name in self.flat else fn
+                seen = self._on_one_device(name, seen) if self.spread else seen
                 handle = self.point(name).register_forward_hook(_as_forward_hook(seen))
                 stack.callback(handle.remove)
             yield
@@ -124,6 +133,18 @@ class Model:
             if new is None and name.endswith(".hook_scale"):
                 return None
             return (shaped if new is None else new).flatten(0, 1)
+
+        return hook
+
+    def _on_one_device(self, name: str, fn: Hook) -> Hook:
+        """A hook that sees its value on the model's `device`; like `_by_prompt`, it is on the way of the gradient."""
+
+        def hook(value: Tensor) -> Tensor | None:
+            moved = value.to(self.device)
+            new = fn(moved)
+            if moved is value or (new is None and name.endswith(".hook_scale")):
+                return new
+            return (moved if new is None else new).to(value.device)
 
         return hook
 
@@ -149,10 +170,11 @@ class Model:
         self.batch[0] = len(tokens)
         given: dict[str, Any] = {"input_ids": tokens, "use_cache": past is not None}
         given |= {} if past is None else {"past_key_values": past}
-        if all_positions:
-            return self.point("logits")(self.hf(**given).logits)
-        with self.hooks({"unembed.hook_in": lambda h: h[:, -1:].contiguous()}):
-            return self.point("logits")(self.hf(**given).logits)[:, 0]
+        with forgetting() if self.fetches and torch.is_grad_enabled() else nullcontext():
+            if all_positions:
+                return self.point("logits")(self.hf(**given).logits)
+            with self.hooks({"unembed.hook_in": lambda h: h[:, -1:].contiguous()}):
+                return self.point("logits")(self.hf(**given).logits)[:, 0]
 
 
 def expect_model(model: Any) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError
 from relp_cli.models.model import Model
+from relp_cli.models.offload import parameter
 
 Product = Callable[..., Tensor]  # (a, b) or, with the other run's values, (a, b, a', b') → a·b, or act(a)·b
 
@@ -79,8 +80,8 @@ class MoE:
         return out.view_as(x)
 
 
-def moe_of(model: Model, layer: int) -> MoE:
-    """A layer's experts, as views of its parameters. Raises RelpError for experts of another form than the formula's."""
+def check_moe(model: Model, layer: int) -> dict[str, Any]:
+    """The modules of a layer's mixture. Raises RelpError for experts of another form than the formula's."""
     block = _plain(model.component(f"blocks.{layer}.mlp"))
     parts = {name: _plain(part) for name, part in block.named_children()}
     experts: Any = parts.get("experts")
@@ -89,14 +90,24 @@ def moe_of(model: Model, layer: int) -> MoE:
             f"model {model.name} ({model.family.name}): the mixture of experts of layer {layer} ({type(block).__name__}) "
             "is of no form known here (Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE); this architecture is not supported"
         )
-    gate, up = experts.gate_up_proj.chunk(2, dim=1)
+    return parts
+
+
+def moe_of(model: Model, layer: int) -> MoE:
+    """A layer's experts, as views of its parameters. Raises RelpError for experts of another form than the formula's."""
+    parts = check_moe(model, layer)
+
+    def read(module: Any, name: str = "weight") -> Any:
+        return parameter(_plain(module), name, model.device)
+
+    gate, up = read(parts["experts"], "gate_up_proj").chunk(2, dim=1)
     shared = parts.get("shared_expert")
     return MoE(
-        router=parts["gate"].weight,
-        experts=tuple(Expert(*of) for of in zip(gate, up, experts.down_proj, strict=True)),
+        router=read(parts["gate"]),
+        experts=tuple(Expert(*of) for of in zip(gate, up, read(parts["experts"], "down_proj"), strict=True)),
         normalised=getattr(parts["gate"], "norm_topk_prob", True),
-        shared=shared and Expert(*(_plain(p).weight for p in (shared.gate_proj, shared.up_proj, shared.down_proj))),
-        shared_gate=parts["shared_expert_gate"].weight if shared else None,
+        shared=shared and Expert(*(read(p) for p in (shared.gate_proj, shared.up_proj, shared.down_proj))),
+        shared_gate=read(parts["shared_expert_gate"]) if shared else None,
     )
 
 

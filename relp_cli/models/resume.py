@@ -196,7 +196,7 @@ class Trace:
         def join(stream: Tensor) -> Tensor:
             self.model.batch[0] = inside + len(rows)
             new = self.streams[layer][rows, first:]
-            return torch.cat([stream, new]) if inside else new
+            return torch.cat([stream, new.to(stream.device)]) if inside else new
 
         return join
 
@@ -212,7 +212,8 @@ class _Earlier(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         earlier: Any = (self.keys, self.values)
         keys, values = (
-            torch.cat([x[self.rows], new], -2) for x, new in zip(earlier, (key_states, value_states), strict=True)
+            torch.cat([x[self.rows.to(x.device)], new], -2)
+            for x, new in zip(earlier, (key_states, value_states), strict=True)
         )
         return keys, values
 

@@ -31,13 +31,13 @@ SOFTMAX = (torch.softmax, Tensor.softmax, torch.nn.functional.softmax)
 class _SoftmaxInputs(TorchFunctionMode):
     """Notes what enters every softmax over the keys of `n_heads` heads: Float[batch, head, query, key]."""
 
-    def __init__(self, n_heads: int, seen: list[Tensor]) -> None:
+    def __init__(self, model: Model, seen: list[Tensor]) -> None:
         super().__init__()
-        self.n_heads, self.seen = n_heads, seen
+        self.n_heads, self.device, self.seen = model.shape.n_heads, model.device, seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in SOFTMAX and args and args[0].ndim == 4 and args[0].shape[1] == self.n_heads:
-            self.seen.append(args[0].detach())
+            self.seen.append(args[0].detach().to(self.device))
         return func(*args, **(kwargs or {}))
 
 
@@ -55,7 +55,7 @@ def attention_scores(model: Model) -> Iterator[list[Tensor]]:
         return lambda value: patterns.__setitem__(layer, value.detach())
 
     layers = range(model.shape.n_layers)
-    with model.hooks([(PATTERN.point(n), keep(n)) for n in layers]), _SoftmaxInputs(model.shape.n_heads, scores):
+    with model.hooks([(PATTERN.point(n), keep(n)) for n in layers]), _SoftmaxInputs(model, scores):
         yield scores
     if len(scores) != len(layers) or len(patterns) != len(layers):
         raise _unknown(model, f"{len(scores)} softmaxes and {len(patterns)} patterns for {len(layers)} layers")

@@ -77,13 +77,13 @@ class Compared:
 
 
 def compare_tasks(
-    tasks: Sequence[str], options: CompareOptions, folder: Path, device: str | None, progress: Progress | None
+    tasks: Sequence[str], options: CompareOptions, folder: Path, place: str | None, progress: Progress | None
 ) -> Compared:
     """Score every task × model with every method and the reference; write compare.csv and heatmaps per task × model."""
     for what, names in (("task", tasks), ("method", options.methods), ("node kind", options.nodes)):
         distinct(what, names)
     labels = model_labels(options.models)
-    session = Session(device)
+    session = Session(place)
     distinct("task name", [session.task(t).name for t in tasks])  # a misspelt one is found before the first is scored
     cells = [options.specs(task, model) for task in tasks for model in options.models]
     for spec in (spec for specs in cells for spec in specs.values()):
@@ -112,7 +112,7 @@ def compare_tasks(
     return Compared(table, (path, *files), tuple(notes))
 
 
-def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path, device: str | None = None) -> Compared:
+def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path, place: str | None = None) -> Compared:
     """Compare runs that exist; one of them must be of the reference method."""
     distinct("run", [str(path.resolve()) for path in paths])
     runs = [open_run(path) for path in paths]
@@ -139,7 +139,7 @@ def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path, d
     methods = [m for m in by_method if m != reference]
     if not methods:
         raise RelpError("only the reference run was given; expected at least one other method")
-    prepared = prepare_again(specs[0].model_copy(update={"method": methods[0]}), runs[0][2], Session(device))
+    prepared = prepare_again(specs[0].model_copy(update={"method": methods[0]}), runs[0][2], Session(place))
     first = runs[0][2].meta
     result = run_comparison(
         prepared.model, prepared.pairs, methods, tuple(runs[0][2]), first["metric"], first["direction"],

@@ -15,12 +15,12 @@ Engine = Callable[[JobSpec, Path, "str | None", "Report | None"], Outcome]
 ENGINES: Registry[Engine] = Registry("engine")
 
 
-def local(job: JobSpec, folder: Path, device: str | None, report: Report | None) -> Outcome:
+def local(job: JobSpec, folder: Path, place: str | None, report: Report | None) -> Outcome:
     """One cell after the other in this process; models and tasks are loaded once."""
-    return run_cells(job, folder, Session(device), report)
+    return run_cells(job, folder, Session(place), report)
 
 
-def ray(job: JobSpec, folder: Path, device: str | None, report: Report | None) -> Outcome:
+def ray(job: JobSpec, folder: Path, place: str | None, report: Report | None) -> Outcome:
     """One Ray task per model; `folder` must be on a file system that all workers share."""
     try:
         import ray as cluster
@@ -29,7 +29,7 @@ def ray(job: JobSpec, folder: Path, device: str | None, report: Report | None) -
     cluster.init(ignore_reinit_error=True, log_to_driver=False)
     remote = cluster.remote(run_cells)
     parts = [job.model_copy(update={"models": (model,)}) for model in job.models]
-    pending = [remote.remote(part, folder.resolve(), Session(device)) for part in parts]
+    pending = [remote.remote(part, folder.resolve(), Session(place)) for part in parts]
     outcomes: list[Outcome] = []
     while pending:
         ready, pending = cluster.wait(pending)

@@ -163,14 +163,14 @@ def check_space(space: str) -> None:
 
 
 def evaluate_mib(
-    root: Path, options: MibOptions, folder: Path, device: str | None = None, progress: Progress | None = None
+    root: Path, options: MibOptions, folder: Path, place: str | None = None, progress: Progress | None = None
 ) -> MibResult:
     """Measure every method, or run, on every data set of a folder; write mib.csv and mib-curves.csv.
 
     A data set without any pair that the model can use is left out, with a warning; where that is all of them, it is an error.
     Raises: RelpError for bad input, before a model is loaded where that can be known.
     """
-    session, names = Session(device), data_sets(root, options)
+    session, names = Session(place), data_sets(root, options)
     session.tasks |= names
     entries = {name: _entries(name, options) for name in names}
     check_writable(folder)
@@ -207,9 +207,9 @@ def data_sets(root: Path, options: MibOptions) -> dict[str, Task]:
     return {place: task_of(source) for place, source in sources.items()}
 
 
-def mib_cost(root: Path, options: MibOptions, device: str | None = None) -> dict[str, Any]:
+def mib_cost(root: Path, options: MibOptions, place: str | None = None) -> dict[str, Any]:
     """What an evaluation would cost: pairs, what scoring takes, and forward passes per held-out pair and method, at most."""
-    session, names = Session(device), data_sets(root, options)
+    session, names = Session(place), data_sets(root, options)
     session.tasks |= names
     out: dict[str, Any] = {}
     for name, task in names.items():

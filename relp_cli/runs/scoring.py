@@ -17,6 +17,7 @@ from relp_cli.methods.score import check_baseline, resolve_method
 from relp_cli.methods.unfinished import Unfinished
 from relp_cli.models.load import load_model
 from relp_cli.models.model import Model
+from relp_cli.models.placement import arguments
 from relp_cli.runs.checked import score_spec
 from relp_cli.runs.rundir import RunDir, checksum, provenance
 from relp_cli.runs.spec import ScoreSpec
@@ -33,14 +34,14 @@ from relp_cli.tasks.task import Task, load_task
 class Session:
     """Models and tasks that are loaded already; a batch job scores many cells on few of them."""
 
-    device: str | None = None
+    place: str | None = None  # `placement.placed`
     models: dict[tuple[str, str], Model] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
     saes: dict[tuple[str, str, str], Dictionaries] = field(default_factory=dict)
 
     def model(self, name: str, dtype: str = "float32") -> Model:
         if (name, dtype) not in self.models:
-            self.models[name, dtype] = load_model(name, dtype=dtype, device=self.device)
+            self.models[name, dtype] = load_model(name, dtype=dtype, **arguments(self.place))
         return self.models[name, dtype]
 
     def forget(self) -> None:

@@ -44,7 +44,7 @@ MODELS = {
 LEVELS = {("edges",): "edge", ("head", "mlp_out"): "node", ("mlp_dim",): "neuron"}  # what of ours MIB's files can hold
 
 
-def export_submission(run: Path, folder: Path, name: str | None = None, device: str | None = None) -> Path:
+def export_submission(run: Path, folder: Path, name: str | None = None, place: str | None = None) -> Path:
     """Write a run's scores into `folder`/`name` (None: from its task and model) and check the file. Returns the file.
 
     Raises: RelpError for scores that MIB's files cannot hold, for a name that is none, or of another model's graph, and
@@ -64,7 +64,7 @@ def export_submission(run: Path, folder: Path, name: str | None = None, device: 
         _check_graph(name, edges.graph)
         export_circuit(file, int(edges.meta["d_model"]), None, edges)
     else:
-        shape = Session(device).model(spec.model, spec.dtype).shape
+        shape = Session(place).model(spec.model, spec.dtype).shape
         graph = Graph.of(shape)
         _check_graph(name, graph)
         export_writers(file, graph, shape.d_model, _by_writer(scores, graph, shape.d_model), scores.meta)
