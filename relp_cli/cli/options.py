@@ -36,7 +36,9 @@ class PairOptions:
     pairs: Annotated[int, count_option(1, help="How many prompt pairs.")] = 100
     seed: Annotated[int, seed_option(help="Draws the pairs, and whatever else is drawn.")] = 0
     split: Annotated[str, typer.Option(help="discovery, heldout or all.")] = "discovery"
-    metric: Annotated[str | None, typer.Option(help="logit_diff, prob_diff, kl (default: the task's).")] = None
+    metric: Annotated[
+        str | None, typer.Option(help="logit_diff, prob_diff, answer_logprob, kl (default: the task's).")
+    ] = None
     direction: Annotated[str, typer.Option(help="noising (run the original) or denoising.")] = "noising"
     bos: BosOption = None
     only_correct: Annotated[bool, typer.Option(help="Keep the pairs that the model gets right.")] = False

@@ -195,7 +195,9 @@ def show(
         note(line)
     for batch in prepared.pairs:
         for original, patch, answer, foil in list(_rows(batch))[:examples]:
-            example = f"answer {_some(words(answer))}, foil {_some(words(foil))}"
+            kept = [[i for i in ids if i >= 0] for ids in (answer, foil)]
+            told = [_whole(tokenizer, ids) if batch.several else _some(words(ids)) for ids in kept]
+            example = f"answer {told[0]}, foil {told[1] or 'none'}"
             title = f"{len(batch)} pair{'s' * (len(batch) > 1)} of {batch.n_pos} tokens, such as: {example}"
             old, new = words(original), words(patch) if patch else [""] * len(original)
             changed = [bool(patch) and a != b for a, b in zip(old, new, strict=True)]
@@ -249,7 +251,14 @@ def _quoted(tokens: list[str]) -> list[str]:
 
 def _rows(batch):  # type: ignore[no-untyped-def]
     patch = batch.patch.tolist() if batch.patch is not None else [None] * len(batch)
-    return zip(batch.original.tolist(), patch, batch.answer.tolist(), batch.foil.tolist(), strict=True)
+    answer, foil = batch.answer.flatten(1).tolist(), batch.foil.flatten(1).tolist()
+    return zip(batch.original.tolist(), patch, answer, foil, strict=True)
+
+
+def _whole(tokenizer: Any, ids: list[int]) -> str:
+    """A sequence of tokens as text."""
+    shown = repr(tokenizer.decode(ids)) if tokenizer is not None else " ".join(map(str, ids))
+    return f"{shown} ({len(ids)} token{'s' * (len(ids) > 1)})" if ids else ""
 
 
 def _some(words: list[str]) -> str:

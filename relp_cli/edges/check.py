@@ -37,7 +37,8 @@ def check_once(model: Model, batch: PairBatch) -> None:
     """
     if model in _checked:
         return
-    one = replace(batch.rows(slice(0, 1)), patch=None, answer=batch.answer[:1, :1], foil=batch.foil[:1, :1])
+    one = batch.rows(slice(0, 1))
+    one = replace(one, patch=None, answer=one.answer[:, :1], foil=one.foil[:, :1], read=1, pair=None)
     one = one.to(model.device)
     _values(model, one.original)
     (at,) = reader_gradients(Setup(model, one, METRICS["logit_diff"], (), baseline="zero"))

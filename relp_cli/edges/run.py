@@ -47,7 +47,7 @@ def edges_ablated(model: Model, graph: Graph, excluded: Excluded, ablated: Writt
 
 def edge_logits(
     model: Model, graph: Graph, tokens: Tensor, excluded: Excluded, ablated: Written
-) -> Float[Tensor, "batch vocab"]:
+) -> Float[Tensor, "batch *read vocab"]:
     """The logits at the last position of one such pass."""
     with edges_ablated(model, graph, excluded, ablated):
         return model.logits(tokens)

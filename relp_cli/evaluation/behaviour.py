@@ -15,6 +15,7 @@ from relp_cli.models.model import Model
 from relp_cli.tasks.formulas import NotFinite
 from relp_cli.tasks.metrics import METRICS, Metric
 from relp_cli.tasks.pairs import PairBatch
+from relp_cli.tasks.parts import parts_of
 
 LEVEL = 0.01  # of the tests against chance
 NEAR = 2 / 3  # an accuracy that counts as chance at most
@@ -84,13 +85,19 @@ def behaviour(model: Model, pairs: Sequence[PairBatch], metric: str) -> Behaviou
     row = METRICS[metric]
     correct, original, patch = [], [], []
     for batch in (b.to(model.device) for b in pairs):
+        if batch.several:
+            seen = _of_parts(model, batch, row)
+            original.append(seen[0])
+            patch += [seen[1]] if seen[1] is not None else []
+            correct.append(seen[2])
+            continue
         logits = model.logits(batch.original)
         original.append(_values(model, batch, batch.original, row, logits, logits))
         correct.append(METRICS["accuracy"].fn(logits, batch.answer, batch.foil).bool().cpu())
         if batch.patch is not None:
             patch.append(_values(model, batch, batch.patch, row, model.logits(batch.patch), logits))
     hits, n = int(torch.cat(correct).sum()), sum(len(b) for b in pairs)
-    has_foil = all((b.foil >= 0).any(-1).all() for b in pairs)
+    has_foil = all((b.foil >= 0).flatten(1).any(-1).all() for b in pairs)
     bounds = stats.binomtest(hits, n).proportion_ci(0.95, "exact")
     return Behaviour(
         accuracy=hits / n,
@@ -101,6 +108,21 @@ def behaviour(model: Model, pairs: Sequence[PairBatch], metric: str) -> Behaviou
         interval=(float(bounds.low), float(bounds.high)),
         verdict=against_chance(hits, n) if has_foil else "",
     )
+
+
+def _of_parts(model: Model, batch: PairBatch, metric: Metric) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The metric per pair on originals and on patches, and whether the model is right: log p(answer) > log p(foil), or without a
+    foil, whether every token of the answer is the top one after those before it.
+    """
+    original, patch, top = [], [], list[Tensor]()
+    for part in parts_of([batch]):
+        logits = (reader := model.reading(part.read)).logits(part.original)
+        original.append(_values(model, part, part.original, metric, logits, logits))
+        top.append((logits.view(len(part), part.read, -1).argmax(-1) == part.answer).all(-1).cpu())
+        if part.patch is not None:
+            patch.append(_values(model, part, part.patch, metric, reader.logits(part.patch), logits))
+    value = torch.stack(original).sum(0)
+    return value, torch.stack(patch).sum(0) if patch else None, value > 0 if len(top) > 1 else top[0]
 
 
 def _values(

@@ -37,7 +37,13 @@ class EdgeAblator:
         cut = self.counted[None] if keep is None else ~keep & self.counted
         if len(cut) > 1 and (cut == cut[0]).all():  # the same at every position: one mask serves them all
             cut = cut[:1]
-        return edge_logits(self.model, self.graph, batch.original, self.graph.dense(cut).to(self.model.device), ablated)
+        return edge_logits(
+            self.model.reading(batch.read),
+            self.graph,
+            batch.original,
+            self.graph.dense(cut).to(self.model.device),
+            ablated,
+        )
 
     def drawable(self, circuit: Circuit) -> None:
         return None

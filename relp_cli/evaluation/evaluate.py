@@ -32,6 +32,7 @@ from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.table import SPACES, space_of
 from relp_cli.tasks.metrics import Metric, metric_of
 from relp_cli.tasks.pairs import PairBatch, batches_of
+from relp_cli.tasks.parts import parts_of
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Ablator(Protocol):
 
     def logits(
         self, batch: PairBatch, keep: Bool[Tensor, "pos unit"] | None, ablated: Any
-    ) -> Float[Tensor, "batch vocab"]:
+    ) -> Float[Tensor, "batch *read vocab"]:
         """Of the originals, with every counted unit ablated that is not in `keep` (None: all of them)."""
 
     def drawable(self, circuit: Circuit) -> Bool[Tensor, "pos unit"] | None:
@@ -135,6 +136,11 @@ def evaluate(
         raise RelpError(
             f"corpus {corpus}: only circuits of nodes are ablated with a corpus, not those of edges or features"
         )
+    if ablation == "resample" and any(batch.several for batch in pairs):
+        raise RelpError(
+            "ablation 'resample' draws a donor per run; answers of several tokens are read in two: use another"
+        )
+    pairs = parts_of(pairs)
     exclude = excluded_layers(circuits[0].units.space, model.shape.n_layers, exclude_layers)
     row = metric_of(metric or str(circuits[0].meta.get("metric", "logit_diff")))
     how = Ablating(ablation, exclude, seed, corpus, dictionary, batch_size)
@@ -190,10 +196,11 @@ def measured(
     complements: int | None = None,
 ) -> Values:
     """Per prompt F(M), F(∅) and, of every circuit, F(C) and F(M∖C): the latter of the first `complements` (None: of all)."""
-    values, done = Values(len(circuits)), 0
+    values, done, parts = Values(len(circuits)), 0, list[PairBatch]()
     for batch, ablated in run.batches():
+        parts.append(batch)
         with torch.no_grad():
-            logits = model.logits(batch.original)
+            logits = model.reading(batch.read).logits(batch.original)
 
         def value(
             keep: Tensor | None, batch: PairBatch = batch, ablated: Any = ablated, logits: Tensor = logits
@@ -211,6 +218,7 @@ def measured(
             if progress:  # a batch of many circuits takes long
                 progress(done + len(batch) * (i + 1) // len(circuits), n_pairs, "evaluate")
         done += len(batch)
+    values.of_pairs(parts)
     return values
 
 

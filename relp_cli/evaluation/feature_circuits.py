@@ -57,7 +57,7 @@ class FeatureAblator:
     def logits(self, batch: PairBatch, keep: Tensor | None, ablated: Parts) -> Tensor:
         hooks = {site.point: self._keep(site, keep, ablated[site]) for site in self.sites}
         with self.model.hooks(hooks):
-            return self.model.logits(batch.original)
+            return self.model.reading(batch.read).logits(batch.original)
 
     def drawable(self, circuit: Circuit) -> Bool[Tensor, "pos unit"]:
         """Features that are active in some prompt, and all error terms."""

@@ -34,7 +34,7 @@ class NodeAblator:
 
     def logits(self, batch: PairBatch, keep: Tensor | None, ablated: Activations | None) -> Tensor:
         with self.model.hooks(self.hooks(keep, ablated)):
-            return self.model.logits(batch.original)
+            return self.model.reading(batch.read).logits(batch.original)
 
     def drawable(self, circuit: Circuit) -> None:
         return None

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from relp_cli.statistics import interval, resample_counts
+from relp_cli.tasks.pairs import PairBatch
+from relp_cli.tasks.parts import of_pairs
 
 COLUMNS = (
     "tau", "n_nodes", "n_possible", "faithfulness", "faithfulness_lo", "faithfulness_hi",
@@ -57,6 +59,13 @@ class Values:
 
     def get(self, name: str, i: int = 0) -> np.ndarray:
         return torch.cat(self._parts[name][i]).numpy()
+
+    def of_pairs(self, parts: Sequence[PairBatch]) -> None:
+        """All values added are of the rows of these parts, in order: from now on they are of pairs."""
+        self._parts = {
+            name: [[of_pairs(torch.cat(rows), parts)] if rows else rows for rows in lists]
+            for name, lists in self._parts.items()
+        }
 
     @property
     def n(self) -> int:

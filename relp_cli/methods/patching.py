@@ -156,7 +156,7 @@ def _moved(setup: Setup, source: Activations, at: At) -> Bool[Tensor, "pairs slo
     if setup.baseline == "patch":
         differs &= (setup.run != setup.source).cumsum(1).gt(0)[..., None]
     if layer == setup.model.shape.n_layers - 1 and not kind.attended:
-        differs[:, :-1] = False  # only the last position's logits are read
+        differs[:, : -setup.batch.read] = False  # no other position's logits are read
     return torch.stack([differs[:, setup.slots == slot].any(1) for slot in range(len(setup.labels))], 1)
 
 

@@ -50,7 +50,9 @@ class Request:
         """One batch made ready. `means`: for baseline mean."""
         direction: Any = self.direction
         baseline: Any = self.baseline
-        return Setup(model, batch, metric_of(self.metric), kinds, direction, baseline, means, passes)
+        return Setup(
+            model.reading(batch.read), batch, metric_of(self.metric), kinds, direction, baseline, means, passes
+        )
 
     def chunks(self, model: Model, pairs: Sequence[PairBatch]) -> list[PairBatch]:
         """The pairs in batches of at most `batch_size`, on the model's device."""
@@ -66,12 +68,13 @@ class Account:
         self.passes, self.started = Passes(), time.perf_counter()
         self.values: list[Tensor] = []
 
-    def done(self, setup: Setup) -> None:
-        """One batch is scored, whose passes are counted with it, or with those of all batches already."""
-        if setup.passes is not self.passes:
-            self.passes.add(setup.passes)
-        original = setup.prompt_value("run" if self.request.direction == "noising" else "source")
-        self.values.append(original.cpu())
+    def done(self, setups: Sequence[Setup]) -> None:
+        """One batch is scored, in so many parts, whose passes are counted with them, or with those of all batches already."""
+        for setup in setups:
+            if setup.passes is not self.passes:
+                self.passes.add(setup.passes)
+        original = [s.prompt_value("run" if self.request.direction == "noising" else "source") for s in setups]
+        self.values.append(torch.stack(original).sum(0).cpu())
         if self.request.progress:
             self.request.progress(sum(map(len, self.values)), self.n_pairs, self.method)
 

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from relp_cli.errors import RelpError, nearest, unknown
 from relp_cli.lrp.rules import RULE_SETS, RULES, Rule, parse_rules
@@ -20,7 +22,10 @@ from relp_cli.models.model import Model
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.table import SpaceRow, space_for
 from relp_cli.spaces.totals import Totals
+from relp_cli.tasks.formulas import SEVERAL
+from relp_cli.tasks.metrics import metric_of
 from relp_cli.tasks.pairs import PairBatch
+from relp_cli.tasks.parts import parts_of
 
 COMPONENTS = ("resid_pre", "attn_out", "mlp_out")
 
@@ -44,11 +49,14 @@ def score_units(
     work = _Work.begin(model, pairs, method, nodes, request, only, params)
     row, scorer, account = work.row, work.scorer, work.account
     totals = Totals(scorer.units, scorer.labels, account.n_pairs, request.keep_examples)
-    result = Result({})
+    result, parts = Result({}), list[tuple[Batch, Sequence[Tensor]]]()
     for on, result in work.results():
-        totals.add(scorer.blocks(result.scores), on.labels)
-        account.done(on.setup)
+        parts.append((on, scorer.blocks(result.scores)))
         on.forget()
+        if len(parts) == work.parts:
+            totals.add(*_summed(parts))
+            account.done([on.setup for on, _ in parts])
+            parts.clear()
     meta = account.meta(row, work.params, result.applied, scorer.axis, **scorer.about, **result.meta)
     return totals.finish(scorer.axis, meta)
 
@@ -65,9 +73,9 @@ def score_share(
     assert unfinished is not None
     for on, _ in work.results():
         unfinished.write()
-        work.account.done(on.setup)
+        work.account.done([on.setup])
         on.forget()
-    return [number for number in range(work.account.n_batches) if not unfinished.of(number).complete()]
+    return [number for number in range(work.account.n_batches * work.parts) if not unfinished.of(number).complete()]
 
 
 def check_divisible(row: Method, method: str, rules: Any = None) -> None:
@@ -78,7 +86,9 @@ def check_divisible(row: Method, method: str, rules: Any = None) -> None:
 
 @dataclass
 class _Work:
-    """One estimator over batches of pairs of one space, made ready."""
+    """One estimator over batches of pairs of one space, made ready. parts: how many of the batches each chunk of pairs is in
+    (`tasks.parts`), one after the other.
+    """
 
     row: Method
     params: Params
@@ -86,6 +96,7 @@ class _Work:
     account: Account
     batches: Iterable[Batch]
     unfinished: Unfinished | None
+    parts: int
 
     @classmethod
     def begin(
@@ -102,17 +113,19 @@ class _Work:
         options = {"only": only} | {name: params.pop(name, None) for name in space.options}
         row, parsed = resolve_method(method, params, space.name, model)
         check_baseline(row, space, request)
-        scorer: Scorer = space.load_scorer()(model, pairs, nodes, request, options)
+        scorer: Scorer = space.load_scorer()(model, parts_of(pairs), nodes, request, options)
         chunks = request.chunks(model, pairs)
+        parts = parts_of(chunks)
+        check_metric(row, request, parts)
         account = Account(request, model, chunks, method)
-        scorer.prepare(chunks, account.passes)
+        scorer.prepare(parts, account.passes)
         size = getattr(parsed, "chunk_tokens", CHUNK_TOKENS)
         passes = (lambda: account.passes) if row.by == "all" else Passes
         batches = (
-            scorer.batch(chunk, passes(), size, _within(request.progress, i, len(chunks)))
-            for i, chunk in enumerate(chunks)
+            scorer.batch(part, passes(), size, _within(request.progress, i, len(parts))) for i, part in enumerate(parts)
         )
-        return cls(row, parsed, scorer, account, batches, request.unfinished)
+        each = len(parts) // max(1, len(chunks))
+        return cls(row, parsed, scorer, account, batches, request.unfinished, each)
 
     def results(self) -> Iterator[tuple[Batch, Result]]:
         """What the estimator says of each batch; of one by one, what an interrupted scoring said already.
@@ -140,6 +153,19 @@ class _Work:
                 if on.unfinished and not shared:
                     on.unfinished.keep_result(on.setup, result, time.perf_counter() - started)
             yield on, result
+
+
+def _summed(parts: Sequence[tuple[Batch, Sequence[Tensor]]]) -> tuple[Sequence[Tensor], tuple[str, ...]]:
+    """Blocks of one batch and their labels: the sum over its parts, at the positions of any of them."""
+    if len(parts) == 1:
+        return parts[0][1], parts[0][0].labels
+    labels = tuple(dict.fromkeys(label for on, _ in parts for label in on.labels))
+    out = [block.new_zeros(len(block), len(labels), *block.shape[2:]) for block in parts[0][1]]
+    for on, blocks in parts:
+        index = torch.tensor([labels.index(label) for label in on.labels])
+        for total, block in zip(out, blocks, strict=True):
+            total.index_add_(1, index.to(total.device), block)
+    return out, labels
 
 
 def _within(progress: Progress | None, number: int, count: int) -> Progress | None:
@@ -222,6 +248,21 @@ def check_baseline(row: Method, space: SpaceRow, request: Request) -> None:
         raise RelpError(
             f"method '{row.name}' goes between the two prompts of a pair, the original and the patch prompt; "
             f"it has no baseline '{request.baseline}'"
+        )
+
+
+def check_metric(row: Method, request: Request, parts: Sequence[PairBatch]) -> None:
+    """Raises RelpError for answers of several tokens, with a metric that does not read them, or a method whose scores of the
+    answer's run and the foil's do not add up.
+    """
+    if all(part.pair is None for part in parts):
+        return
+    if not metric_of(request.metric).several:
+        raise RelpError(SEVERAL)
+    if row.by != "points" and not row.additive:
+        able = ", ".join(name for name, r in METHODS.items() if (r.by == "points" or r.additive) and not r.alias_of)
+        raise RelpError(
+            f"method '{row.name}': answers of several tokens are read in two runs, whose scores do not add up for it; use {able}"
         )
 
 

@@ -16,6 +16,7 @@ from relp_cli.models.model import Hook, Model
 from relp_cli.models.resume import Trace, record, way_of
 from relp_cli.nodes.access import EMBEDDED, Activations, capture
 from relp_cli.nodes.kinds import NodeKind
+from relp_cli.tasks.formulas import SEVERAL
 from relp_cli.tasks.metrics import Metric
 from relp_cli.tasks.pairs import PairBatch
 
@@ -76,6 +77,8 @@ class Setup:
     )  # the same: what the first block reads, Float[batch, pos, d]
 
     def __post_init__(self) -> None:
+        if self.batch.several:
+            raise RelpError(SEVERAL)
         if self.batch.patch is None and (self.baseline == "patch" or self.direction == "denoising"):
             raise RelpError("these prompts have no patch prompt: use --baseline zero or mean (noising), or give pairs")
         if self.baseline != "patch" and self.direction == "denoising":
@@ -128,7 +131,7 @@ class Setup:
             return self.model.logits(self.batch.original)
 
     def value(
-        self, logits: Float[Tensor, "rows vocab"], pairs: Int[Tensor, " rows"] | None = None
+        self, logits: Float[Tensor, "rows *read vocab"], pairs: Int[Tensor, " rows"] | None = None
     ) -> Float[Tensor, " rows"]:
         """The metric L per row; rows are this batch's pairs, repeated as often as needed, or those that `pairs` numbers."""
         if pairs is None:

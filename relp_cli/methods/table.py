@@ -49,7 +49,8 @@ class Method:
     """One row of `relp ls methods`. `where` is `module:function:params class`, imported when the method is used.
 
     spaces:    the spaces that it serves (none: all). signed: whether scores have a sign. rules: whether it takes LRP rules.
-    baselines: those it is defined for (None: what the space allows). each: one forward pass per unit.
+    baselines: those it is defined for (None: what the space allows). each: one forward pass per unit. additive: the scores of a
+    sum of metrics are the sum of their scores, so that parts of L can be scored apart (`tasks.parts`); points always are.
     defaults, fixed: of an alias (`alias_of`), parameters that start or stay at another value than the method's own.
     """
 
@@ -65,6 +66,7 @@ class Method:
     rules: bool = False
     baselines: tuple[str, ...] | None = None
     each: bool = False
+    additive: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     alias_of: str = ""
@@ -90,7 +92,7 @@ ALONG = "steps × (forward + backward) + 2 forward"
 FLAT = "zero-gradient regions, saturation"
 for _row in (
     Method("act_patch", "relp_cli.methods.act_patch:act_patch:ActPatchParams", "c(n), exactly", "1 forward per unit", "—",
-           "RelP eq. 1; edges: path patching, Goldowsky-Dill et al. 2023", by="batch", each=True),
+           "RelP eq. 1; edges: path patching, Goldowsky-Dill et al. 2023", by="batch", each=True, additive=True),
     Method("atp", f"{POINTS}:atp:", "c(n), linearised at the run", "2 forward + 1 backward", "cost",
            "RelP eq. 2; Nanda 2022; edges: Syed et al. 2023"),
     Method("relp", f"{POINTS}:relp:RelpParams", "c(n), with LRP coefficients for the gradient", "2 forward + 1 backward",
@@ -109,7 +111,8 @@ for _row in (
            "Marks et al. 2025; IG blog (IGact); edges: Hanna et al. 2024 (code)"),
     Method("conductance", "relp_cli.methods.conductance:conductance:ConductanceParams",
            "the unit's share of L(source) − L(run) along the path of embeddings",
-           "(steps + 1) × (forward + backward) + 2 forward", "zero-gradient regions", "Dhamdhere et al. 2018", by="batch"),
+           "(steps + 1) × (forward + backward) + 2 forward", "zero-gradient regions", "Dhamdhere et al. 2018", by="batch",
+           additive=True),
     Method("atp_star", "relp_cli.methods.atp_star:atp_star:AtpStarParams",
            "|c(n)|, averaged over dropped layers (grad_drop=false: c(n), exact up to the pattern for queries and keys)",
            "2 forward + 1 backward per layer; QK fix: + 2 forward",

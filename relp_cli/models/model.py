@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,7 @@ class Model:
     fetches:   weights are elsewhere between the calls of their modules (`offload`).
     spread:    modules run on several devices.
     batch:     how many prompts the running forward pass has.
+    reads:     how many last positions `logits` is asked for (`reading`).
     bos_asked: whether that was asked for at loading; otherwise it is TransformerLens's default for the architecture.
     """
 
@@ -83,11 +84,21 @@ class Model:
     flat: frozenset[str] = frozenset()
     unscaled_norms: tuple[str, ...] = ()
     batch: list[int] = field(default_factory=lambda: [0])
+    reads: int = 1
+    _views: dict[int, Model] = field(default_factory=dict, init=False)
 
     def __repr__(self) -> str:
         s, dtype = self.shape, str(self.dtype).removeprefix("torch.")
         sizes = f"{s.n_layers} layers, {s.n_heads} heads, d_model {s.d_model}, d_mlp {s.d_mlp}, {s.vocab} tokens"
         return f"Model({visible(self.name)}: {self.family.name}, {sizes}, {dtype} on {self.device})"
+
+    def reading(self, n: int) -> Model:
+        """The same model, whose `logits` are those of the last n positions."""
+        if n == self.reads:
+            return self
+        if n not in self._views:
+            self._views[n] = replace(self, reads=n)
+        return self._views[n]
 
     def point(self, name: str) -> nn.Module:
         """The hook point of that name. Raises RelpError where the architecture has none."""
@@ -160,7 +171,8 @@ class Model:
             raise RelpError(f"token id {wrong}: model {self.name} has ids 0 to {self.shape.vocab - 1}")
 
     def logits(self, tokens: Tensor, all_positions: bool = False, past: Any = None) -> Tensor:
-        """Logits Float[batch, vocab] at the last position (Float[batch, pos, vocab] if `all_positions`).
+        """Logits Float[batch, vocab] at the last position (Float[batch, pos, vocab] if `all_positions`); of a model that reads
+        several (`reading`) Float[batch, reads, vocab].
 
         past: a Hugging Face cache of keys and values, of the positions before these tokens.
         The unembedding is computed only where it is read: slicing its input is exact and saves most of its cost.
@@ -173,8 +185,9 @@ class Model:
         with forgetting() if self.fetches and torch.is_grad_enabled() else nullcontext():
             if all_positions:
                 return self.point("logits")(self.hf(**given).logits)
-            with self.hooks({"unembed.hook_in": lambda h: h[:, -1:].contiguous()}):
-                return self.point("logits")(self.hf(**given).logits)[:, 0]
+            with self.hooks({"unembed.hook_in": lambda h: h[:, -self.reads :].contiguous()}):
+                logits: Tensor = self.point("logits")(self.hf(**given).logits)
+        return logits[:, 0] if self.reads == 1 else logits
 
 
 def expect_model(model: Any) -> None:

@@ -90,10 +90,10 @@ class Trace:
 
     def first(self, position: int) -> int:
         """Where a pass starts whose rows change at `position` and later."""
-        return position if self.way.positions else 0
+        return min(position, self.tokens.shape[1] - self.model.reads) if self.way.positions else 0
 
     @torch.no_grad()
-    def logits(self, groups: Sequence[Rows], first: int = 0) -> tuple[Float[Tensor, "rows vocab"], float]:
+    def logits(self, groups: Sequence[Rows], first: int = 0) -> tuple[Float[Tensor, "rows *read vocab"], float]:
         """Logits at the last position of every row, group after group, and what was computed for them, in whole runs.
 
         first: the position that the pass starts at, as `first` says.
@@ -141,7 +141,8 @@ class Trace:
         free = all(
             not name.startswith(block) or name.startswith((f"{block}hook_in", f"{block}attn.")) for name, _ in hooks
         )
-        return [(f"{block}mlp.hook_in", lambda value: value[:, -1:])] if self.way.last and free else []
+        free &= self.way.last and self.model.reads == 1  # one position is added to all; several have no such shape
+        return [(f"{block}mlp.hook_in", lambda value: value[:, -1:])] if free else []
 
     def _prompts(self, groups: Sequence[Rows]) -> Tensor:
         """What the model is called on: one prompt for all, or each row's own."""
@@ -218,7 +219,9 @@ class _Earlier(DynamicLayer):
         return keys, values
 
 
-def record(model: Model, tokens: Int[Tensor, "batch pos"], way: Way) -> tuple[Trace, Float[Tensor, "batch vocab"]]:
+def record(
+    model: Model, tokens: Int[Tensor, "batch pos"], way: Way
+) -> tuple[Trace, Float[Tensor, "batch *read vocab"]]:
     """One plain run, kept as far as `way` needs it, and its logits at the last position."""
     n, cache = model.shape.n_layers, DynamicCache() if way.positions else None
     streams: list[Tensor] = []

@@ -20,6 +20,7 @@ from relp_cli.runs.spec import ScoreSpec
 from relp_cli.scoring import score
 from relp_cli.spaces.graph import Graph
 from relp_cli.tasks.pairs import PairBatch
+from relp_cli.tasks.parts import parts_of
 
 TIMED = 8  # pairs at most
 
@@ -84,7 +85,7 @@ def expected_time(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec, par
     if spec.nodes == ("edges",):
         runs = Graph.of(model.shape).n_edges * n_pairs
     else:
-        runs = sum(_patched(model, b, NODE_KINDS[k], spec.baseline) for b in pairs for k in spec.nodes)
+        runs = sum(_patched(model, b, NODE_KINDS[k], spec.baseline) for b in parts_of(pairs) for k in spec.nodes)
     return _about(each * runs, "as many whole forward passes; most patched runs start later and are shorter")
 
 
@@ -107,7 +108,7 @@ def _patched(model: Model, batch: PairBatch, kind: NodeKind, baseline: str) -> i
     if baseline == "patch" and batch.patch is not None:
         differs = (batch.original != batch.patch).cumsum(1) > 0
     labels = [torch.tensor([label == one for one in batch.labels]) for label in dict.fromkeys(batch.labels)]
-    cells, last = sum(int(differs[:, at].any(1).sum()) for at in labels), int(differs[:, -1].sum())
+    cells, last = sum(int(differs[:, at].any(1).sum()) for at in labels), int(differs[:, -batch.read :].sum())
     n = model.shape.n_layers
     return units(model, kind) * (n * cells if kind.attended else (n - 1) * cells + last)
 

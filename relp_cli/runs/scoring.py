@@ -86,7 +86,7 @@ def prepare(spec: ScoreSpec, session: Session, at_most: bool = False) -> Prepare
     metric = task.metric if spec.metric is None else spec.metric
     METRICS[metric]
     model = session.model(spec.model, spec.dtype)
-    drawn = (spec.seed, spec.split, spec.bos, spec.unusable)
+    drawn = (spec.seed, spec.split, spec.bos, spec.unusable, metric)
     try:
         built = task.build(model, spec.pairs, *drawn)
     except TooFewPairs as error:

@@ -143,15 +143,30 @@ class Encoder:
         found = self.outcomes(prompt, answers, join)
         for answer, ids in zip(answers, found, strict=True):
             if not ids:
-                whole = prompt + (space_between(prompt, answer) if join is None else join) + answer
-                before, after = (self.pieces(ids[-4:]) for ids in self._ids([prompt, whole]))
-                raise RelpError(
-                    f"{where}answer '{answer}' is not one token more than the prompt for {self.name}: the prompt ends in "
-                    f"{before}, with the answer in {after}; end the prompt where a token ends, or give `answer_id`"
-                )
+                raise self._merges(prompt, answer, join, where)
             if not self.is_outcome(ids):
-                raise RelpError(f"{where}answer '{answer}' is not a single token of {self.name}: {self.pieces(ids)}")
+                hint = "" if self.unk in ids else "; metric answer_logprob reads answers of several tokens"
+                raise RelpError(
+                    f"{where}answer '{answer}' is not a single token of {self.name}: {self.pieces(ids)}{hint}"
+                )
         return tuple(ids[0] for ids in found)
+
+    def sequence(self, prompt: str, answer: str, join: str | None, where: str) -> tuple[int, ...]:
+        """All tokens of an answer. Raises: RelpError where it merges with the prompt, or has unknown tokens."""
+        (ids,) = self.outcomes(prompt, [answer], join)
+        if not ids:
+            raise self._merges(prompt, answer, join, where)
+        if self.unk in ids:
+            raise RelpError(f"{where}answer '{answer}': not in the vocabulary of {self.name}: {self.pieces(ids)}")
+        return ids
+
+    def _merges(self, prompt: str, answer: str, join: str | None, where: str) -> RelpError:
+        whole = prompt + (space_between(prompt, answer) if join is None else join) + answer
+        before, after = (self.pieces(ids[-4:]) for ids in self._ids([prompt, whole]))
+        return RelpError(
+            f"{where}answer '{answer}' is not one token more than the prompt for {self.name}: the prompt ends in "
+            f"{before}, with the answer in {after}; end the prompt where a token ends, or give `answer_id`"
+        )
 
     def first_ids(
         self, prompt: str, answer: str, foil: str, join: str | None, where: str

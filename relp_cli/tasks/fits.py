@@ -8,6 +8,7 @@ from typing import Any
 from relp_cli.errors import RelpError
 from relp_cli.tasks.encoder import Encoder
 from relp_cli.tasks.generate import TooFewPairs
+from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.task import Task
 from relp_cli.tasks.tokenise import vocabulary
 
@@ -43,7 +44,7 @@ def fit(task: Task, bare: Bare) -> Fit:
     several: dict[str, dict[str, str]] = {}
     why, pairs, lengths = list[str](), dict[str, int](), dict[int, int]()
     try:
-        for name, kept in vocabulary(task.text, encoder).rows.items():
+        for name, kept in vocabulary(task.text, encoder, METRICS[task.metric].several).rows.items():
             usable = {row.key for row in kept}
             lost = [row.key for row in task.text.lists[name].rows if row.key not in usable]
             if lost:

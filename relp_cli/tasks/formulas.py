@@ -1,5 +1,6 @@
 """What the metrics compute. A formula reads wide logits Float[batch, vocab], answer and foil Int[batch, k] (-1 fills shorter
-sets; a foil of -1 only means there is none) and the reference logits Float[batch, vocab] of the original run.
+sets; a foil of -1 only means there is none) and the reference logits Float[batch, vocab] of the original run. One that takes
+answers of several tokens also reads Float[batch, k, vocab], the logits before each of the k tokens of a sequence.
 """
 
 from __future__ import annotations
@@ -38,11 +39,16 @@ class NotFinite(RelpError):
         self.row = row
 
 
-def checked(name: str, formula: Callable[..., Tensor]) -> MetricFn:
-    """A metric of that name, made of its formula. Raises: NotFinite."""
+SEVERAL = "answers of several tokens need metric answer_logprob, and two runs of a prompt: score, compare and evaluate make them"
+
+
+def checked(name: str, formula: Callable[..., Tensor], several: bool = False) -> MetricFn:
+    """A metric of that name, made of its formula; several: it takes answers of several tokens. Raises: NotFinite."""
 
     @wraps(formula)
     def metric(logits: Tensor, answer: Tensor, foil: Tensor, reference: Tensor | None = None) -> Tensor:
+        if answer.ndim > 2 or (logits.ndim > 2 and not several):
+            raise RelpError(f"metric '{name}': {SEVERAL}")
         values = formula(wide(logits), answer, foil, None if reference is None else wide(reference))
         broken = ~torch.isfinite(values)
         if broken.any():
@@ -65,6 +71,25 @@ def logit_diff(logits: Logits, answer: TokenSets, foil: TokenSets, reference: Te
 def prob_diff(logits: Logits, answer: TokenSets, foil: TokenSets, reference: Tensor | None = None) -> PerExample:
     """p(answer) − p(foil), each summed over its set."""
     return _prob_diff(logits, answer, foil)
+
+
+def answer_logprob(
+    logits: Float[Tensor, "batch *read vocab"], answer: TokenSets, foil: TokenSets, reference: Tensor | None = None
+) -> PerExample:
+    """Σ log p(answer's tokens) − Σ log p(foil's tokens); of Float[batch, vocab], of one token each.
+
+    Raises: RelpError for sets of more than one token where there are logits for one.
+    """
+    if logits.ndim == 2:
+        if _most(answer) > 1 or _most(foil) > 1:
+            raise RelpError("metric answer_logprob needs one answer and one foil; for sets of tokens use prob_diff")
+        logits, answer, foil = logits[:, None], *(sets.max(-1, keepdim=True).values for sets in (answer, foil))
+    log_p = logits.log_softmax(-1)
+    of_answer, of_foil = (
+        torch.where(ids >= 0, log_p.gather(-1, ids.clamp(min=0)[..., None])[..., 0], 0).sum(-1)
+        for ids in (answer, foil)
+    )
+    return of_answer - of_foil
 
 
 def kl(logits: Logits, answer: TokenSets, foil: TokenSets, reference: Tensor | None = None) -> PerExample:

@@ -25,6 +25,7 @@ class Metric:
 
     linear: in the logits (conservation holds). differentiable: gradient methods can use it.
     zero_grad_at_original: its gradient at the original prompt is exactly 0, so methods that evaluate there are refused.
+    several: takes answers of several tokens (`tasks.parts`); for others every answer is one token, or a set of such.
     """
 
     name: str
@@ -34,13 +35,14 @@ class Metric:
     zero_grad_at_original: bool
     description: str
     formula: Callable[..., Any] | None = None  # a function of a Python session, in place of `where`
+    several: bool = False
 
     @cached_property
     def fn(self) -> MetricFn:
         """(logits, answer, foil, reference) → Float[batch]. Raises: `formulas.NotFinite`."""
         from relp_cli.tasks.formulas import checked
 
-        return checked(self.name, load(self.where) if self.formula is None else self._held_to_its_shape)
+        return checked(self.name, load(self.where) if self.formula is None else self._held_to_its_shape, self.several)
 
     def _held_to_its_shape(self, logits: Any, answer: Any, foil: Any, reference: Any) -> Any:
         assert self.formula is not None
@@ -60,6 +62,15 @@ FORMULAS = "relp_cli.tasks.formulas"
 for _row in (
     Metric("logit_diff", f"{FORMULAS}:logit_diff", True, True, False, "logit[answer] − logit[foil]"),
     Metric("prob_diff", f"{FORMULAS}:prob_diff", False, True, False, "p(answers) − p(foils), over token sets"),
+    Metric(
+        "answer_logprob",
+        f"{FORMULAS}:answer_logprob",
+        False,
+        True,
+        False,
+        "log p(answer) − log p(foil), summed over the tokens of each: answers of several tokens",
+        several=True,
+    ),
     Metric("kl", f"{FORMULAS}:kl", False, True, True, "−KL(original ‖ run), summed over the vocabulary"),
     Metric("accuracy", f"{FORMULAS}:accuracy", False, False, False, "1 where the answer beats the foil"),
 ):

@@ -16,7 +16,7 @@ from relp_cli.tasks.prompt import PromptPair
 __all__ = ["PairBatch", "PromptPair", "batches_of", "in_batches"]
 
 
-def _as_sets(values: Int[Tensor, " batch"] | Int[Tensor, "batch k"] | Sequence[object], what: str) -> Tensor:
+def _as_sets(values: Int[Tensor, "batch ..."] | Sequence[object], what: str) -> Tensor:
     """Token ids as Int[batch, k]; rows shorter than k are filled with -1, which no metric reads."""
     if isinstance(values, Tensor):
         ids = values.long()
@@ -43,8 +43,10 @@ class PairBatch:
     """Pairs of one token length, never padded.
 
     original, patch: Int[batch, pos] token ids, BOS included where used; `patch` is None for single prompts.
-    answer, foil:    Int[batch, k] token ids; sets of different sizes are filled with -1 (Int[batch] is accepted).
+    answer, foil:    Int[batch, k] token ids; sets of different sizes are filled with -1 (Int[batch] is accepted). Or, of both,
+                     Int[batch, 1, k]: k tokens that follow one another (no foil: -1), for metric answer_logprob (`parts`).
     roles:           one label per position, or None (raw positions).
+    read, pair:      of a part alone: how many last positions the metric reads, and which pair each row is of (Int[batch]).
 
     Raises: RelpError where shapes disagree.
     """
@@ -54,6 +56,8 @@ class PairBatch:
     answer: Tensor
     foil: Tensor
     roles: tuple[str, ...] | None = None
+    read: int = 1
+    pair: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "original", _as_ids(self.original, "original"))
@@ -75,6 +79,18 @@ class PairBatch:
                 raise RelpError(f"PairBatch: {name} has {getattr(self, name).shape[0]} rows for {len(self)} pairs")
         if self.roles is not None and len(self.roles) != self.n_pos:
             raise RelpError(f"PairBatch: {len(self.roles)} roles for {self.n_pos} positions")
+        if 3 in (self.answer.ndim, self.foil.ndim):
+            self._check_sequences()
+
+    def _check_sequences(self) -> None:
+        shapes = [tuple(ids.shape) for ids in (self.answer, self.foil)]
+        if any(len(shape) != 3 or shape[1] != 1 or not shape[2] for shape in shapes):
+            raise RelpError(f"PairBatch: answer and foil of several tokens must both be [batch, 1, k], got {shapes}")
+        none = bool((self.foil < 0).all())
+        if bool((self.answer < 0).any()) or (bool((self.foil < 0).any()) and not none):
+            raise RelpError(
+                "PairBatch: answers of several tokens have one length, and so have foils; they are never padded"
+            )
 
     def __len__(self) -> int:
         return int(self.original.shape[0])
@@ -87,6 +103,11 @@ class PairBatch:
     @property
     def n_pos(self) -> int:
         return int(self.original.shape[1])
+
+    @property
+    def several(self) -> bool:
+        """Whether answers are sequences of tokens, which only `parts` of the batch can be scored with."""
+        return self.answer.ndim == 3
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -114,6 +135,7 @@ class PairBatch:
             patch=None if self.patch is None else self.patch[index],
             answer=self.answer[index],
             foil=self.foil[index],
+            pair=None if self.pair is None else self.pair[index],
         )
 
     def split(self, size: int) -> list[PairBatch]:

@@ -15,6 +15,7 @@ from relp_cli.tasks.bos import Bos, HasTokenizer, choose_bos
 from relp_cli.tasks.encoder import Encoder
 from relp_cli.tasks.foreign import Foreign
 from relp_cli.tasks.generate import TooFewPairs, check_split, generate, too_few
+from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
 from relp_cli.tasks.prompt import PromptPair, RawPair
 from relp_cli.tasks.source import TaskSource, read_source
@@ -62,15 +63,17 @@ class Task:
         split: str = "discovery",
         bos: bool | None = None,
         unusable: str | None = None,
+        metric: str | None = None,
     ) -> list[PairBatch]:
         """`n` pairs (None: all) as batches, one per (token length, roles). Same seed, same pairs.
 
         split: "discovery", "heldout" (disjoint from it), or "all". bos: prepend BOS or not; None: the
         model's own (TransformerLens's default, unless it was loaded with another). Prompts that start with BOS get no other.
-        unusable: "error" or "drop" pairs of a file that do not fit the model; None: as the task says.
+        unusable: "error" or "drop" pairs of a file that do not fit the model; None: as the task says. metric: what they will be
+        scored by (None: the task's): answer_logprob takes answers of several tokens.
         Raises: RelpError on too few pairs, unequal token lengths, answers of several tokens, unknown words.
         """
-        return self.build(model, n, seed, split, bos, unusable).batches
+        return self.build(model, n, seed, split, bos, unusable, metric).batches
 
     def with_ids_of(self, name: str | None) -> Task:
         """The task whose file holds token ids of that model (None: of the one that it names itself).
@@ -99,6 +102,7 @@ class Task:
         split: str = "discovery",
         bos: bool | None = None,
         unusable: str | None = None,
+        metric: str | None = None,
     ) -> Built:
         """As `pairs`, with the texts and what the tokenizer dropped from the word lists."""
         if not hasattr(model, "tokenizer"):
@@ -108,20 +112,17 @@ class Task:
             raise RelpError(f"expected at least one pair, got {n}")
         chosen = choose_bos(model, bos)
         encoder = Encoder(model.tokenizer, model.name, chosen.id)
+        several = METRICS[metric or self.metric].several
         if self.fixed:
-            raws, dropped, note = self._draw_fixed(encoder, n, seed, split, unusable or self.spec.unusable)
+            raws, dropped, note = self._draw_fixed(encoder, n, seed, split, unusable or self.spec.unusable, several)
         else:
-            words = vocabulary(self.text, encoder)
+            words = vocabulary(self.text, encoder, several)
             kept = {name: len(rows) for name, rows in words.rows.items()}
             dropped = {name: (len(full.rows) - kept[name], kept[name]) for name, full in self.text.lists.items()}
             lost = [f"{gone} of {gone + k} words of '{name}' dropped" for name, (gone, k) in dropped.items() if gone]
             note = f"{', '.join(lost)}: not single tokens of {model.name}" if lost else ""
             raws = generate(self.text, words, n, seed, split)
-        groups: dict[tuple[str, ...], list[tuple[TokenPair, PromptPair]]] = {}
-        for raw in raws:
-            tokens = _tried(lambda raw: tokenise(raw, encoder), raw)
-            groups.setdefault(tokens.roles, []).append((tokens, raw.pair))
-        ordered = sorted(groups.values(), key=lambda group: len(group[0][0].roles))
+        ordered = grouped([(_tried(lambda raw: tokenise(raw, encoder, several), raw), raw.pair) for raw in raws])
         everything = [tokens for group in ordered for tokens, _ in group]
         about = _about_bos(chosen, everything)
         notes = [
@@ -142,14 +143,14 @@ class Task:
         )
 
     def _draw_fixed(
-        self, encoder: Encoder, n: int | None, seed: int, split: str, unusable: str
+        self, encoder: Encoder, n: int | None, seed: int, split: str, unusable: str, several: bool
     ) -> tuple[list[RawPair], dict[str, tuple[int, int]], str]:
         """Pairs of the file, how many (did not fit the model, fit it), and a note on the former."""
         rows = [raw for raw in self.fixed if split in ("all", raw.split)]
         reasons: list[str] = []
         foreign = self.foreign()
         if unusable == "drop":
-            rows, reasons = _usable(rows, encoder, foreign)
+            rows, reasons = _usable(rows, encoder, foreign, several)
         if not rows and reasons:
             raise TooFewPairs(
                 f"task '{self.name}': none of {len(reasons)} pairs fits {encoder.name}, the first: {reasons[0]}", 0
@@ -197,12 +198,14 @@ def task_of(source: TaskSource) -> Task:
     return Task(spec.name, spec, spec.metric, source.text.hash, source.text, source.fixed, source.notes)
 
 
-def _usable(rows: list[RawPair], encoder: Encoder, foreign: Foreign | None) -> tuple[list[RawPair], list[str]]:
+def _usable(
+    rows: list[RawPair], encoder: Encoder, foreign: Foreign | None, several: bool
+) -> tuple[list[RawPair], list[str]]:
     """The pairs that the model's tokenizer can take, and why each of the others cannot."""
     usable, reasons = [], []
     for raw in rows:
         try:
-            tokenise(raw if foreign is None else foreign.as_text(raw, encoder), encoder)
+            tokenise(raw if foreign is None else foreign.as_text(raw, encoder), encoder, several)
         except RelpError as error:
             reasons.append(str(error))
         else:
@@ -261,16 +264,27 @@ def _repeated(pairs: list[TokenPair], name: str) -> str:
     )
 
 
+def grouped(pairs: list[tuple[TokenPair, T]]) -> list[list[tuple[TokenPair, T]]]:
+    """Pairs that go into one batch each, the shorter first. Where every answer is one token, none is taken as a sequence."""
+    if all(len(tokens.answer) == 1 and len(tokens.foil) <= 1 for tokens, _ in pairs):
+        pairs = [(replace(tokens, several=False), more) for tokens, more in pairs]
+    groups: dict[tuple[object, ...], list[tuple[TokenPair, T]]] = {}
+    for tokens, more in pairs:
+        groups.setdefault(tokens.group, []).append((tokens, more))
+    return sorted(groups.values(), key=lambda group: len(group[0][0].roles))
+
+
 def batch_of(pairs: list[TokenPair]) -> PairBatch:
     """Pairs of the same roles as one batch. Raises RelpError where only some have a patch prompt."""
     patches = [pair.patch for pair in pairs if pair.patch is not None]
     if patches and len(patches) != len(pairs):
         raise RelpError("some of the pairs have a patch prompt and some have none")
+    answer, foil = (_sets([getattr(pair, side) for pair in pairs]) for side in ("answer", "foil"))
     return PairBatch(
         original=torch.tensor([pair.original for pair in pairs]),
         patch=torch.tensor(patches) if patches else None,
-        answer=_sets([pair.answer for pair in pairs]),
-        foil=_sets([pair.foil for pair in pairs]),
+        answer=answer[:, None] if pairs[0].several else answer,
+        foil=foil[:, None] if pairs[0].several else foil,
         roles=pairs[0].roles,
     )
 

@@ -8,10 +8,11 @@ from typing import Any
 from relp_cli.errors import RelpError
 from relp_cli.tasks.bos import HasTokenizer, choose_bos
 from relp_cli.tasks.encoder import Encoder
+from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
 from relp_cli.tasks.prompt import PromptPair, RawPair
-from relp_cli.tasks.task import batch_of
-from relp_cli.tasks.tokenise import TokenPair, tokenise
+from relp_cli.tasks.task import batch_of, grouped
+from relp_cli.tasks.tokenise import tokenise
 
 Outcome = str | Sequence[str]
 
@@ -24,6 +25,7 @@ def pairs_from(
     foils: Sequence[Outcome] | None = None,
     roles: Sequence[Mapping[str, Any]] | None = None,
     bos: bool | None = None,
+    metric: str = "logit_diff",
 ) -> list[PairBatch]:
     """Texts as batches for `relp.score`, one per (token length, roles), the shorter first; within one, in the order given.
 
@@ -33,6 +35,7 @@ def pairs_from(
     roles:              per pair a mapping from a name to a part of the original: a text that occurs in it once, or
                         (start, end) in characters. Without: positions are named after where original and patch differ.
     bos:                whether BOS is prepended; None: as the model was loaded.
+    metric:             what they will be scored by: answer_logprob takes answers of several tokens, one text per pair.
 
     Raises: RelpError that names the item (from 0) that cannot be used: unequal token lengths, the same tokens twice, words that
     the vocabulary lacks, answers of several tokens, parts that are not there.
@@ -48,12 +51,10 @@ def pairs_from(
         if len(values) != count:
             raise RelpError(f"pairs_from: {len(values)} {name} for {count} originals")
     encoder = Encoder(model.tokenizer, model.name, choose_bos(model, bos).id)
-    groups: dict[tuple[str, ...], list[TokenPair]] = {}
-    for number in range(count):
-        item = {name: values[number] for name, values in columns.items()}
-        tokens = tokenise(_raw(item, number), encoder)
-        groups.setdefault(tokens.roles, []).append(tokens)
-    return [batch_of(group) for group in sorted(groups.values(), key=lambda group: len(group[0].roles))]
+    several = METRICS[metric].several
+    items = ({name: values[number] for name, values in columns.items()} for number in range(count))
+    pairs = [(tokenise(_raw(item, number), encoder, several), None) for number, item in enumerate(items)]
+    return [batch_of([tokens for tokens, _ in group]) for group in grouped(pairs)]
 
 
 def _column(name: str, values: Any) -> list[Any]:

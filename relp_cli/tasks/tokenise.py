@@ -20,7 +20,7 @@ from relp_cli.tasks.words import Row
 class TokenPair:
     """One pair as token ids, BOS included: `original` and `patch` of one length, a role per position.
 
-    written: whether the prompts started with BOS as they were given.
+    written: whether the prompts started with BOS as they were given. several: answer and foil are sequences of tokens, not sets.
     """
 
     original: tuple[int, ...]
@@ -29,16 +29,24 @@ class TokenPair:
     foil: tuple[int, ...]
     roles: tuple[str, ...]
     written: bool = False
+    several: bool = False
+
+    @property
+    def group(self) -> tuple[object, ...]:
+        """What the pairs of one batch have in common; the first is the token length."""
+        return len(self.roles), self.roles, *((len(self.answer), len(self.foil)) if self.several else ())
 
 
-def vocabulary(task: TaskText, encoder: Encoder) -> Vocabulary:
+def vocabulary(task: TaskText, encoder: Encoder, several: bool = False) -> Vocabulary:
     """The rows whose words are single tokens wherever the task needs that, and a check of slots that touch.
+
+    several: answers may be of several tokens.
 
     Raises: RelpError naming list and model where no row is left.
     """
     kept: dict[str, tuple[Row, ...]] = {}
     for name, words in task.lists.items():
-        contexts, endings = _contexts(task, name), _endings(task, name)
+        contexts, endings = _contexts(task, name), () if several else _endings(task, name)
         kept[name] = tuple(
             row
             for row in words.rows
@@ -131,8 +139,9 @@ def _endings(task: TaskText, name: str) -> set[tuple[str, str | None]]:
     return {(template.render(first).text, form) for template in task.templates for form in forms}
 
 
-def tokenise(raw: RawPair, encoder: Encoder) -> TokenPair:
-    """One pair as token ids. Prompts that start with BOS themselves get no other one.
+def tokenise(raw: RawPair, encoder: Encoder, several: bool = False) -> TokenPair:
+    """One pair as token ids. Prompts that start with BOS themselves get no other one. several: answer and foil are one text each,
+    of as many tokens as they have.
 
     Raises: RelpError where the prompts' token lengths differ, where they differ outside the spans that the pairing
     rule changes (both show the two tokenisations), where one of them starts with BOS, on unknown tokens, and on answers
@@ -154,18 +163,22 @@ def tokenise(raw: RawPair, encoder: Encoder) -> TokenPair:
     if raw.outcome_ids is not None:
         answer, foil = raw.outcome_ids
         encoder.check_known((*answer, *foil, *(original if raw.ids is not None else ())), where)
+        if several and max(len(answer), len(foil)) > 1:
+            raise RelpError(f"{where}token ids in a list are a set of answers; give answers of several tokens as text")
+    elif several:
+        answer, foil = _sequences(raw, encoder)
     elif raw.first:
         answer, foil = encoder.first_ids(pair.original, pair.answer[0], pair.foil[0], raw.join, where)
     else:
         answer, foil = _outcomes(raw, encoder)
-    if set(answer) & set(foil):
+    if not several and set(answer) & set(foil):
         raise RelpError(f"{where}answer and foil share the token {encoder.pieces(sorted(set(answer) & set(foil))[:1])}")
     written = _starts_with_bos(encoder, original, patch, where)
     bos = original[:1] if written else () if encoder.bos is None else (encoder.bos,)
     if written:
         original, patch, offsets = original[1:], None if patch is None else patch[1:], offsets[1:]
     roles = ("bos",) * len(bos) + _labels(raw, original, patch, offsets, written)
-    return TokenPair(bos + original, None if patch is None else bos + patch, answer, foil, roles, written)
+    return TokenPair(bos + original, None if patch is None else bos + patch, answer, foil, roles, written, several)
 
 
 def _outcomes(raw: RawPair, encoder: Encoder) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -181,6 +194,24 @@ def _outcomes(raw: RawPair, encoder: Encoder) -> tuple[tuple[int, ...], tuple[in
             raise RelpError(f"{raw.where}no row of the answers' list has single tokens of {encoder.name} in both forms")
         sides = [list(side) for side in zip(*rows, strict=True)]
     answer, foil = (tuple(token for token in side if token is not None) for side in sides)
+    return answer, foil
+
+
+def _sequences(raw: RawPair, encoder: Encoder) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """All tokens of an answer and a foil. Raises RelpError for sets of them, and where one begins with the other."""
+    pair = raw.pair
+    if raw.listed or len(pair.answer) != 1 or len(pair.foil) > 1:
+        raise RelpError(
+            f"{raw.where}metric answer_logprob needs one answer and at most one foil, got {len(pair.answer)} and {len(pair.foil)}"
+        )
+    answer, *foils = (encoder.sequence(pair.original, text, raw.join, raw.where) for text in (*pair.answer, *pair.foil))
+    foil = foils[0] if foils else ()
+    shared = min(len(answer), len(foil))
+    if foil and answer[:shared] == foil[:shared]:
+        raise RelpError(
+            f"{raw.where}of answer {encoder.pieces(answer)} and foil {encoder.pieces(foil)} one begins with the other, which is "
+            "always the less probable"
+        )
     return answer, foil
 
 
