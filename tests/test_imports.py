@@ -78,6 +78,7 @@ def test_the_reader_of_imports_sees_them():
 QUICK = {
     "help": "--help", "help of a verb": "score --help", "tasks": "ls tasks", "methods": "ls methods", "nodes": "ls nodes",
     "models": "ls models", "runs": "ls runs", "cases": "ls cases", "a task": "validate ioi",
+    "schemas": "schema job",
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from relp_cli.cli import (
     overlap,
     report,
     robustness,
+    schema,
     score,
     tasks,
     test,
@@ -28,7 +29,7 @@ from relp_cli.cli import (
 from relp_cli.cli.benchmarks import Evaluate
 from relp_cli.cli.waiting import waiting
 
-QUICK = ("ls", "validate", "init")  # load no torch, mostly
+QUICK = ("ls", "validate", "init", "schema")  # load no torch, mostly
 app = typer.Typer(
     name="relp",
     help="Circuit discovery for transformer language models: score nodes, select circuits, evaluate and compare them.",
@@ -37,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (score, circuit, evaluate, test, robustness, compare, diagnose, overlap, report, ls, bench, init):
+for module in (score, circuit, evaluate, test, robustness, compare, diagnose, overlap, report, ls, bench, init, schema):
     kind = Evaluate if module is evaluate else None
     app.command(name=module.__name__.rpartition(".")[2], cls=kind)(module.command)
 app.command(name="validate")(tasks.validate)

@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 
 from relp_cli.cli.common import JsonFlag, log, print_json
+from relp_cli.cli.schema import write
 from relp_cli.errors import RelpError, unknown
 
+SCHEMA = "relp-{}.schema.json"  # ours: written again whenever a file is
 NEXT = {"task": "relp validate {} --model tiny-gpt2", "job": "relp evaluate {} --dry-run"}
 
 
@@ -19,7 +21,7 @@ def command(
     file: Annotated[Path | None, typer.Argument(help="What to write (default: task.yaml or job.yaml).")] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Write a commented YAML to start from, which is valid as it stands.
+    """Write a commented YAML to start from, which is valid as it stands, and beside it the schema that an editor checks it by.
 
     Example: relp init task my_task.yaml
     """
@@ -37,8 +39,11 @@ def command(
     text = read_text(data_root("configs") / "init" / f"{what}.yaml", "template")
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", file.stem)[:60].lstrip("-") or f"my_{what}"
     text = text.replace("FILE", file.name).replace(f"name: my_{what}", f'name: "{name}"', 1)
-    write_atomically(file, text)
+    schema = file.parent / SCHEMA.format(what)
+    write(what, schema)
+    write_atomically(file, f"# yaml-language-server: $schema={schema.name}\n{text}")
     if json:
-        print_json({"file": str(file)})
+        print_json({"file": str(file), "schema": str(schema)})
         return
     log.print(f"{file}: edit it, then {NEXT[what].format(file)}")
+    log.print(f"{schema}: what an editor with a YAML language server completes and checks by")

@@ -48,20 +48,26 @@ class TaskSpec(Strict):
     """One task: templates, or a file of fixed pairs."""
 
     name: str
-    description: str = ""
-    metric: str = "logit_diff"
-    pairs: str | None = None
+    description: str = Field(default="", description="one line for people")
+    metric: str = Field(default="logit_diff", description="what is measured (docs/methods.md)")
+    pairs: str | None = Field(default=None, description="a file of fixed pairs, in place of slots and templates")
     columns: Columns | None = Field(default=None, description="`pairs` only: which columns of the file are what")
     only: dict[str, str | int | bool] = Field(
         default={}, description="`columns` only: column → value of the records taken"
     )
     cut: str = Field(default="", description="`columns` only: taken off the start of prompts (a BOS token in the text)")
     ids_of: str | None = Field(default=None, description="`pairs` only: the model whose token ids the file holds")
-    slots: dict[str, SlotSpec] = Field(default={})
-    templates: tuple[str, ...] = ()
-    patch: dict[str, str] = Field(default={})
-    answer: str | tuple[str, ...] | WordSet | None = None
-    foil: str | tuple[str, ...] | WordSet | None = None
+    slots: dict[str, SlotSpec] = Field(default={}, description="what the templates are filled with")
+    templates: tuple[str, ...] = Field(
+        default=(), description="{SLOT}, {ROLE=SLOT}, {SLOT.form}, {SLOT[SLOT]} in a text"
+    )
+    patch: dict[str, str] = Field(default={}, description="slot or role → the slot shown there instead, or `other`")
+    answer: str | tuple[str, ...] | WordSet | None = Field(
+        default=None, description="a word, a slot, a list of them, or a set"
+    )
+    foil: str | tuple[str, ...] | WordSet | None = Field(
+        default=None, description="default: the answer to the patch prompt"
+    )
     balance: tuple[str, ...] = Field(
         default=(), description="slots of one list in which each word occurs equally often"
     )
