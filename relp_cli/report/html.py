@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from relp_cli.errors import RelpError
 from relp_cli.files import write_atomically
 from relp_cli.report.canvas import DARK, LIGHT, Theme, save_figure
+from relp_cli.report.circuit_graph import Examples, graph_section
 from relp_cli.report.curve_plot import curves_figure
 from relp_cli.report.digest import circuit_counts, top_nodes
 from relp_cli.report.explore import explorer
@@ -38,6 +39,7 @@ def write_html(
     output: Path | None = None,
     top: int = 10,
     meanings: pd.DataFrame | None = None,
+    examples: Examples | None = None,
 ) -> list[Path]:
     """Write the run's figures (PNG) into its folder and one page, `report.html` or `output`; returns what was written.
 
@@ -46,6 +48,7 @@ def write_html(
     circuit, evaluation: circuit.json and evaluation.csv, where there are.
     tokens:     an example token per position label.
     meanings:   node and meaning, of features.
+    examples:   position label → a few (clean token, corrupted token).
     Raises: RelpError for no scores, or an output that cannot be written.
     """
     if not scores:
@@ -55,7 +58,8 @@ def write_html(
     for picture in pictures:
         written.append(run_folder / f"{picture.name}.png")
         save_figure(picture.light, written[-1])
-    page = render_page(record, next(iter(scores.values())), pictures, circuit, evaluation, tokens, top, meanings)
+    graph = graph_section(scores, circuit, evaluation, examples, meanings)
+    page = render_page(record, next(iter(scores.values())), pictures, circuit, evaluation, tokens, top, meanings, graph)
     path = output or run_folder / "report.html"
     write_atomically(path, page)
     return [path, *written]
@@ -70,8 +74,9 @@ def render_page(
     tokens: Sequence[str] | None = None,
     top: int = 10,
     meanings: pd.DataFrame | None = None,
+    graph: str = "",
 ) -> str:
-    """The page as text."""
+    """The page as text; graph: `graph_section`'s."""
     about = {**scores.meta, **dict(record.get("scores") or {})}
     labels = scores.labels
     maps = map_set({str(about.get("method", "")): scores}, tokens)
@@ -90,6 +95,7 @@ def render_page(
         tops=_top_tables(scores, top),
         tokens=dict(zip(labels, tokens, strict=True)) if tokens else {},
         maps=maps,
+        graph=graph,
         meanings=[] if meanings is None else meanings.to_dict("records"),
         pictures=[(p, p.sources()) for p in pictures],
         circuit=_circuit(circuit) if circuit else None,

@@ -129,7 +129,7 @@ def test_what_a_user_named_stands_in_the_page_as_text(tmp_path):
     table = evaluation(points={1: 0.0, 10: 0.5}, note=bad, ablation=bad)
     meanings = pd.DataFrame({"node": [bad], "meaning": [bad]})
     page = write_html(tmp_path, record, {"relp": made}, circuit, table, [bad, bad], meanings=meanings)[0].read_text()
-    assert page.count("<script") == 2  # the page's own: data and code
+    assert page.count("<script") == 4  # the page's own: data and code, and the graph's
     assert "<script>alert" not in page
     assert "&amp;amp;$x^{" in page
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 10
