@@ -186,14 +186,15 @@ def _curve(table: pd.DataFrame | None, mean: Tensor | None, circuit: Circuit | N
              "completeness_lo", "completeness_hi", "n_pairs", "exclude_layers")  # fmt: skip
     if table is None or not {"n_nodes", "n_possible", "faithfulness", "completeness"} <= {*table.columns}:
         return []
-    strengths = None if mean is None or "circuit" in table else np.sort(mean.abs().flatten().numpy())
+    strengths = None if mean is None or "circuit" in table else mean.abs().flatten().numpy()
     rows = []
     for row in table.to_dict("records"):
         entry: dict[str, Any] = {name: _plain(row.get(name)) for name in names}
         entry["ablation"] = str(row.get("ablation", ""))
         entry["own"] = circuit is not None and row.get("circuit") == circuit.hash
-        known = strengths is not None and entry["tau"] is not None
-        entry["kept"] = int((strengths > float(row["tau"])).sum()) if known else None
+        entry["kept"] = None
+        if strengths is not None and entry["tau"] is not None:
+            entry["kept"] = int(np.count_nonzero(strengths > float(row["tau"])))
         rows.append(entry)
     return sorted(rows, key=lambda r: -(r["tau"] or 0))
 

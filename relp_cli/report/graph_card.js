@@ -13,10 +13,10 @@
   const number = (v, digits = 4) => {
     if (v === null || v === undefined) return "—";
     const size = Math.abs(v);
-    const text = size === 0 || digits < 4 || (size >= 1e-3 && size < 1e5) ? v.toFixed(digits) : v.toExponential(2);
+    const text = size === 0 || digits < 3 || (size >= 10 ** (1 - digits) && size < 1e5) ? v.toFixed(digits) : v.toExponential(2);
     return (Number(text) === 0 ? text.replace("-", "") : text).replace("-", "−");
   };
-  const scored = (v, se) => number(v) + (se === null || se === undefined ? "" : ` ± ${number(se)}`);
+  const scored = (v, se, digits = 4) => number(v, digits) + (se === null || se === undefined ? "" : ` ± ${number(se, digits)}`);
   const short = (tau) => String(Number(tau.toPrecision(4)));
   const counted = (n, one) => `${whole(n)} ${n === 1 ? one : `${one}s`}`;
 
@@ -153,7 +153,7 @@
     return { into, out };
   };
   const item = (text, score, se, share, go, more = []) => make("li", {}, (() => {
-    const button = make("button", { type: "button" }, make("span", {}, text), make("span", {}, scored(score, se)), make("i", { class: score < 0 ? "neg" : "", style: `width: ${(100 * share).toFixed(1)}%` }),
+    const button = make("button", { type: "button" }, make("span", {}, text), make("span", {}, scored(score, se, 3)), make("i", { class: score < 0 ? "neg" : "", style: `width: ${(100 * share).toFixed(1)}%` }),
       ...more.map((m) => make("span", { class: "more" }, m)));
     button.addEventListener("click", go);
     return button;

@@ -1,0 +1,275 @@
+"""The interactive graph: its data are the scores', and what a browser shows of them is what the files say."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from relp_cli.report.circuit_graph import MOST, graph_data, graph_section
+from relp_cli.report.graph_places import BAR, LINE, LINES, Mark, placed
+from relp_cli.selection import select
+from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.edges import EdgeScores
+from relp_cli.spaces.graph import Graph
+from relp_cli.spaces.scores import Scores
+from tests.report.made import LABELS, node_scores, scores
+from tests.report.test_graph import three_features
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium here: apt-get install chromium")
+
+
+def edge_scores(seed: int = 0, labels: tuple[str, ...] = ("*",), method: str = "relp") -> Scores:
+    graph = Graph(3, 2)
+    shape = graph.mask.shape if labels == ("*",) else (len(labels), *graph.mask.shape)
+    mean = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * graph.mask
+    axis = "all" if labels == ("*",) else "position"
+    meta = {"method": method, "direction": "noising", "metric": "logit_diff", "signed": True}
+    n = torch.full((len(labels),), 4)
+    return EdgeScores(graph, mean, graph.mask.expand(shape) * 0.25, n, labels, axis, meta=meta).whole
+
+
+def swept(own: Scores, taus: tuple[float, ...]) -> pd.DataFrame:
+    """A sweep's table: faithfulness 1 − τ/10, so that every row is known by its number."""
+    kept = [int((own.mean.abs() > tau).sum()) for tau in taus]
+    columns = {"tau": taus, "n_nodes": kept, "n_possible": own.n_nodes, "n_pairs": 7, "ablation": "mean"}
+    for name, sign in (("faithfulness", 1), ("completeness", -1)):
+        values = [(sign < 0) + sign * (1 - tau / 10) for tau in taus]
+        columns |= {name: values, f"{name}_lo": [v - 0.01 for v in values], f"{name}_hi": [v + 0.02 for v in values]}
+    return pd.DataFrame(columns)
+
+
+def test_edges_stand_between_their_writers_and_readers_and_lead_upwards() -> None:
+    own, other = edge_scores(), edge_scores(1, method="atp")
+    circuit = select(own, top_k=9)
+    data = graph_data({"relp": own, "atp": other}, circuit, swept(own, (0.5, 1.5)))
+    json.dumps(data, allow_nan=False)
+    graph: Graph = own.units.structure
+    units, names, y = data["units"], data["nodes"]["name"], data["layouts"]["all"]["y"]
+    order = own.mean.abs().argsort(descending=True)
+    np.testing.assert_allclose(units["score"], own.mean[order], rtol=1e-6)
+    assert set(units["se"]) == {0.25}
+    assert sum(units["kept"]) == 9 == sum(units["kept"][:9])
+    for i, unit in enumerate(order.tolist()):
+        writer, _, reader = graph.edge_names()[unit].partition("->")
+        part = reader.partition("<")[2][:1]
+        assert (names[units["u"][i]], names[units["v"][i]], units["part"][i]) == (
+            writer,
+            reader.partition("<")[0],
+            part,
+        )
+        assert y[units["u"][i]] < y[units["v"][i]]
+    np.testing.assert_allclose(data["methods"][0]["score"], other.mean[order], rtol=1e-6)
+    assert [row["kept"] for row in data["curve"]] == [int((own.mean.abs() > tau).sum()) for tau in (1.5, 0.5)]
+    places = list(zip(data["layouts"]["all"]["x"], y, strict=True))
+    assert len(set(places)) == len(places)
+
+
+def test_edges_at_positions_stand_in_columns_of_positions() -> None:
+    own = edge_scores(labels=("a", "b"))
+    data = graph_data({"relp": own}, select(own, threshold=1.0))
+    layout, nodes = data["layouts"]["all"], data["nodes"]
+    assert [column["label"] for column in data["columns"]] == ["a", "b"]
+    for name, column, x in zip(nodes["name"], nodes["column"], layout["x"], strict=True):
+        left, width = layout["columns"][column]
+        assert name.endswith(f" @ {'ab'[column]}")
+        assert left <= x <= left + width
+    summed = graph_data({"relp": own}, select(own, threshold=1.0, aggregate="sum"))
+    graph: Graph = own.units.structure
+    total = own.dense(own.mean).sum(0)
+    assert summed["units"]["score"][0] == pytest.approx(float(total[total.abs().argmax()]), rel=1e-6)
+    assert (summed["units"]["se"], summed["of"], summed["positions"]) == (None, graph.n_edges, False)
+
+
+def test_nodes_in_cells_and_methods_of_other_kinds() -> None:
+    own = scores("relp", node_scores("head", 3, 5, 2), node_scores("mlp_out", 3, 5, seed=1))
+    other = scores("act_patch", node_scores("head", 3, 5, 2, seed=5))
+    circuit = select(own, top_k=7)
+    data = graph_data({"relp": own, "act_patch": other}, circuit)
+    names, units = data["nodes"]["name"], data["units"]
+    assert (data["of"], data["complete"], data["below"], sum(units["kept"])) == (45, 45, 0.0, 7)
+    for name, score, theirs in zip(names, units["score"], data["methods"][0]["score"], strict=True):
+        what, label = name.split(" @ ")
+        kind, layer, *unit = what.split(".")
+        at = (int(layer), LABELS.index(label), *map(int, unit))
+        assert score == pytest.approx(float(own[kind].mean[at]), rel=1e-6)
+        assert theirs == (None if kind == "mlp_out" else pytest.approx(float(other["head"].mean[at]), rel=1e-6))
+    inside = data["layouts"]["circuit"]
+    assert len({(inside["x"][i], inside["y"][i]) for i in range(7)}) == 7
+    assert inside["size"][0] < data["layouts"]["all"]["size"][0]
+
+
+def test_features_errors_apart_and_edges() -> None:
+    circuit = three_features()
+    cells = circuit.mask.flatten().nonzero()[:, 0]
+    n = torch.full((3,), 4)
+    own = Scores(circuit.units, circuit.labels, "position", n, -1.0 - torch.arange(4.0), torch.ones(4), cells)
+    data = graph_data({"relp": own}, circuit, meanings=pd.DataFrame({"node": ["embed/7"], "meaning": ["x"]}))
+    names, links, layout = data["nodes"]["name"], data["links"], data["layouts"]["circuit"]
+    edges = circuit.edges.table()  # type: ignore[union-attr]
+    assert [(names[u], names[v]) for u, v in zip(links["u"], links["v"], strict=True)] == [
+        *zip(edges.source, edges.target, strict=True)
+    ]
+    assert links["score"] == pytest.approx(list(edges.score))
+    assert links["se"] == [None if v != v else pytest.approx(v, rel=1e-3) for v in edges.se]
+    assert all(layout["y"][u] < layout["y"][v] for u, v in zip(links["u"], links["v"], strict=True))
+    at = names.index("resid_out_layer0/error@c")
+    assert data["kinds"][data["nodes"]["kind"][at]]["shape"] == "hollow"
+    assert layout["x"][at] > max(x for x, i in zip(layout["x"], range(4), strict=False) if i != at)
+    assert data["meanings"] == {names.index("embed/7@a"): "x"}
+
+
+def test_a_cell_has_room_for_its_strongest_and_counts_the_rest() -> None:
+    size = LINE * LINES
+    marks = [Mark(f"n{i}", 0, 0, "unit", order=-i) for i in range(size + 5)] + [Mark("bar", 1, BAR, "bar")]
+    places = placed(marks, 2, 1)
+    assert places.over.tolist() == [False] * (size - 1) + [True] * 6 + [False]
+    shown = [(places.x[i], places.y[i]) for i in range(size)]
+    assert len(set(shown)) == size
+    assert shown[0] != (0.0, 2.0)  # the strongest is the last in the cell's own order
+    assert places.y[-1] > places.y[:-1].max()
+
+
+DRIVER = """
+const told = { errors: [] };
+const $ = (id) => document.getElementById(id);
+const shown = (kind) => [...document.querySelectorAll(`.cg-${kind}`)].filter((e) => e.style.display !== "none").length;
+const set = (id, value, name = "input") => { $(id).value = value; $(id).dispatchEvent(new Event(name)); };
+const text = (id) => $(id).textContent;
+const see = () => ({ line: text("cg-line"), said: text("cg-said"), nodes: shown("node"), edges: shown("edge") });
+const rows = () => [...document.querySelectorAll("#cg-card li button")];
+const list = () => rows().map((b) => [...b.children].slice(0, 2).map((c) => c.textContent));
+"""
+FINISH = """
+document.querySelector("section").remove();
+document.body.append(Object.assign(document.createElement("pre"), { id: "told", textContent: JSON.stringify(told) }));
+"""
+
+
+def browse(section: str, steps: str, folder: Path) -> Any:
+    """What the steps wrote into `told`; the page may ask for nothing."""
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    page = folder / "page.html"
+    page.write_text(
+        f'<!doctype html><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}"><body>'
+        f"{section}<script>{DRIVER}{steps}{FINISH}</script>"
+    )
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)  # type: ignore[list-item]
+    assert "CONSOLE" not in done.stderr, done.stderr
+    return json.loads(re.search(r'<pre id="told">(.*?)</pre>', done.stdout, re.S)[1].replace("&gt;", ">"))  # type: ignore[index]
+
+
+@needs_browser
+def test_the_threshold_and_a_node_in_a_browser(tmp_path: Path) -> None:
+    own, other = edge_scores(), edge_scores(1, method="atp")
+    circuit = select(own, top_k=20)
+    taus = (0.3, 1.0, 2.0)
+    section = graph_section({"relp": own, "atp": other}, circuit, swept(own, taus))
+    told = browse(
+        section,
+        """
+told.start = see();
+document.querySelector("[data-mode=all]").click();
+set("cg-number", "1", "change");
+told.one = see();
+set("cg-number", "1.2", "change");
+told.between = see();
+set("cg-tau", $("cg-tau").max);
+told.whole = see();
+set("cg-number", "0.5", "change");
+const name = relpGraph.nodes.name, logits = name.indexOf("logits");
+document.querySelector(`[data-i="${logits}"]`).dispatchEvent(new MouseEvent("click", { bubbles: true }));
+told.logits = { text: $("cg-card").textContent, list: list() };
+document.querySelector("#cg-card li button").click();
+told.next = document.querySelector("#cg-card h3").textContent;
+$("cg-svg").dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowUp" }));
+told.up = document.querySelector("#cg-card h3").textContent;
+$("cg-svg").dispatchEvent(new KeyboardEvent("keydown", { key: "Escape" }));
+told.free = document.querySelector("#cg-card h3").textContent;
+$("cg-in").click();
+told.zoomed = relpGraph.view.k;
+""",
+        tmp_path,
+    )
+    sizes, graph = own.mean.abs(), own.units.structure
+    total, writer, reader = own.n_nodes, *graph.mask.nonzero().T
+
+    def nodes(chosen: torch.Tensor) -> int:
+        ends = {graph.writers[u] for u in writer[chosen].tolist()}
+        return len(ends | {graph.readers[v].partition("<")[0] for v in reader[chosen].tolist()})
+
+    kept = circuit.mask[0]
+    assert (told["start"]["edges"], told["start"]["nodes"]) == (20, nodes(kept))
+    assert "20 of the circuit's 20 edges" in told["start"]["line"]
+    for step, tau in (("one", 1.0), ("between", 1.2), ("whole", 0.0)):
+        count = int((sizes > tau).sum())
+        assert (told[step]["edges"], told[step]["nodes"]) == (count, nodes(sizes > tau))
+        assert f": {count} of {total} edges" in told[step]["line"]
+    assert told["one"]["said"].startswith(
+        f"τ = 1 ({int((sizes > 1).sum())} of {total}): faithfulness 0.90 [0.89, 0.92]"
+    )
+    assert "Not measured at τ = 1.2" in told["between"]["said"]
+    assert "τ = 2 " in told["between"]["said"]
+    assert "τ = 1 " in told["between"]["said"]
+    assert "0.70" not in told["between"]["said"]
+    into = [
+        i for i in sizes.argsort(descending=True).tolist() if reader[i] == len(graph.readers) - 1 and sizes[i] > 0.5
+    ]
+    assert [row[0] for row in told["logits"]["list"]] == [graph.writers[writer[i]] for i in into]
+    assert told["logits"]["list"][0][1] == f"{own.mean[into[0]]:.3f} ± 0.250".replace("-", "−")
+    assert f"atp: {other.mean[into[0]]:.4f}".replace("-", "−") in told["logits"]["text"]
+    assert f"Σ {own.mean[into].sum():.4f}".replace("-", "−") in told["logits"]["text"]
+    assert told["next"] == graph.writers[writer[into[0]]]
+    assert told["up"] not in ("", told["next"])
+    assert told["free"] == "Pick a node"
+    assert told["zoomed"] == 1.5
+
+
+@needs_browser
+def test_ten_thousand_nodes_stay_responsive(tmp_path: Path) -> None:
+    own = scores("relp", node_scores("mlp_neuron", 30, 5, 400))
+    circuit = Circuit.from_mask("mlp_neuron", own["mlp_neuron"].mean.abs() > 2.5, LABELS)
+    section = graph_section({"relp": own}, replace(circuit, meta={}), None, {"S1": [(" a", " b")]})
+    assert len(section) < 2_000_000
+    told = browse(
+        section,
+        """
+document.querySelector("[data-mode=all]").click();
+const times = [];
+for (const at of [0.3, 1, 0.5, 0.9, 0.7, 1]) {
+  const start = performance.now();
+  set("cg-tau", Math.round(at * $("cg-tau").max));
+  document.body.getBoundingClientRect();
+  times.push(performance.now() - start);
+}
+told.times = times;
+told.end = see();
+$("cg-svg").dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
+told.card = $("cg-card").textContent;
+const chip = [...document.querySelectorAll(".cg-chip")].find((c) => c.style.display !== "none");
+chip.dispatchEvent(new MouseEvent("click", { bubbles: true }));
+told.chip = [chip.textContent, $("cg-card").querySelector("h3").textContent];
+""",
+        tmp_path,
+    )
+    assert f": {MOST:,} of {own.n_nodes:,} nodes" in told["end"]["line"]
+    assert f"the page holds the {MOST:,} strongest" in told["end"]["line"]
+    hidden = int(re.search(r"; ([\d,]+) stand in their cells", told["end"]["line"])[1].replace(",", ""))  # type: ignore[index]
+    assert told["end"]["nodes"] + hidden == MOST
+    best = own.mean.abs().max()
+    assert f"{best:.4f}" in told["card"]
+    assert f"rank1 of {own.n_nodes:,}" in told["card"]
+    assert told["chip"][1] == f"{told['chip'][0][1:]} more in this cell"
+    assert sorted(told["times"])[2] < 700, told["times"]  # ms, one thread of a busy machine
+    assert "Nothing yet" in told["end"]["said"]
