@@ -109,7 +109,7 @@ def _with_include(made: Schema) -> Schema:
 
 
 def _or_null(value: Schema) -> Schema:
-    kept = {key: value.pop(key) for key in ("description", "default", "title") if key in value}
+    kept: Schema = {key: value.pop(key) for key in ("description", "default", "title") if key in value}
     return {"anyOf": [value, {"type": "null"}], **kept}
 
 
