@@ -27,6 +27,7 @@ from relp_cli.cli import (
     train_dictionary,
 )
 from relp_cli.cli.benchmarks import Evaluate
+from relp_cli.cli.completion import completing
 from relp_cli.cli.waiting import waiting
 
 QUICK = ("ls", "validate", "init", "schema")  # load no torch, mostly
@@ -34,19 +35,19 @@ app = typer.Typer(
     name="relp",
     help="Circuit discovery for transformer language models: score nodes, select circuits, evaluate and compare them.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (score, circuit, evaluate, test, robustness, compare, diagnose, overlap, report, ls, bench, init, schema):
-    kind = Evaluate if module is evaluate else None
-    app.command(name=module.__name__.rpartition(".")[2], cls=kind)(module.command)
-app.command(name="validate")(tasks.validate)
-app.command(name="show")(tasks.show)
-app.command(name="train-dictionary")(train_dictionary.command)
-app.command(name="export")(exchange.export)
-app.command(name="import")(exchange.import_)
-app.command(name="reproduce")(job.reproduce)
+VERBS = {
+    **{
+        module.__name__.rpartition(".")[2]: module.command
+        for module in (score, circuit, evaluate, test, robustness, compare, diagnose, overlap, report, ls, bench, init, schema)
+    },
+    "validate": tasks.validate, "show": tasks.show, "train-dictionary": train_dictionary.command,
+    "export": exchange.export, "import": exchange.import_, "reproduce": job.reproduce,
+}  # fmt: skip
+for name, command in VERBS.items():
+    app.command(name=name, cls=Evaluate if name == "evaluate" else None)(completing(name, command))
 
 
 @app.callback(invoke_without_command=True)

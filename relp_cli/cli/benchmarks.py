@@ -11,6 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from relp_cli.cli.completion import completing
 from relp_cli.errors import RelpError
 
 BENCHMARKS = {  # name → module with the verb's `command`
@@ -26,7 +27,7 @@ class Evaluate(TyperCommand):
         if not args or args[0] not in BENCHMARKS:
             return super().make_context(info_name, args, parent, **extra)
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        app.command(name=args[0])(importlib.import_module(BENCHMARKS[args[0]]).command)
+        app.command(name=args[0])(completing(args[0], importlib.import_module(BENCHMARKS[args[0]]).command))
         command: Any = typer.main.get_command(app)
         return command.make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
 
