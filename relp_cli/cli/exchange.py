@@ -12,7 +12,7 @@ from relp_cli.errors import RelpError, unknown
 from relp_cli.files import check_file_writable
 from relp_cli.models.placement import arguments, placed
 
-FORMATS = ("eap-ig", "mib", "table")
+FORMATS = ("eap-ig", "mib", "table", "circuit-tracer")
 TABLES = (".csv", ".parquet")
 
 
@@ -27,7 +27,9 @@ def export(
     form: Annotated[
         str | None,
         typer.Option(
-            "--format", help="table, eap-ig, or mib (a submission to its leaderboard). Default: by the file's name."
+            "--format",
+            help="table, eap-ig, mib (a submission to its leaderboard), or circuit-tracer (an attribution graph, "
+            "which Neuronpedia reads too). Default: by the file's name.",
         ),
     ] = None,
     as_: Annotated[
@@ -46,11 +48,16 @@ def export(
     With --format mib, scores of edges, of components (head,mlp_out) or of neurons (mlp_dim) become a folder task_model of a
     submission, which is checked as a whole: one file each, 50 MB, graphs, ranks.
 
+    With --format circuit-tracer, a circuit of features with edges, or of edges that keep their positions, becomes an attribution
+    graph over one of its prompts: weights are the edges' scores, with their own sign.
+
     Example: relp export runs/ioi scores.csv
 
     Example: relp export runs/ioi-edges ioi.json
 
     Example: relp export runs/ioi-edges submission --format mib
+
+    Example: relp export runs/features graph.json --format circuit-tracer
     """
     if form is None:
         form = "table" if file.suffix.lower() in TABLES else "eap-ig"
@@ -61,6 +68,9 @@ def export(
         return
     if as_ is not None:
         raise RelpError("--as names a folder of a submission; it goes with --format mib")
+    if form == "circuit-tracer":
+        _graph(run, file, device, json)
+        return
     if form == "table":
         _table(run, file, json)
         return
@@ -101,6 +111,21 @@ def _table(run: Path, file: Path, json: bool) -> None:
     if done.kept is None:
         note("no circuit.json in this run: in_circuit is empty")
     log.print(f"{file}: {done.rows} rows" + ("" if done.kept is None else f", {done.kept} in the circuit"))
+
+
+def _graph(run: Path, file: Path, device: str | None, json: bool) -> None:
+    if file.suffix.lower() != ".json":
+        raise RelpError(f"{file}: expected a name that ends in .json")
+    from relp_cli.runs.exporting import export_graph
+
+    done = export_graph(run, file, device)
+    if json:
+        about = {"nodes": done.nodes, "links": done.links, "left_out": done.lost, "prompt": done.prompt}
+        print_json({"file": str(file), **about})
+        return
+    if done.lost:
+        note(f"{done.lost} units of the circuit are at positions that this prompt does not have, and left out")
+    log.print(f"{file}: {done.nodes} nodes and {done.links} links over {done.prompt!r}", markup=False)
 
 
 def _submit(run: Path, folder: Path, name: str | None, place: str | None, json: bool) -> None:
