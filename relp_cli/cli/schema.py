@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from relp_cli.cli.common import JsonFlag, log, print_json
+from relp_cli.errors import RelpError
 
 
 def command(
@@ -25,6 +26,10 @@ def command(
     if file is None:
         print_json(made)
         return
+    if file.suffix != ".json":
+        raise RelpError(f"file '{file}': expected a name that ends in .json")
+    if file.exists():
+        raise RelpError(f"{file} exists already; choose another name or delete it")
     write(what, file)
     if json:
         print_json({"file": str(file)})

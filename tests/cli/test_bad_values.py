@@ -39,6 +39,7 @@ ARGUMENTS = {
     "report": ["run"], "ls": ["tasks"], "bench": [], "validate": ["ioi"], "show": ["ioi"], "train-dictionary": [],
     "test": ["run"], "robustness": ["run"], "export": ["edges", "x.json"], "import": ["edges.json"], "reproduce": ["table5"],
     "init": ["task", "new.yaml"],
+    "schema": ["task", "new.json"],
 }  # fmt: skip
 BESIDE = {
     ("circuit", "confirm"): ["--verify", "--top-k=3"], ("circuit", "annotations"): ["--edge-threshold=1", "--top-k=3"],
