@@ -66,7 +66,7 @@ def graph_data(
 
     units:   score, se (None where it is not known), n, kept; of edges, u, v (nodes) and part ("q", "k", "v" or ""). of: how many
              units there are; complete: the first so many are all with |score| > below.
-    layouts: where nodes stand, with all of them and, where nodes are units at positions, with the circuit's alone.
+    layouts: where nodes stand, with all of them and, at positions, with the circuit's alone.
     nodes:   names and kinds; of units that are nodes the first ones are the units, in their order.
     links:   edges between units that are nodes, where the circuit has some: u, v, score, se, n.
     methods: the other methods' scores of the same units. curve: evaluated circuits, each with how many units have |score| > τ.
@@ -79,9 +79,10 @@ def graph_data(
     links = _links(circuit, grid)
     kinds = list(dict.fromkeys(mark.kind for mark in grid.marks))
     layouts = {"all": layout(placed(grid.marks, len(grid.rows), len(grid.columns)))}
-    if labels != ANY_POSITION and not grid.ends and ranked.kept.any():
-        inside = [i for i in range(len(grid.marks)) if i >= len(ranked.kept) or ranked.kept[i]]
-        layouts["circuit"] = layout(placed(grid.marks, len(grid.rows), len(grid.columns), inside, empty=0.5))
+    if labels != ANY_POSITION and ranked.kept.any():
+        layouts["circuit"] = layout(
+            placed(grid.marks, len(grid.rows), len(grid.columns), _inside(grid, ranked), empty=0.5)
+        )
     where = (torch.tensor(ranked.at, dtype=torch.long), torch.tensor(ranked.unit, dtype=torch.long))
     return {
         "noun": SPACES[own.units.space].noun,
@@ -140,6 +141,13 @@ def _ranked(scores: Scores, mean: Tensor, labels: tuple[str, ...], circuit: Circ
     below = float(strengths[rest].max()) if len(rest) else 0.0
     at, unit = chosen // len(scores.units), chosen % len(scores.units)
     return Ranked(at.tolist(), unit.tolist(), complete, kept[chosen].numpy(), below, labels)
+
+
+def _inside(grid: Grid, ranked: Ranked) -> list[int]:
+    """The circuit's nodes, in the order of strength; of edges those at their ends, else its units and what is no unit."""
+    if grid.ends:
+        return sorted({node for end, kept in zip(grid.ends, ranked.kept, strict=True) if kept for node in end[:2]})
+    return [i for i in range(len(grid.marks)) if i >= len(ranked.kept) or ranked.kept[i]]
 
 
 def _links(circuit: Circuit | None, grid: Grid) -> dict[str, Any] | None:

@@ -168,7 +168,7 @@
   };
   const card = (i) => {
     const out = [], column = data.columns[nodes.column[i]], unit = g.isUnit(i), { into, out: onto } = around(i);
-    out.push(make("h3", {}, nodes.name[i]), make("p", { class: "soft" }, [data.kinds[nodes.kind[i]].title, data.rows[nodes.row[i]], column && data.positions ? column.label : ""].filter(Boolean).join(" · ")));
+    out.push(make("h3", {}, nodes.name[i]), make("p", { class: "soft" }, [...new Set([data.kinds[nodes.kind[i]].title, data.rows[nodes.row[i]], column && data.positions ? column.label : ""])].filter(Boolean).join(" · ")));
     if (unit) {
       const facts = [[data.own, `${scored(units.score[i], units.se?.[i])} (n = ${units.n[i]})`], ...data.methods.map((m) => [m.name, scored(m.score[i], m.se?.[i])]),
         ["rank", i < data.complete ? `${whole(i + 1)} of ${whole(data.of)}` : `after ${whole(data.complete)}`], ...(data.circuit ? [["circuit", units.kept[i] ? "in it" : "not in it"]] : [])];
@@ -245,12 +245,17 @@
     event.preventDefault();
     g.zoom(Math.exp(-0.002 * event.deltaY), ...local(event));
   }, { passive: false });
+  const centre = () => {  // the chosen node, or the one nearest to the middle
+    if (state.at !== null) return g.place(state.at);
+    const [mx, my] = g.middle(), far = ([x, y]) => Math.hypot(x - mx, y - my);
+    return [...g.visible.keys()].filter((i) => g.visible[i] && !g.isBar(i)).map(g.place).reduce((best, p) => (best && far(best) <= far(p) ? best : p), null) ?? [mx, my];
+  };
   const ways = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
   svg.addEventListener("keydown", (event) => {
     const way = ways[event.key];
     if (event.key === "Escape") select(null);
-    else if (event.key === "+" || event.key === "=") g.zoom(1.4, ...g.middle());
-    else if (event.key === "-") g.zoom(1 / 1.4, ...g.middle());
+    else if (event.key === "+" || event.key === "=") g.zoom(1.4, ...centre());
+    else if (event.key === "-") g.zoom(1 / 1.4, ...centre());
     else if (event.key === "0") g.move(1, 0, 0);
     else if (way) {
       event.preventDefault();
@@ -270,8 +275,8 @@
   slider.addEventListener("input", () => setTau(tauOf(pools[state.mode], marksOfSlider[slider.value])));
   box.addEventListener("change", () => { if (box.value !== "" && Number(box.value) >= 0) setTau(Number(box.value)); });
   for (const button of byId("cg-modes").children) button.addEventListener("click", () => setMode(button.dataset.mode));
-  byId("cg-in").addEventListener("click", () => g.zoom(1.5, ...g.middle()));
-  byId("cg-out").addEventListener("click", () => g.zoom(1 / 1.5, ...g.middle()));
+  byId("cg-in").addEventListener("click", () => g.zoom(1.5, ...centre()));
+  byId("cg-out").addEventListener("click", () => g.zoom(1 / 1.5, ...centre()));
   byId("cg-fit").addEventListener("click", () => (g.view.k > 1 ? g.move(1, 0, 0) : g.fit()));
   if (data.links && g.nLines) {
     const marks = steps(g.nLines);

@@ -4,6 +4,7 @@ const relpGraph = (() => {
   const data = JSON.parse(document.getElementById("graph-data").textContent);
   const svg = document.getElementById("cg-svg"), tip = document.getElementById("cg-tip");
   const nodes = data.nodes, lines = data.edges ? data.units : data.links, many = nodes.row.length;
+  const NAMED = 2000;  // as many of the strongest have their number below them, where there is room
   let plan = data.layouts.all;
   const nLines = lines ? lines.u.length : 0;
   const draw = (name, attributes = {}, text = "") => {
@@ -37,7 +38,7 @@ const relpGraph = (() => {
   const measure = () => {
     const W = Math.max(svg.clientWidth || svg.parentNode.clientWidth || 0, 300), narrow = W < 560;
     const left = narrow ? 62 : 84, top = 18, [w, h] = plan.size;
-    const sx = Math.min(Math.max((W - left - 14) / (w + 0.2), 7), data.edges && !data.positions ? 90 : 52);
+    const sx = Math.min(Math.max((W - left - 14) / (w + 0.2), 7), data.positions ? 52 : 90);
     const sy = Math.min(Math.max(880 / h, 15), 46), inner = W - left - 14;
     const shift = left + Math.max(0, (inner - w * sx) / 2);
     const labels = data.columns.map((c) => (data.positions || !narrow ? c.label : c.label.replace("head ", "")));
@@ -71,19 +72,17 @@ const relpGraph = (() => {
     marks[i].setAttribute("d", outline(shape, at.r[i], wide));
     marks[i].setAttribute("transform", `translate(${at.x[i].toFixed(1)},${at.y[i].toFixed(1)})`);
     if (!names[i]) return;
-    const below = isUnit(i);  // a feature's number stands under its mark, where there is room
     names[i].setAttribute("x", at.x[i].toFixed(1));
-    names[i].setAttribute("y", (at.y[i] + (below ? at.r[i] + 8.5 : 3.5)).toFixed(1));
-    names[i].style.fontSize = `${below ? 8.5 : Math.min(11, 1.25 * at.r[i])}px`;
-    names[i].classList.toggle("roomless", below && (at.sx < 21 || at.sy < 24));
+    names[i].setAttribute("y", (at.y[i] + (isUnit(i) ? at.r[i] : 3.5)).toFixed(1));
+    if (!isUnit(i)) names[i].style.fontSize = `${Math.min(11, 1.25 * at.r[i])}px`;
   };
   const mark = (i) => {
     if (marks[i]) return marks[i];
     const { shape } = data.kinds[nodes.kind[i]], score = isUnit(i) ? data.units.score[i] : null;
     const sign = score === null ? "plain" : score < 0 ? "neg" : "pos";
     marks[i] = draw("path", { class: `cg-node ${sign}${shape === "hollow" ? " hollow" : ""}`, "data-i": i });
-    if (nodes.text[i] && shape !== "hollow") {
-      names[i] = draw("text", { class: isUnit(i) ? "cg-name cg-tag" : "cg-name" }, nodes.text[i]);
+    if (nodes.text[i] && shape !== "hollow" && i < NAMED) {
+      names[i] = draw("text", isUnit(i) ? { class: "cg-name cg-tag", dy: "1em" } : { class: "cg-name" }, nodes.text[i]);
       layer.names.append(names[i]);
     }
     layer.nodes.append(marks[i]);
@@ -180,6 +179,8 @@ const relpGraph = (() => {
     if (view.k === 1) view.x = view.y = 0;
     content.setAttribute("transform", `translate(${view.x.toFixed(2)},${view.y.toFixed(2)}) scale(${view.k.toFixed(4)})`);
     svg.classList.toggle("zoomed", view.k > 1);
+    svg.classList.toggle("roomy", at.sx * view.k > 21 && at.sy * view.k > 24);
+    svg.style.setProperty("--zoom", view.k);
     drawAxes();
   };
   const zoom = (factor, px, py) => {

@@ -69,7 +69,17 @@ def node_grid(scores: Scores, ranked: Ranked) -> Grid:
         column = columns.get((kind, number), columns.get((kind, -1), at))
         name = f"{kind}.{block.layer}" + ("" if alone else f".{number}") + ("" if label == "*" else f" @ {label}")
         order = kinds.index(kind) * 10**7 + number
-        marks.append(Mark(name, block.layer, column, kind, "", order, rise=RISES.get(kind, 0.0) if alone else 0.0))
+        marks.append(
+            Mark(
+                name,
+                block.layer,
+                column,
+                kind,
+                "" if alone else str(number),
+                order,
+                rise=RISES.get(kind, 0.0) if alone else 0.0,
+            )
+        )
     return Grid(marks, [f"layer {i}" for i in range(n_rows)], names)
 
 
@@ -128,7 +138,7 @@ def _component(name: str, at: int, graph: Graph, middle: int, label: str) -> Mar
         return Mark(full, row, BAR if middle >= 0 else at, name, name if middle >= 0 else "", unit=name)
     if name.startswith("m"):
         column = middle if middle >= 0 else at
-        return Mark(full, int(name[1:]) + 1, column, "mlp", "m", graph.n_heads, rise=0.3, unit=name)
+        return Mark(full, int(name[1:]) + 1, column, "mlp", "m", apart=middle < 0, rise=0.3, unit=name)
     layer, _, head = name[1:].partition(".h")
     column = int(head) + (int(head) >= middle) if middle >= 0 else at
     return Mark(full, int(layer) + 1, column, "head", head, int(head), rise=-0.12, unit=name)

@@ -10,7 +10,7 @@ import numpy as np
 
 LINE, LINES = 6, 3  # places of a cell: per line, and lines
 FIRST = 1500  # cells are as large as these nodes, the strongest, need
-APART = 1.2  # how far to the right of the others an error term stands
+APART = 1.2  # how far to the right of the others an error term, or an MLP, stands
 GAP, SPACE = 0.9, 0.35  # between columns, between rows
 BAR = -1  # the column of a node that is one bar across all columns
 
@@ -82,14 +82,15 @@ def placed(
         row, column = marks[i].row, marks[i].column
         if column == BAR or marks[i].apart:
             x[i] = (width - 1) / 2 if column == BAR else float(starts[column]) + widths[column] - 1 + APART
-            y[i] = bottoms[row] + (lines[row] - 1) / 2
+            y[i] = bottoms[row] + (lines[row] - 1) / 2 + (marks[i].rise if lines[row] == 1 else 0.0)
     for (row, column), members in cells.items():
         size = per_line[column] * lines[row]
         kept = members if len(members) <= size else members[: size - 1]
         left, bottom = float(starts[column]), float(bottoms[row])
+        count = len(kept) if len(kept) == len(members) else size
         for place, i in enumerate(sorted(kept, key=lambda i: (marks[i].order, marks[i].name))):
-            x[i], y[i] = _place(place, len(kept), per_line[column], lines[row], left, bottom)
-            y[i] += marks[i].rise
+            x[i], y[i] = _place(place, count, per_line[column], lines[row], left, bottom)
+            y[i] += marks[i].rise if lines[row] == 1 else 0.0
         for i in members[len(kept) :]:
             over[i] = True
             x[i], y[i] = _place(size - 1, size, per_line[column], lines[row], left, bottom)
@@ -99,10 +100,10 @@ def placed(
 
 
 def _place(place: int, count: int, per_line: int, lines: int, left: float, bottom: float) -> tuple[float, float]:
-    """x and y of one of `count` nodes of a cell: lines from above, centred in the cell."""
+    """x and y of one of `count` nodes of a cell: lines from below, centred in the cell."""
     line, at = divmod(place, per_line)
     used, in_line = -(-count // per_line), min(per_line, count - line * per_line)
-    return left + at + (per_line - in_line) / 2, bottom + (lines + used) / 2 - 1 - line
+    return left + at + (per_line - in_line) / 2, bottom + (lines - used) / 2 + line
 
 
 def layout(places: Places) -> Mapping[str, Any]:
