@@ -215,11 +215,15 @@ def command(
         prepared = prepare_again(spec, scores, session)
         with progress() as bar:
             circuit = with_edges(spec, prepared, session, circuit, edge_threshold, annotations, bar)
+    from relp_cli.runs.made import note_made
+
     if not allow_empty:
         refuse_empty(circuit, path, how)
     if circuit.n_nodes in (0, circuit.n_possible):
         note(f"WARNING: this threshold keeps {'nothing' if circuit.n_nodes == 0 else 'everything'}")
     circuit.save(path)
+    if output is None:
+        note_made(path)
     if json:
         about = {"circuit": str(path), "n_nodes": circuit.n_nodes, "n_possible": circuit.n_possible, **circuit.meta}
         if listing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,8 +12,10 @@ from relp_cli.cli.common import (
     RevisionOption,
     at_revision,
     count_option,
+    log,
     note,
     out,
+    output_option,
     print_json,
     progress,
 )
@@ -33,6 +36,9 @@ def command(
     top: Annotated[int, count_option(1, help="Suspects, and controls, to patch exactly per node kind.")] = 10,
     show: Annotated[int, count_option(0, help="Rows to print per table.")] = 12,
     thorough: Annotated[bool, typer.Option(help="Try ig_activations too (passes per layer and node kind).")] = False,
+    output: Annotated[
+        Path | None, output_option(help="Also write all rows of the tables into this folder, for relp report.")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Where and why a gradient method fails on a task, checked by exact patching, and which method to use instead.
@@ -43,9 +49,13 @@ def command(
 
     spec = score_spec(task=task, model=at_revision(model, revision), **how.of_spec)
     from relp_cli.evaluation.diagnose import Options, check_candidate, diagnose
+    from relp_cli.files import check_writable
+    from relp_cli.runs.diagnosing import RECORD, save_diagnosis
     from relp_cli.runs.scoring import Session, prepare
 
     check_candidate(method)
+    if output is not None:
+        check_writable(output / RECORD)
     prepared = prepare(spec, Session(how.place))
     with progress() as bar:
         found = diagnose(
@@ -55,14 +65,17 @@ def command(
     for line in prepared.notes:
         note(line)
     tables = _tables(found, show)
+    about = {
+        "task": prepared.task.name,
+        "model": prepared.model.name,
+        "direction": how.direction,
+        "metric": prepared.metric,
+    }
+    written = [] if output is None else save_diagnosis(
+        output, found, {**about, "pairs": prepared.behaviour.n, "notes": prepared.notes}
+    )  # fmt: skip
     if json:
         rows = {name: table.to_dict("records") for name, (_, table) in tables.items()}
-        about = {
-            "task": prepared.task.name,
-            "model": prepared.model.name,
-            "direction": how.direction,
-            "metric": prepared.metric,
-        }
         print_json(about | {"recommended": found.recommended, "summary": found.summary, "floor": found.floor} | rows)
         return
     from relp_cli.report.tables import show as print_table
@@ -79,6 +92,8 @@ def command(
             print_table(table, out, title, keys=max(1, keys))
     for line in found.summary:
         out.print(f"• {line}")
+    for path in written:
+        log.print(str(path))
 
 
 PLACE = ("kind", "layer", "position", "unit", "head", "query")  # what names a row, at the left

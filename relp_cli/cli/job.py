@@ -97,7 +97,7 @@ def run_job(
     with progress() as bar:
         outcome = ENGINES[engine](job, folder, place, bar)
     result = collect(outcome.paths)
-    files, tables = summarise(job, result.rows, folder)
+    files, tables = summarise(job, result.rows, folder, result.errors)
     failed = len(result.errors)  # more than the workers counted, where their files did not come here
     done = outcome.computed + outcome.finished + outcome.failed - failed
     state = f"{done - outcome.finished} cells computed, {outcome.finished} found finished, {failed} failed"

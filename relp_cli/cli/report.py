@@ -1,4 +1,4 @@
-"""relp report RUN"""
+"""relp report RUN|FOLDER, relp report RUN RUN..."""
 
 from __future__ import annotations
 
@@ -7,21 +7,33 @@ from typing import Annotated
 
 import typer
 
-from relp_cli.cli.common import log, output_option
+from relp_cli.cli.common import JsonFlag, log, output_option, print_json
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="A run, comparison, job or diagnosis; or several runs of one task and model.")
+    ],
     annotations: Annotated[
         Path | None, typer.Option(help="What features mean: JSON lines (default: contexts and promoted tokens).")
     ] = None,
-    output: Annotated[Path | None, output_option(help="Default: report.html in the run.")] = None,
+    output: Annotated[
+        Path | None, output_option(help="Default: report.html in the folder; of several, runs/report-….html.")
+    ] = None,
+    json: JsonFlag = False,
 ) -> None:
-    """Figures and one self-contained HTML page of a run.
+    """One self-contained HTML page of a run (with its circuit, evaluation, tests and robustness), of a comparison, a job or a
+    diagnosis, or of several runs side by side.
 
     Example: relp report runs/ioi
-    """
-    from relp_cli.runs.reporting import report_run
 
-    for path in report_run(run, output, annotations):
+    Example: relp report runs/relp runs/atp runs/exact
+    """
+    from relp_cli.runs.reporting import report
+
+    made = report(folders, output, annotations)
+    if json:
+        print_json(made.as_dict())
+        return
+    for path in made.files:
         log.print(str(path))

@@ -25,7 +25,7 @@ NEAR = 2 / 3  # an accuracy that counts as chance at most
 class Behaviour:
     """accuracy: share of originals with answer above foil; metric_original, metric_patch: means of the task's metric.
 
-    correct:  per batch Bool[batch].
+    correct:  per batch Bool[batch]. original, patch: per batch the metric, Float64[batch] (patch: empty for single prompts).
     interval: of the accuracy, 95 % (Clopper and Pearson 1934, exact).
     verdict:  `against_chance`; "" where a pair has no foil.
     """
@@ -35,6 +35,8 @@ class Behaviour:
     metric_patch: float | None
     n: int
     correct: tuple[Tensor, ...]
+    original: tuple[Tensor, ...]
+    patch: tuple[Tensor, ...]
     interval: tuple[float, float]
     verdict: str
 
@@ -105,6 +107,8 @@ def behaviour(model: Model, pairs: Sequence[PairBatch], metric: str) -> Behaviou
         metric_patch=torch.cat(patch).mean().item() if patch else None,
         n=n,
         correct=tuple(correct),
+        original=tuple(original),
+        patch=tuple(patch),
         interval=(float(bounds.low), float(bounds.high)),
         verdict=against_chance(hits, n) if has_foil else "",
     )

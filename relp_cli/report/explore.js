@@ -11,7 +11,7 @@ if (relp.byId("explore")) (() => {
   const spec = { columns: data.columns.map((name) => names[name] ?? name), types, rows: data.rows, of: data.of, file: "scores.csv", by: SCORE,
     sizes: [SCORE], digits: 4, title: "the units" };
   const text = (value, at) => (at === POSITION ? `${value}${token(value)}` : undefined);
-  const table = relp.table(byId("units"), spec, { page: 50, text });
+  const table = relp.table(byId("units"), spec, { text });
 
   // How many units the threshold keeps, and what was measured of the nearest circuit of the sweep.
   const slider = byId("tau");

@@ -49,7 +49,7 @@ def heatmap_figure(
 
     over: what kinds with units are summed over. "units": heads, neurons or dimensions of a position are added up (the row's
           label says so). "positions": layer × head (or neuron) maps instead, added up over positions; kinds with units only.
-    tokens: an example token under each position label.
+    tokens: what stands under each position label; "" is nothing.
     Raises: RelpError for an unknown kind, or scores of different positions or shapes.
     """
     if not scores or not kinds:
@@ -60,7 +60,7 @@ def heatmap_figure(
     layers, positions = panels[kinds[0], methods[0]].mean.shape
     width, height = float(np.clip(0.2 * positions, 1.9, 7)), float(np.clip(0.2 * layers, 1.1, 4.5))
     with themed(theme):
-        below = 0.065 * min(18, max(map(len, labels))) + (0.9 if tokens else 0)  # inches: rotated labels
+        below = 0.065 * min(18, max(map(len, labels))) + (0.9 if any(tokens or ()) else 0)  # inches: rotated labels
         figure = new_figure(1.6 + (width + 0.15) * len(methods), 0.75 + below + (height + 0.35) * len(kinds))
         grid = figure.subplots(len(kinds), len(methods), squeeze=False, sharex=True, sharey="row")
         for row, kind in zip(grid, kinds, strict=True):
@@ -158,6 +158,8 @@ def _label_positions(axes: Axes, labels: Sequence[str], tokens: Sequence[str] | 
         return
     below = 11 + 4.6 * max(map(len, names))  # points: the height of the longest rotated label
     for i in shown:
+        if not tokens[i]:
+            continue
         axes.annotate(
             one_line(tokens[i], 12), (i, 0), (0, -below), xycoords=("data", "axes fraction"),
             textcoords="offset points", rotation=90, ha="center", va="top", fontsize=7.5, color=theme.soft,

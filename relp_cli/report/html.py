@@ -20,7 +20,8 @@ from relp_cli.report.graph import DRAWINGS, MOST_EDGES, circuit_figure
 from relp_cli.report.heatmap import Over, heatmap_figure
 from relp_cli.report.maps import map_set
 from relp_cli.report.names import counted
-from relp_cli.report.page import Picture, render
+from relp_cli.report.page import Picture, Section, Sheet, render, script_data
+from relp_cli.report.pairs import pair_picker
 from relp_cli.report.tables import cell, is_numeric
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.scores import SIGN, Scores
@@ -40,13 +41,18 @@ def write_html(
     top: int = 10,
     meanings: pd.DataFrame | None = None,
     examples: Examples | None = None,
+    pairs: Mapping[str, Any] | None = None,
+    more: Sequence[Section] = (),
+    commands: Mapping[str, tuple[str, str]] | None = None,
 ) -> list[Path]:
     """Write the run's figures (PNG) into its folder and one page, `report.html` or `output`; returns what was written.
 
     record:     run.json's content: spec, scores, behaviour, notes, provenance (missing parts are left out of the page).
     scores:     method → Scores; the first is the run's own, others (such as act_patch) stand beside it in the heatmaps.
     circuit, evaluation: circuit.json and evaluation.csv, where there are.
-    tokens:     an example token per position label.
+    tokens:     per position label the token that all pairs share there, or "".
+    pairs:      pairs.json's content, for the picker of single pairs.
+    more:       further sections. commands: "circuit", "evaluation" → the command that made it, and when.
     meanings:   node and meaning, of features.
     examples:   position label → a few (clean token, corrupted token).
     Raises: RelpError for no scores, or an output that cannot be written.
@@ -59,7 +65,10 @@ def write_html(
         written.append(run_folder / f"{picture.name}.png")
         save_figure(picture.light, written[-1])
     graph = graph_section(scores, circuit, evaluation, examples, meanings)
-    page = render_page(record, next(iter(scores.values())), pictures, circuit, evaluation, tokens, top, meanings, graph)
+    page = render_page(
+        record, next(iter(scores.values())), pictures, circuit, evaluation, tokens, top, meanings, graph, pairs, more,
+        commands,
+    )  # fmt: skip
     path = output or run_folder / "report.html"
     write_atomically(path, page)
     return [path, *written]
@@ -75,12 +84,18 @@ def render_page(
     top: int = 10,
     meanings: pd.DataFrame | None = None,
     graph: str = "",
+    pairs: Mapping[str, Any] | None = None,
+    more: Sequence[Section] = (),
+    commands: Mapping[str, tuple[str, str]] | None = None,
 ) -> str:
     """The page as text; graph: `graph_section`'s."""
     about = {**scores.meta, **dict(record.get("scores") or {})}
     labels = scores.labels
     maps = map_set({str(about.get("method", "")): scores}, tokens)
-    data = explorer(scores, evaluation, tokens) | {"sets": {"scores": maps} if maps else {}}
+    picker = pair_picker(pairs, scores) if pairs else None
+    whole = () if evaluation is None else (Sheet("evaluation", evaluation, fold=True),)
+    sections = [Section("evaluation", "", sheets=whole), Section("scores", "", maps=maps), *more]
+    data = explorer(scores, evaluation, tokens) | {"pairs": picker} | script_data(sections)
     return render(
         "page.html.j2",
         data,
@@ -93,9 +108,12 @@ def render_page(
         notes=record.get("notes") or [],
         kinds=[(kind, s.n_nodes) for kind, s in scores.items()],
         tops=_top_tables(scores, top),
-        tokens=dict(zip(labels, tokens, strict=True)) if tokens else {},
+        tokens=_words(labels, tokens) or {},
         maps=maps,
         graph=graph,
+        pairs=picker,
+        more=more,
+        commands=commands or {},
         meanings=[] if meanings is None else meanings.to_dict("records"),
         pictures=[(p, p.sources()) for p in pictures],
         circuit=_circuit(circuit) if circuit else None,
@@ -146,9 +164,14 @@ def _graph(circuit: Circuit | None, scores: Scores, tokens: Sequence[str] | None
     count = row.count(circuit, scores)
     if count is None:
         return None
-    words = dict(zip(scores.labels, tokens, strict=True)) if tokens else None
+    words = _words(scores.labels, tokens)
     light, dark = (circuit_figure(circuit, scores, words, theme) for theme in (LIGHT, DARK))
     return Picture("circuit", f"The {min(count, MOST_EDGES)} strongest of {count} edges. {row.caption}", light, dark)
+
+
+def _words(labels: Sequence[str], tokens: Sequence[str] | None) -> dict[str, str] | None:
+    """Label → token, where all pairs share one."""
+    return {label: token for label, token in zip(labels, tokens, strict=True) if token} if tokens else None
 
 
 def _top_tables(scores: Scores, top: int) -> list[dict[str, Any]]:

@@ -3,9 +3,9 @@
 relp.heat = (spec) => {
   const { make } = relp;
   const layers = spec.mean.length, columns = spec.labels.length, longest = Math.max(...spec.labels.map((l) => l.length));
-  const wide = spec.wide ?? (columns > 24 ? Math.max(7, 620 / columns) : 24), high = layers > 40 ? Math.max(5, 560 / layers) : 14;
+  const wide = spec.wide ?? (columns > 24 ? Math.max(7, 620 / columns) : Math.min(24, Math.max(16, 320 / columns))), high = layers > 40 ? Math.max(5, 560 / layers) : 14;
   const every = Math.ceil(12 / wide), shownAt = (label) => (label.length > 26 ? `${label.slice(0, 25)}…` : label);
-  const left = Math.max(28, ...spec.labels.map((label, at) => 2.9 * shownAt(label).length - wide * at)), below = 14 + Math.min(130, longest < 3 ? 10 : 5 * longest);
+  const left = Math.max(28, ...spec.labels.map((label, at) => 2.9 * shownAt(label).length - wide * at)), below = 12 + Math.min(124, longest < 3 ? 10 : 4.7 * longest);
   const width = left + wide * columns + 14, height = high * layers + below;
   const svg = make("svg", { width, height, viewBox: `0 0 ${width} ${height}`, tabindex: 0, role: "img", "data-kind": spec.kind,
     "aria-label": `${spec.title}: score per layer and column; arrow keys move over the cells` });
@@ -80,7 +80,8 @@ relp.maps = (root, set) => {
         const where = row.unit ? `layer ${layer}, ${row.unit} ${labels[at]}` : `layer ${layer}, ${labels[at]}`;
         return `${row.title}, ${where}: ${name}${relp.number(panel.mean[layer][at])}${error === null ? "" : ` ± ${relp.number(error)}`}${n}${others.join("")}`;
       };
-      const figure = relp.make("figure"), wide = row.panels.length > 2 && labels.length <= 24 ? 15 : undefined;
+      const figure = relp.make("figure"), many = row.panels.length, room = (1132 - 19 * (many - 1)) / many - 76;
+      const wide = many > 1 && labels.length <= 24 ? Math.min(20, Math.max(9, room / labels.length)) : undefined;
       const svg = relp.heat({ kind: row.kind, title: `${row.title} ${panel.name}`, mean: panel.mean, labels, limit: row.limit, wide, describe });
       if (panel.title) figure.append(relp.make("figcaption", {}, panel.title));
       figure.append(svg);

@@ -20,7 +20,7 @@ from relp_cli.report.names import kind_title
 from relp_cli.report.tables import cell
 
 CSS_DPI = 96
-SCRIPTS = ("base", "table", "maps", "scatter", "explore")  # in this order: the first ones serve the others
+SCRIPTS = ("base", "table", "maps", "scatter", "pairs", "explore")  # in this order: the first ones serve the others
 MOST_ROWS = 10_000  # of a table
 
 
@@ -48,6 +48,7 @@ class Picture:
 class Sheet:
     """A table that can be sorted, searched and downloaded. name: of the file. by: the column that orders it at first, downwards.
     sizes: columns that are ordered by |value|. of: how many rows there are, where the table has only the first of them.
+    fold: columns that are the same in all rows are said once, above the table (the downloaded file has them all).
     """
 
     name: str
@@ -57,10 +58,14 @@ class Sheet:
     sizes: tuple[str, ...] = ()
     of: int | None = None
     digits: int = 3
+    fold: bool = False
 
     def plain(self) -> dict[str, Any]:
         """For the script; numbers have six significant digits. A table of more than `MOST_ROWS` has its first ones."""
         shown = self.table.head(MOST_ROWS)
+        one = [c for c in shown.columns if shown[c].nunique(dropna=False) == 1] if self.fold and len(shown) > 1 else []
+        same = [[str(c), plain(shown[c].iloc[0])] for c in one]
+        shown = shown.drop(columns=one) if len(one) < len(shown.columns) else shown
         columns = [str(c) for c in shown.columns]
         kinds = [_kind(shown[c]) for c in shown.columns]
         return {
@@ -70,9 +75,10 @@ class Sheet:
             "rows": [[plain(value) for value in row] for row in shown.itertuples(index=False, name=None)],
             "of": len(self.table) if self.of is None else self.of,
             "file": f"{self.name}.csv",
-            "by": -1 if self.by is None else columns.index(self.by),
-            "sizes": [columns.index(c) for c in self.sizes],
+            "by": columns.index(self.by) if self.by in columns else -1,
+            "sizes": [columns.index(c) for c in self.sizes if c in columns],
             "digits": self.digits,
+            "same": same,
         }
 
 

@@ -24,7 +24,7 @@ relp.scatter = (spec) => {
   }
   svg.append(
     make("path", { class: "line", d: `M${px(low)} ${py(low)}L${px(high)} ${py(high)}` }),
-    make("path", { class: "dots", d: points.map(([x, y]) => `M${px(x).toFixed(1)} ${py(y).toFixed(1)}h0`).join("") }),
+    make("path", { class: points.length > 250 ? "dots" : "dots few", d: points.map(([x, y]) => `M${px(x).toFixed(1)} ${py(y).toFixed(1)}h0`).join("") }),
     make("text", { x: left + size / 2, y: top + size + 30, "text-anchor": "middle" }, spec.x),
     make("text", { x: 11, y: top + size / 2, transform: `rotate(-90 11 ${top + size / 2})`, "text-anchor": "middle" }, spec.y));
   const ring = make("circle", { r: 5, class: "ring", cx: -20, cy: -20 });

@@ -1,12 +1,13 @@
 // Tables: sorted by a click on a heading, searched, a page at a time, downloaded as CSV.
 // spec: columns, types ("text", "int", "float"), rows, of (how many there are beyond these), file, by (the first order's column),
-// sizes (columns that are ordered by |value|), digits. options.text(value, column): what else than the value is shown.
+// sizes (columns that are ordered by |value|), digits, same ([column, value] of all rows). options.text(value, column): what else than the value is shown.
 relp.table = (root, spec, options = {}) => {
   const { make, number } = relp;
-  const page = options.page ?? 25, sizes = new Set(spec.sizes ?? []);
+  const page = options.page ?? 25, sizes = new Set(spec.sizes ?? []), same = spec.same ?? [];
   const state = { by: spec.by ?? -1, down: true, page: 0, words: [], keep: null };
   const cell = (value, at) => {
     if (value === null || value === undefined) return "—";
+    if (at < 0) return typeof value === "number" && !Number.isInteger(value) ? number(value, 3) : String(value);
     return options.text?.(value, at) ?? (spec.types[at] === "float" ? number(value, spec.digits ?? 3) : String(value));
   };
   const words = spec.rows.map((row) =>
@@ -64,7 +65,7 @@ relp.table = (root, spec, options = {}) => {
     }));
     const all = (spec.of ?? 0) > spec.rows.length ? ` of the ${spec.rows.length} strongest of ${spec.of}` : ` of ${spec.rows.length}`;
     const many = rows.length === spec.rows.length && short && !((spec.of ?? 0) > spec.rows.length);
-    count.textContent = many ? `${rows.length} rows` : `${rows.length}${all}` + (pages > 1 ? `; page ${state.page + 1} of ${pages}` : "");
+    count.textContent = many ? `${rows.length} row${rows.length === 1 ? "" : "s"}` : `${rows.length}${all}` + (pages > 1 ? `; page ${state.page + 1} of ${pages}` : "");
     earlier.disabled = state.page === 0;
     later.disabled = state.page === pages - 1;
   };
@@ -75,13 +76,15 @@ relp.table = (root, spec, options = {}) => {
   });
   earlier.addEventListener("click", () => { state.page -= 1; draw(); });
   later.addEventListener("click", () => { state.page += 1; draw(); });
-  csv.addEventListener("click", () => relp.download(spec.file, [spec.columns, ...chosen().map((i) => spec.rows[i])]));
+  csv.addEventListener("click", () => relp.download(spec.file, [
+    [...same.map(([name]) => name), ...spec.columns], ...chosen().map((i) => [...same.map(([, value]) => value), ...spec.rows[i]])]));
 
   const table = make("table", { class: "full" }), thead = make("thead"), scroll = make("div", { class: "scroll", tabindex: 0 });
   thead.append(head);
   table.append(thead, body);
   scroll.append(table);
-  root.replaceChildren(tools, scroll);
+  const said = same.filter(([, value]) => value !== null && value !== "").map(([name, value]) => `${name.replaceAll("_", " ")} ${cell(value, -1)}`);
+  root.replaceChildren(tools, ...(said.length ? [make("p", { class: "soft same" }, said.join(" · "))] : []), scroll);
   draw();
   return { keep: (test) => { state.keep = test; state.page = 0; draw(); } };
 };

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.report.figures import heatmaps
 from relp_cli.report.tables import write_table
 from relp_cli.runs.checked import distinct, file_label, model_labels, score_spec
+from relp_cli.runs.made import note_made
+from relp_cli.runs.pairs import pair_records
+from relp_cli.runs.rundir import RunDir
 from relp_cli.runs.scoring import (
     Prepared,
     Session,
@@ -89,13 +93,16 @@ def compare_tasks(
     for spec in (spec for specs in cells for spec in specs.values()):
         check_request(spec)
     check_writable(folder)
-    tables, files, notes = [], [], []
+    tables, files, notes, made = [], [], [], []
     for specs in cells:
         spec = specs[options.reference]
         prepared = prepare(spec, session)
         label = labels[spec.model]
         notes += [f"{label}, {prepared.task.name}: {line}" for line in prepared.notes]
-        scores = {method: _scores(one, prepared, session, folder, progress) for method, one in specs.items()}
+        scored = {method: _scored(one, prepared, session, folder, progress) for method, one in specs.items()}
+        scores = {method: one for method, (_, one) in scored.items()}
+        runs = {method: os.path.relpath(run.path, folder) for method, (run, _) in scored.items()}
+        made.append({"task": prepared.task.name, "model": label, "runs": runs})
         notes += [
             f"{label}, {prepared.task.name}: {line}" for found in scores.values() for line in scoring_notes(found)
         ]
@@ -109,6 +116,7 @@ def compare_tasks(
     table = pd.concat(tables, ignore_index=True)
     path = folder / "compare.csv"
     write_table(table, path)
+    note_made(path, cells=made, notes=notes)
     return Compared(table, (path, *files), tuple(notes))
 
 
@@ -148,12 +156,17 @@ def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path, p
     result.table.insert(0, "task", first["task"])
     path = folder / "compare.csv"
     write_table(result.table, path)
+    at = {name: os.path.relpath(run, folder) for name, run in zip(by_method, paths, strict=True)}
+    cell = {"task": first["task"], "model": prepared.model.name, "runs": at}
+    note_made(path, cells=[cell], notes=prepared.notes)
     return Compared(result.table, (path,), prepared.notes)
 
 
-def _scores(spec: ScoreSpec, prepared: Prepared, session: Session, folder: Path, progress: Progress | None) -> Scores:
+def _scored(
+    spec: ScoreSpec, prepared: Prepared, session: Session, folder: Path, progress: Progress | None
+) -> tuple[RunDir, Scores]:
     run_folder = default_folder(spec, digest_of(spec, prepared, session), folder / "scores")
-    return score_run(spec, session, run_folder, progress, prepared=prepared)[1]
+    return score_run(spec, session, run_folder, progress, prepared=prepared)[:2]
 
 
 def _figure(
@@ -165,18 +178,11 @@ def _figure(
     task = prepared.task.name
     path = folder / f"heatmaps-{file_label(task)}-{file_label(model)}-{reference.direction}.png"
     title = f"{task}, {model}, {reference.direction}"
-    heatmaps(scores, kinds, path, title, example_tokens(prepared, scores[reference.method]))
+    records = pair_records(prepared.model.tokenizer, prepared.pairs, prepared.behaviour, prepared.metric)
+    heatmaps(scores, kinds, path, title, shared_tokens(records, scores[reference.method]))
     return [path]
 
 
-def example_tokens(prepared: Prepared, scores: Scores) -> list[str] | None:
-    """An example token under each position label, from the first pair that has it."""
-    tokenizer = prepared.model.tokenizer
-    if tokenizer is None:
-        return None
-    found: dict[str, str] = {}
-    for batch in prepared.pairs:
-        for label, token in zip(batch.labels, batch.original[0].tolist(), strict=True):
-            found.setdefault(label, tokenizer.decode([token]).strip())
-    labels = next(iter(scores.values())).labels
-    return [found.get(label, "") for label in labels]
+def shared_tokens(records: Mapping[str, Any], scores: Scores) -> list[str]:
+    """Under each position label the token that all pairs have there (`pair_records`), "" where they differ."""
+    return [records["shared"].get(label, "") for label in scores.labels]

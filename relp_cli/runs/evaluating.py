@@ -23,6 +23,7 @@ from relp_cli.methods.request import Progress
 from relp_cli.models.model import Model
 from relp_cli.report.tables import write_table
 from relp_cli.runs.checked import file_label, score_spec
+from relp_cli.runs.made import note_made
 from relp_cli.runs.rundir import RunDir
 from relp_cli.runs.scoring import Prepared, Session, open_run, prepare_again
 from relp_cli.runs.spec import ScoreSpec
@@ -236,6 +237,8 @@ def evaluate_run(
         table["circuit"] = at.circuits[0].hash
     out = output or at.run.path / f"evaluation{at.stem}.csv"
     write_table(table, out)
+    if output is None:
+        note_made(out)
     return out, table
 
 
@@ -247,6 +250,7 @@ def minimality_of_run(at: Ready, progress: Progress | None = None) -> tuple[Path
     )  # fmt: skip
     out = at.run.path / f"minimality{at.stem}.csv"
     write_table(table, out)
+    note_made(out, circuit=at.circuits[0].hash)
     return out, table
 
 

@@ -29,6 +29,7 @@ from relp_cli.methods.score import shared_params
 from relp_cli.report.tables import write_table
 from relp_cli.runs.checked import distinct, score_spec
 from relp_cli.runs.evaluating import circuits_of, held_out, sweep_points
+from relp_cli.runs.made import note_made
 from relp_cli.runs.scoring import (
     Prepared,
     Session,
@@ -137,6 +138,7 @@ def robustness_of_run(path: Path, grid: Grid, session: Session, progress: Progre
     )  # fmt: skip
     files = [run.path / "robustness.csv", run.path / "consensus.json", run.path / "robustness-variance.csv"]
     write_table(settings, files[0])
+    note_made(files[0])
     meta = {k: scores.meta[k] for k in KEPT_META if k in scores.meta} | {"method": "consensus"}
     agreed = consensus(circuits, grid.share, meta)
     agreed.save(files[1])

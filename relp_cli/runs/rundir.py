@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shlex
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,6 +36,10 @@ class RunDir:
     @property
     def scores(self) -> Path:
         return self.path / "scores.safetensors"
+
+    @property
+    def pairs(self) -> Path:
+        return self.path / "pairs.json"
 
     @property
     def circuit(self) -> Path:
@@ -91,7 +96,8 @@ class RunDir:
 
     def write(self, content: dict[str, Any]) -> None:
         """Write run.json, last of all files: what it lists is complete."""
-        record = {**content, "files": {self.scores.name: checksum(self.scores)}}
+        files = {path.name: checksum(path) for path in (self.scores, self.pairs) if path.is_file()}
+        record = {**content, "files": files}
         write_atomically(self.record, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -113,7 +119,7 @@ def provenance() -> dict[str, Any]:
     """Versions, platform, time and command line."""
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["relp", *sys.argv[1:]]) if Path(sys.argv[0]).stem == "relp" else "python",
+        "command": shlex.join(["relp", *sys.argv[1:]]) if Path(sys.argv[0]).stem == "relp" else "python",
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: package_version(name) for name in PACKAGES},

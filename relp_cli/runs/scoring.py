@@ -19,6 +19,7 @@ from relp_cli.models.load import load_model
 from relp_cli.models.model import Model
 from relp_cli.models.placement import arguments
 from relp_cli.runs.checked import score_spec
+from relp_cli.runs.pairs import pair_records, write_pairs
 from relp_cli.runs.rundir import RunDir, checksum, provenance
 from relp_cli.runs.spec import ScoreSpec
 from relp_cli.scoring import score
@@ -194,6 +195,7 @@ def score_run(
     )
     scores = with_meta(scores, prepared, spec, digest)
     scores.save(run.scores)
+    write_pairs(run, pair_records(prepared.model.tokenizer, prepared.pairs, prepared.behaviour, prepared.metric))
     run.write(
         {
             "hash": digest,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from relp_cli.report.published import beside
 from relp_cli.report.tables import table5, write_table
 from relp_cli.runs.checked import file_label
 from relp_cli.runs.job import COSTS, JobSpec
+from relp_cli.runs.made import note_made
 
 # What a table of all cells has even where it is undefined in every one of them.
 MEASURES = ("pcc", "pcc_lo", "pcc_hi", "pcc_per_pair", "spearman", "topk", "note", "faithfulness", "completeness")
@@ -22,16 +24,20 @@ TIMES = ["seconds"]
 Tables = list[tuple[str, pd.DataFrame]]
 
 
-def summarise(job: JobSpec, rows: pd.DataFrame, folder: Path) -> tuple[list[Path], Tables]:
+def summarise(
+    job: JobSpec, rows: pd.DataFrame, folder: Path, errors: Sequence[tuple[str, str]] = ()
+) -> tuple[list[Path], Tables]:
     """Write results.csv (tidy, all cells), parquet where pyarrow is installed, summary tables and figures.
 
-    Returns the files, and (title, table) pairs to print; the title "agreement" marks rows in `relp compare`'s form.
+    errors: (cell, what it failed with), for a report. Returns the files, and (title, table) pairs to print; the title
+    "agreement" marks rows in `relp compare`'s form.
     """
     if rows.empty:
         return [], []
     files = [folder / "results.csv"]
     values = rows.drop(columns=TIMES, errors="ignore")  # the same bytes, however many processes computed them
     write_table(values, files[0])
+    note_made(files[0], job=job.model_dump(mode="json"), errors=dict(errors))
     if _has_pyarrow():
         files.append(folder / "results.parquet")
         write_table(values, files[-1])

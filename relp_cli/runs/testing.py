@@ -12,6 +12,7 @@ from relp_cli.evaluation.verdicts import Levels
 from relp_cli.methods.request import Progress
 from relp_cli.report.tables import write_table
 from relp_cli.runs.evaluating import Ready, own_circuit, read_circuit
+from relp_cli.runs.made import note_made
 from relp_cli.runs.scoring import open_run
 
 
@@ -34,6 +35,7 @@ def run_tests(
     files = at.run.path / f"tests{at.stem}.csv", at.run.path / f"tests-units{at.stem}.csv"
     for table, file in zip(tables, files, strict=True):
         write_table(table, file)
+        note_made(file)
     return files, tests, units
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
-import subprocess
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,46 +16,53 @@ from relp_cli.report.html import write_html
 from relp_cli.report.maps import map_set
 from relp_cli.report.page import script_text
 from relp_cli.spaces.scores import Scores
-from tests.report.made import evaluation, node_scores, scores
+from tests.report.browser import in_browser, told
+from tests.report.made import LABELS, evaluation, node_scores, scores
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = """
-<script>
-const told = {};
-const set = (id, value) => { const e = document.getElementById(id); e.value = value; e.dispatchEvent(new Event("input")); };
-const search = (value) => { document.querySelector("#units input").id = "search"; set("search", value); };
-const rows = () => [...document.querySelectorAll("#units tbody tr")].map((r) => [...r.children].map((c) => c.textContent));
-const tipAt = (kind, layer, at) => {
-  const rect = document.querySelector(`svg[data-kind=${kind}] rect[data-layer="${layer}"][data-at="${at}"]`);
-  rect.dispatchEvent(new PointerEvent("pointermove", { bubbles: true, clientX: 5, clientY: 5 }));
-  return document.getElementById("tip").textContent;
-};
-told.tips = { mlp_out: tipAt("mlp_out", 2, 3), head: tipAt("head", 1, 4) };
-told.rows = rows();
-told.count = document.querySelector("#units .count").textContent;
-set("tau", 7);
-told.tau = document.getElementById("tau-line").textContent;
-told.kept = document.querySelectorAll("#scores rect.kept").length;
-told.keptRows = rows().length;
-set("tau", document.getElementById("tau").max);
-search("head end");
-told.searched = rows();
-search("");
-document.querySelectorAll("#units th button")[1].click();
-told.byLayer = rows().map((r) => +r[1]);
-document.querySelectorAll("#units .tools button")[2].click();
-told.page2 = document.querySelector("#units .count").textContent;
-const svg = document.querySelector("svg[data-kind=mlp_out]");
-svg.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowDown" }));
+const tau = document.getElementById("tau"), search = document.querySelector("#units input");
+told.tips = { mlp_out: hover(cell("mlp_out", 2, 3)), head: hover(cell("head", 1, 4)) };
+hover(cell("mlp_out", 2, 3));
+document.querySelector("svg[data-kind=mlp_out]").dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowDown" }));
 told.key = document.getElementById("tip").textContent;
-document.body.append(Object.assign(document.createElement("pre"), { id: "told", textContent: JSON.stringify(told) }));
-</script>
+told.rows = rows("#units");
+told.count = document.querySelector("#units .count").textContent;
+set(tau, 7);
+told.tau = document.getElementById("tau-line").textContent;
+told.kept = all("#scores rect.kept").length;
+told.keptRows = rows("#units").length;
+set(tau, tau.max);
+set(search, "head end");
+told.searched = rows("#units");
+set(search, "");
+all("#units th button")[1].click();
+told.byLayer = rows("#units").map((r) => +r[1]);
+all("#units .tools button")[2].click();
+told.page2 = document.querySelector("#units .count").textContent;
+set(document.getElementById("pair-choice"), 2, "change");
+told.pair = hover(cell("pair-mlp_out", 1, 2));
+told.marks = all("#pair mark").map((m) => m.textContent);
+told.facts = all("#pair dd").map((d) => d.textContent);
+told.own = rows("#pair .full");
 """
+
+
+PAIRS = {
+    "metric": "logit_diff", "of": 4, "roles": [list(LABELS)], "shared": {},
+    "pairs": [
+        {"batch": 0, "original": ["<bos>", " a", f" <i>{i}", " c", " to"], "patch": ["<bos>", " a", " X", " c", " to"],
+         "answer": {"words": [" yes", " aye"], "of": 9}, "foil": {"words": [" no"], "of": 1}, "metric_original": 2.5,
+         "metric_patch": -1.25, "correct": False}
+        for i in range(4)
+    ],
+}  # fmt: skip
 
 
 @pytest.fixture
 def own() -> Scores:
-    return scores("relp", node_scores("mlp_out", 4, 5), node_scores("head", 4, 5, 3, seed=1))
+    made = scores("relp", node_scores("mlp_out", 4, 5), node_scores("head", 4, 5, 3, seed=1))
+    noise = torch.randn(4, len(made.mean), generator=torch.Generator().manual_seed(2))
+    return replace(made, examples=made.mean + noise, present=torch.ones(4, 5, dtype=torch.bool))
 
 
 def test_numbers_are_those_of_the_scores(own: Scores) -> None:
@@ -89,39 +93,37 @@ def test_many_units_are_cut_to_the_strongest_and_text_cannot_end_the_script() ->
     assert json.loads(text)["tokens"][0] == "</script><b>"
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium here: apt-get install chromium")
+@in_browser
 def test_in_a_browser(own: Scores, tmp_path: Path) -> None:
-    (page, *_) = write_html(tmp_path, {}, {"relp": own}, None, evaluation(), ["<bos>", "a", "b<i>", "c", "to"])
-    page.write_text(page.read_text().replace("</body>", DRIVER + "</body>"))
-    done = _dom(page)
-    told = json.loads(re.search(r'<pre id="told">(.*?)</pre>', done.stdout, re.S)[1])  # type: ignore[index]
-    assert "CONSOLE" not in done.stderr
+    shared = ["<bos>", "a", "b<i>", "c", ""]
+    (page, *_) = write_html(tmp_path, {}, {"relp": own}, None, evaluation(), shared, pairs=PAIRS)
+    said = told(page, DRIVER)
     mean = own["mlp_out"].mean
-    assert told["tips"]["mlp_out"] == f"MLP, layer 2, S2 ‘c’: {mean[2, 3]:.4f} ± 0.2500 (n = 4)"
-    assert f": {own['head'].mean[1, 4].sum():.4f} (n = 4)" in told["tips"]["head"]
-    assert told["key"] == f"MLP, layer 3, S2 ‘c’: {mean[3, 3]:.4f} ± 0.2500 (n = 4)"  # below where the pointer was
+    assert said["tips"]["mlp_out"] == f"MLP, layer 2, S2 ‘c’: {mean[2, 3]:.4f} ± 0.2500 (n = 4)"
+    assert f": {own['head'].mean[1, 4].sum():.4f} (n = 4)" in said["tips"]["head"]
+    assert said["key"] == f"MLP, layer 3, S2 ‘c’: {mean[3, 3]:.4f} ± 0.2500 (n = 4)"  # below where the pointer was
     size = torch.cat([own[kind].mean.flatten() for kind in own]).abs()
-    assert float(told["rows"][0][4]) == pytest.approx(float(size.max()) * np.sign(float(told["rows"][0][4])), abs=1e-4)
-    assert told["count"] == "80 of 80; page 1 of 2"
+    assert float(said["rows"][0][4]) == pytest.approx(float(size.max()) * np.sign(float(said["rows"][0][4])), abs=1e-4)
+    assert said["count"] == "80 of 80; page 1 of 4"
     tau, count = explorer(own, None, None)["steps"][7]
-    assert told["tau"].startswith(f"τ = {tau:.4f}: {count} of 80 units".replace("0.0000", "0"))
-    assert "faithfulness" in told["tau"]
-    assert told["keptRows"] == min(count, 50)
-    assert 0 < told["kept"] <= count
-    assert len(told["searched"]) == 12  # 4 layers × 3 heads at the end
-    assert all(row[0] == "head" and row[2].startswith("end") for row in told["searched"])
-    assert told["byLayer"] == sorted(told["byLayer"])
-    assert told["page2"] == "80 of 80; page 2 of 2"
-
-
-def _dom(page: Path) -> Any:
-    command = [
-        BROWSER,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--enable-logging=stderr",
-        "--dump-dom",
-        page.as_uri(),
-    ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)  # type: ignore[arg-type]
+    assert said["tau"].startswith(f"τ = {tau:.4f}: {count} of 80 units".replace("0.0000", "0"))
+    assert "faithfulness" in said["tau"]
+    assert said["keptRows"] == min(count, 25)
+    assert 0 < said["kept"] <= count
+    assert len(said["searched"]) == 12  # 4 layers × 3 heads at the end
+    assert all(row[0] == "head" and row[2].startswith("end") for row in said["searched"])
+    assert said["byLayer"] == sorted(said["byLayer"])
+    assert said["page2"] == "80 of 80; page 2 of 4"
+    examples = own["mlp_out"].examples
+    assert examples is not None
+    column = LABELS.index("IO")
+    assert said["pair"] == (
+        f"MLP, layer 1, IO ‘ <i>2’ → ‘ X’: {examples[2, 1, column]:.4f} in this pair; "
+        f"mean {mean[1, column]:.4f} ± 0.2500 over 4 pairs"
+    )
+    assert said["marks"] == [" <i>2", " X"]
+    assert said["facts"] == ["‘ yes’, ‘ aye’ … (9 words)", "‘ no’", "2.500", "-1.250", "no"]
+    units = own.examples[2].abs()  # type: ignore[index]
+    assert [abs(float(row[4])) for row in said["own"]] == pytest.approx(
+        units.sort(descending=True).values[:15].tolist(), abs=1e-4
+    )
