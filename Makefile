@@ -1,6 +1,6 @@
 # make run    environment + the main job on an embedded model        make test   environment + tests
 # make check  ruff, mypy     make bench  costs as ratios     make models  train the embedded models again (10 minutes)
-# make cases  make the models of known circuits again (5 minutes)
+# make cases  make the models of known circuits again (5 minutes)                 make docs   the site of docs/, in site/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: run test check bench models cases clean
+.PHONY: run test check docs bench models cases clean
 
 $(VENV)/.ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,9 +27,12 @@ test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.ready
-	$(BIN)/ruff check relp_cli tests
-	$(BIN)/ruff format --check relp_cli tests
+	$(BIN)/ruff check relp_cli tests docs/hooks.py
+	$(BIN)/ruff format --check relp_cli tests docs/hooks.py
 	$(BIN)/mypy
+
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(VENV)/.ready
 	$(BIN)/relp bench
@@ -42,4 +45,4 @@ cases: $(VENV)/.ready
 	$(BIN)/python -m relp_cli.known make
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) runs build dist site

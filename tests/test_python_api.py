@@ -9,6 +9,7 @@ from functools import cache
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM
 
 import relp_cli as relp
@@ -261,7 +262,8 @@ def test_figures_are_of_matplotlib():
     drawn = [scores().plot(), scores()["mlp_out"].plot(), edges.plot(), circuit.plot(edges)]
     kept = relp.select(scores(), top_k=7)
     drawn.append(kept.plot())
-    assert {type(figure).__name__ for figure in drawn} == {"Figure"}
+    assert all(isinstance(figure, Figure) for figure in drawn)
+    assert all(figure._repr_png_().startswith(b"\x89PNG") for figure in drawn[:1])  # what a notebook shows
     shown = [axes.get_images()[0].get_array() for axes in drawn[-1].axes if axes.get_images()]
     assert (shown[0] == kept.masks["head"].sum(-1).numpy()).all()
     assert (shown[1] == kept.masks["mlp_out"].numpy()).all()

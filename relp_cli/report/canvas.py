@@ -67,9 +67,16 @@ def themed(theme: Theme) -> Iterator[None]:
         yield
 
 
+class Drawn(Figure):
+    """A figure that a notebook shows though nobody imported pyplot, which is what teaches notebooks to show figures."""
+
+    def _repr_png_(self) -> bytes:
+        return rendered(self, dpi=110)
+
+
 def new_figure(width: float, height: float) -> Figure:
     """A figure of its own, outside pyplot: nothing global, nothing to close."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Drawn(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
