@@ -83,7 +83,7 @@ def test_edges_at_positions_stand_in_columns_of_positions() -> None:
     for name, column, x in zip(nodes["name"], nodes["column"], layout["x"], strict=True):
         left, width = layout["columns"][column]
         assert name.endswith(f" @ {'ab'[column]}")
-        assert left <= x < left + width + 1e-6
+        assert left - 1e-3 < x < left + width
     summed = graph_data({"relp": own}, select(own, threshold=1.0, aggregate="sum"))
     graph: Graph = own.units.structure
     total = own.dense(own.mean).sum(0)
