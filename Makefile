@@ -32,7 +32,7 @@ check: $(VENV)/.ready
 	$(BIN)/mypy
 
 docs: $(VENV)/.ready
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.ready
 	$(BIN)/relp bench

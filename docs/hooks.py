@@ -26,11 +26,15 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Any, files: Any, **_: Any) -> str:
     """`docs/NAME.md`, as code and help name a page, is a link to it."""
     up = "../" * page.file.src_uri.count("/")
+
+    def link(cited: re.Match[str]) -> str:
+        return f"[{cited[1]}]({up}{cited[1]})" if files.get_file_from_path(cited[1]) else cited[0]
+
     parts = FENCE.split(markdown)
-    return "".join(part if i % 2 else CITED.sub(rf"[\1]({up}\1)", part) for i, part in enumerate(parts))
+    return "".join(part if i % 2 else CITED.sub(link, part) for i, part in enumerate(parts))
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
