@@ -56,7 +56,9 @@ def show_agreement(df: pd.DataFrame) -> None:
         ]
         about = f"{first.n_pairs} pairs, {first.direction}, {first.metric}"
         what = "[95 % bootstrap over pairs]" if intervals else "(intervals: compare.csv)"
-        title = f"{task}: PCC with exact patching over {first.axis}, {about} {what}"
+        reference = str(first.get("reference", "act_patch"))  # a job's table has no such column
+        exact = "exact patching" if reference in ("act_patch", "edge_patch") else reference
+        title = f"{task}: PCC with {exact} over {first.axis}, {about} {what}"
         show(pd.DataFrame(table), out, title, keys=2)
         title = f"{task}: per-pair PCC / Spearman / top-{first.k} overlap, and cost per pair"
         show(_measures(rows), out, title, 2, keys=2)

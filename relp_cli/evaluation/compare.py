@@ -83,7 +83,7 @@ def run_comparison(
             rows.append(
                 {"model": model.name, "method": method, "kind": kind, **asdict(result)}
                 | {c: cost[c] for c in ("forwards_per_pair", "backwards_per_pair", "seconds")}
-                | {"direction": direction, "metric": metric}
+                | {"direction": direction, "metric": metric, "reference": reference}
             )
     return Comparison(pd.DataFrame(rows), done)
 

@@ -13,6 +13,7 @@ from relp_cli.lrp.local import log_pattern
 from relp_cli.lrp.rules import ActiveRule
 from relp_cli.lrp.site import RuleSite, Values, replace
 from relp_cli.models.model import Model
+from relp_cli.precision import wide
 
 
 def attention_sites(
@@ -106,9 +107,9 @@ def _local(model: Model, name: str, rule: ActiveRule, capped: ActiveRule | None)
 
     def surrogate(v: Values, y: Tensor, other: Values | None) -> Tensor:
         assert other is not None  # two-point rules are not run without
-        run = (*read.queries_and_keys(v), by_head(model, v["value"]))
-        theirs = (*read.expanded(other["q"], other["k"]), by_head(model, other["value"]))
-        z = rule.rule.fn((run, theirs), v["scores"], v["pattern"], read.scale, model.shape.attn_softcap)
+        run = (*read.queries_and_keys(v), wide(by_head(model, v["value"])))
+        theirs = (*read.expanded(other["q"], other["k"]), wide(by_head(model, other["value"])))
+        z = rule.rule.fn((run, theirs), wide(v["scores"]), wide(v["pattern"]), read.scale, model.shape.attn_softcap)
         return merged(z, y)
 
     def record(v: Values) -> dict[str, Tensor]:
@@ -120,7 +121,7 @@ def _local(model: Model, name: str, rule: ActiveRule, capped: ActiveRule | None)
         assert other is not None
         scores = _scores(model, name, None, None).value(v, other)
         scores = torch.where(masked(v["scores"]), v["scores"], scores)
-        return (scores.softmax(-1) @ by_head(model, v["value"])).transpose(1, 2).flatten(2)
+        return (scores.softmax(-1) @ wide(by_head(model, v["value"]))).transpose(1, 2).flatten(2)
 
     points = {**read.points, "value": f"{name}.v.hook_out", "pattern": f"{name}.hook_pattern"}
     reads = {**points, "scores": f"{name}.hook_attn_scores"}
@@ -178,7 +179,8 @@ class Products:
 
     @staticmethod
     def expanded(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        """In float32 at least: products before scaling are large, and what is read of them are small differences."""
+        return wide(q), wide(k).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
 
 def by_head(model: Model, value: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from relp_cli.lrp.site import RuleSite, Values, replace
 from relp_cli.models.model import Model
 from relp_cli.models.moe import CHOSEN, OUT, X, check_moe, moe_of
 from relp_cli.models.offload import parameter
+from relp_cli.precision import wide
 
 
 def build_sites(model: Model, active: list[ActiveRule]) -> list[RuleSite]:
@@ -46,7 +47,9 @@ def _norm(model: Model, name: str, rule: ActiveRule) -> RuleSite:
     component = model.component(name)
 
     def surrogate(v: Values, _: Tensor, other: Values | None) -> Tensor:
-        x, theirs = centred(component, v["x"]), (other["x"], other["inverse"]) if other else (None, None)
+        # Wide: sums of squares of a real model's stream are beyond float16.
+        x = wide(centred(component, v["x"]))
+        theirs = (wide(other["x"]), other["inverse"]) if other else (None, None)
         form: NormForm = rule.rule.fn(x.detach(), 1 / v["scale"].detach(), *theirs)
         return weighted(component, form(x))
 

@@ -39,6 +39,8 @@ from relp_cli.runs.spec import ScoreSpec
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.table import space_for
 
+WIDEST = ("float64", "float32", "float16", "bfloat16")  # first: by the bits of their fractions
+
 
 @dataclass(frozen=True)
 class CompareOptions:
@@ -121,10 +123,14 @@ def compare_tasks(
 
 
 def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path, place: str | None = None) -> Compared:
-    """Compare runs that exist; one of them must be of the reference method."""
+    """Compare runs that exist; one of them must be of the reference method. Of runs in several dtypes, the reference is the one
+    of that method in the widest.
+    """
     distinct("run", [str(path.resolve()) for path in paths])
     runs = [open_run(path) for path in paths]
-    specs = [spec.model_copy(update={"method": "", "params": {}, "keep_examples": None}) for _, spec, _ in runs]
+    dtypes = [spec.dtype for _, spec, _ in runs]
+    anew: dict[str, Any] = {"method": "", "params": {}, "keep_examples": None, "dtype": dtypes[0]}
+    specs = [spec.model_copy(update=anew) for _, spec, _ in runs]
     for path, spec in zip(paths[1:], specs[1:], strict=True):
         different = [k for k in ScoreSpec.model_fields if getattr(spec, k) != getattr(specs[0], k)]
         if different:
@@ -133,8 +139,14 @@ def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path, p
         for path, (_, _, scores) in zip(paths, runs, strict=True):
             if scores.meta.get(what) != runs[0][2].meta.get(what):
                 raise RelpError(f"runs {paths[0]} and {path} cannot be compared: they are of different {noun} ({what})")
-    names = [spec.method for _, spec, _ in runs]
-    references = [name for name in names if same_method(name, options.reference)]
+    several = len(set(dtypes)) > 1
+    names = [f"{spec.method} {spec.dtype}" if several else spec.method for _, spec, _ in runs]
+    ranked = [
+        (WIDEST.index(spec.dtype), name)
+        for name, (_, spec, _) in zip(names, runs, strict=True)
+        if same_method(spec.method, options.reference)
+    ]
+    references = [name for rank, name in ranked if rank == min(ranked)[0]]
     if len(references) > 1:
         raise RelpError(f"{len(references)} of these runs are of the reference '{options.reference}'; give one")
     by_method = {
@@ -147,7 +159,7 @@ def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path, p
     methods = [m for m in by_method if m != reference]
     if not methods:
         raise RelpError("only the reference run was given; expected at least one other method")
-    prepared = prepare_again(specs[0].model_copy(update={"method": methods[0]}), runs[0][2], Session(place))
+    prepared = prepare_again(specs[0].model_copy(update={"method": runs[0][1].method}), runs[0][2], Session(place))
     first = runs[0][2].meta
     result = run_comparison(
         prepared.model, prepared.pairs, methods, tuple(runs[0][2]), first["metric"], first["direction"],

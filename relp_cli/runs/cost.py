@@ -14,6 +14,7 @@ from relp_cli.features.load import load_dictionaries
 from relp_cli.lrp.rules import RULE_SETS
 from relp_cli.methods.table import METHODS
 from relp_cli.models.model import Model
+from relp_cli.models.offload import resident
 from relp_cli.nodes.access import units
 from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
 from relp_cli.runs.spec import ScoreSpec
@@ -42,7 +43,7 @@ def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> 
     width = model.shape.d_mlp + 6 * model.shape.d_model + model.shape.n_heads * max(b.n_pos for b in pairs)
     batch = min(spec.batch_size, max(len(b) for b in pairs))
     activations = batch * max(b.n_pos for b in pairs) * width * model.shape.n_layers * per_value * 3
-    weights = sum(p.numel() for p in model.hf.parameters()) * per_value
+    weights = resident(model.hf)
     forwards = f"{cost_of(spec.method)} per pair ({n_pairs} pairs)"
     if spec.method.endswith("+auto") or spec.params.get("rules") == "auto":
         forwards += "; to choose rules, another such pass per candidate set and 256 exactly patched cells"

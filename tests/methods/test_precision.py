@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from oracles.make import random_model
+from oracles.wrapped import pairs
 
 import relp_cli as relp
 from relp_cli.edges.space import EdgeBatch
@@ -13,6 +15,7 @@ from relp_cli.methods.core import gradients
 from relp_cli.methods.nodes import NodeBatch
 from relp_cli.methods.setup import Setup
 from relp_cli.methods.space import Point
+from relp_cli.models.load import wrap
 from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.runs.scoring import scoring_notes
 from relp_cli.spaces.graph import Graph
@@ -96,6 +99,21 @@ def test_a_metric_that_is_no_number_is_refused_by_name_and_prompt(model, batch, 
     with pytest.raises(RelpError, match=f"metric '{metric}' is nan in 1 of 3 runs .* first on the prompt") as caught:
         behaviour(model, [batch], metric)
     assert prompt in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["relp", "relp+secant", "relp+local"])
+def test_rules_on_a_large_stream_do_not_overflow_float16(method):
+    """Sums of squares of such a stream are beyond float16's largest number, which a surrogate would turn into NaN."""
+    models = []
+    for dtype in (torch.float32, torch.float16):
+        hf = random_model("llama", 0).to(torch.float32)
+        hf.get_input_embeddings().weight.data.mul_(100 / hf.get_input_embeddings().weight.std())
+        models.append(wrap(hf.to(dtype), None, "large"))
+    full, half = (relp.score(m, [pairs()], method, ["resid_pre", "mlp_out"]) for m in models)
+    for kind in ("resid_pre", "mlp_out"):
+        got, want = half[kind].mean.flatten(), full[kind].mean.flatten()
+        assert torch.isfinite(got).all()
+        assert torch.corrcoef(torch.stack([got, want]))[0, 1] > 0.99
 
 
 def test_exact_effects_that_the_dtype_rounds_away_are_pointed_at(model, batch):

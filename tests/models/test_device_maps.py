@@ -159,3 +159,9 @@ def test_a_run_records_the_map_and_keeps_its_hash(relp):
     for name, dtype in (("away", "float32"), ("half", "bfloat16")):
         assert (records[name]["scores"]["device_map"], records[name]["scores"]["dtype"]) == ("offload", dtype)
     assert "already done" in relp("score", "ioi", "--pairs", 2, "-o", "away").err
+    done = relp("compare", "half", "plain", "--reference", "relp", "--json")
+    rows = {row["kind"]: row for row in json.loads(done.out)["rows"]}
+    assert set(rows) == {"resid_pre", "attn_out", "mlp_out"}
+    for row in rows.values():
+        assert (row["method"], row["reference"]) == ("relp bfloat16", "relp float32")
+        assert 0.999 < row["pcc"] < 1
