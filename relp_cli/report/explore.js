@@ -14,7 +14,9 @@ if (relp.byId("explore")) (() => {
   const table = relp.table(byId("units"), spec, { text });
 
   // How many units the threshold keeps, and what was measured of the nearest circuit of the sweep.
-  const slider = byId("tau");
+  const slider = byId("tau"), cells = new Map();
+  for (const rect of document.querySelectorAll("#scores rect"))
+    cells.set(`${rect.ownerSVGElement.dataset.kind} ${rect.dataset.layer} ${rect.dataset.at}`, rect);
   slider.max = data.steps.length - 1;
   slider.value = slider.max;
   const move = () => {
@@ -33,8 +35,7 @@ if (relp.byId("explore")) (() => {
     if (!everything)
       for (const row of data.rows) {
         if (Math.abs(row[SCORE]) <= tau) break;
-        const at = data.labels.indexOf(row[POSITION]);
-        document.querySelector(`#scores svg[data-kind="${row[KIND]}"] rect[data-layer="${row[LAYER]}"][data-at="${at}"]`)?.classList.add("kept");
+        cells.get(`${row[KIND]} ${row[LAYER]} ${data.labels.indexOf(row[POSITION])}`)?.classList.add("kept");
       }
     table.keep(everything ? null : (row) => Math.abs(row[SCORE]) > tau);
   };

@@ -3,7 +3,7 @@
 relp.heat = (spec) => {
   const { make } = relp;
   const layers = spec.mean.length, columns = spec.labels.length, longest = Math.max(...spec.labels.map((l) => l.length));
-  const wide = spec.wide ?? (columns > 24 ? Math.max(7, 620 / columns) : Math.min(24, Math.max(16, 320 / columns))), high = layers > 40 ? Math.max(5, 560 / layers) : 14;
+  const wide = spec.wide ?? (columns > 24 ? Math.max(7, 620 / columns) : Math.min(24, Math.max(15, 288 / columns))), high = layers > 40 ? Math.max(5, 560 / layers) : 14;
   const every = Math.ceil(12 / wide), shownAt = (label) => (label.length > 26 ? `${label.slice(0, 25)}…` : label);
   const left = Math.max(28, ...spec.labels.map((label, at) => 2.9 * shownAt(label).length - wide * at)), below = 12 + Math.min(124, longest < 3 ? 10 : 4.7 * longest);
   const width = left + wide * columns + 14, height = high * layers + below;

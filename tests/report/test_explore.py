@@ -46,6 +46,14 @@ told.facts = all("#pair dd").map((d) => d.textContent);
 told.own = rows("#pair .full");
 """
 
+QUICK = """
+const took = (what) => { const before = performance.now(); what(); return performance.now() - before; };
+const tau = document.getElementById("tau");
+told.count = document.querySelector("#units .count").textContent;
+told.slide = took(() => set(tau, tau.max - 1));
+told.search = took(() => set(document.querySelector("#units input"), "end 7"));
+told.sort = took(() => all("#units th button")[1].click());
+"""
 
 PAIRS = {
     "metric": "logit_diff", "of": 4, "roles": [list(LABELS)], "shared": {},
@@ -127,3 +135,13 @@ def test_in_a_browser(own: Scores, tmp_path: Path) -> None:
     assert [abs(float(row[4])) for row in said["own"]] == pytest.approx(
         units.sort(descending=True).values[:15].tolist(), abs=1e-4
     )
+
+
+@in_browser
+def test_ten_thousand_units_stay_small_and_quick(tmp_path: Path) -> None:
+    wide = scores("relp", node_scores("mlp_neuron", 30, 5, 100))
+    (page, *_) = write_html(tmp_path, {}, {"relp": wide})
+    assert page.stat().st_size < 5_000_000
+    said = told(page, QUICK)
+    assert said["count"].startswith("10000 of the 10000 strongest of 15000")
+    assert max(said["slide"], said["search"], said["sort"]) < 1000  # milliseconds; a few dozens where nothing else runs
