@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -108,7 +107,7 @@ def graph_data(
         "links": links,
         "methods": [_method(name, other, own, circuit, where) for name, other in [*scores.items()][1:]],
         "own": next(iter(scores)),
-        "curve": _curve(evaluation, mean, circuit) if labels == own.labels else _curve(evaluation, None, circuit),
+        "curve": _curve(evaluation, own, mean if labels == own.labels else None, circuit),
         "circuit": _circuit(circuit, ranked),
         "meanings": _meanings(meanings, grid),
         "direction": str(own.meta.get("direction", "noising")),
@@ -156,12 +155,13 @@ def _links(circuit: Circuit | None, grid: Grid) -> dict[str, Any] | None:
         return None
     number = {mark.name: i for i, mark in enumerate(grid.marks)}
     edges = circuit.edges.strongest(len(circuit.edges))
-    names = [(number[u], number[v]) for u, v in edges.names()]
+    shown = torch.tensor([u in number and v in number for u, v in edges.names()], dtype=torch.bool)
+    names = [(number[u], number[v]) for (u, v), here in zip(edges.names(), shown.tolist(), strict=True) if here]
     error = (edges.variance / edges.n).sqrt()
     return {
-        "u": [u for u, _ in names], "v": [v for _, v in names], "score": _numbers(edges.mean), "se": _numbers(error, 4),
-        "n": edges.n.tolist(), "threshold": _short(float(edges.meta.get("threshold", 0.0))),
-        "of": int(edges.meta.get("n_scored", len(edges))),
+        "u": [u for u, _ in names], "v": [v for _, v in names], "score": _numbers(edges.mean[shown]),
+        "se": _numbers(error[shown], 4), "n": edges.n[shown].tolist(), "of": len(edges),
+        "threshold": _short(float(edges.meta.get("threshold", 0.0))),
     }  # fmt: skip
 
 
@@ -185,8 +185,11 @@ def _method(name: str, other: Scores, own: Scores, circuit: Circuit | None, wher
     }
 
 
-def _curve(table: pd.DataFrame | None, mean: Tensor | None, circuit: Circuit | None) -> list[dict[str, Any]]:
-    """Evaluated circuits, largest τ first. kept: how many units have |score| > τ (None: that is not what was evaluated).
+def _curve(
+    table: pd.DataFrame | None, scores: Scores, mean: Tensor | None, circuit: Circuit | None
+) -> list[dict[str, Any]]:
+    """Evaluated circuits, largest τ first. kept: how many units have |score| > τ; None where that is not what was evaluated (a
+    circuit, other positions, ties that a count cut, error terms that were removed): the counted ones are then not `n_nodes`.
 
     own: whether the row is of the run's circuit, which a table says that is of one.
     """
@@ -194,7 +197,7 @@ def _curve(table: pd.DataFrame | None, mean: Tensor | None, circuit: Circuit | N
              "completeness_lo", "completeness_hi", "n_pairs", "exclude_layers")  # fmt: skip
     if table is None or not {"n_nodes", "n_possible", "faithfulness", "completeness"} <= {*table.columns}:
         return []
-    strengths = None if mean is None or "circuit" in table else mean.abs().flatten().numpy()
+    strengths = None if mean is None or "circuit" in table else mean.abs()
     rows = []
     for row in table.to_dict("records"):
         entry: dict[str, Any] = {name: _plain(row.get(name)) for name in names}
@@ -202,7 +205,9 @@ def _curve(table: pd.DataFrame | None, mean: Tensor | None, circuit: Circuit | N
         entry["own"] = circuit is not None and row.get("circuit") == circuit.hash
         entry["kept"] = None
         if strengths is not None and entry["tau"] is not None:
-            entry["kept"] = int(np.count_nonzero(strengths > float(row["tau"])))
+            above = strengths > float(row["tau"])
+            if int(above[:, scores.units.counted(int(entry["exclude_layers"] or 0))].sum()) == entry["n_nodes"]:
+                entry["kept"] = int(above.sum())
         rows.append(entry)
     return sorted(rows, key=lambda r: -(r["tau"] or 0))
 

@@ -13,7 +13,7 @@
   const number = (v, digits = 4) => {
     if (v === null || v === undefined) return "—";
     const size = Math.abs(v);
-    const text = size === 0 || digits < 3 || (size >= 10 ** (1 - digits) && size < 1e5) ? v.toFixed(digits) : v.toExponential(2);
+    const text = size === 0 || digits < 3 || (size >= 10 ** -digits && size < 1e5) ? v.toFixed(digits) : v.toExponential(2);
     return (Number(text) === 0 ? text.replace("-", "") : text).replace("-", "−");
   };
   const scored = (v, se, digits = 4) => number(v, digits) + (se === null || se === undefined ? "" : ` ± ${number(se, digits)}`);
@@ -94,9 +94,11 @@
     if (state.mode === "all" && data.circuit) line.push(`; ${whole(pool.slice(0, count).filter((i) => units.kept[i]).length)} are in the circuit`);
     if (hidden) line.push(`; ${whole(hidden)} stand in their cells as +n`);
     if (state.mode === "all" && count === pool.length && data.below > 0) line.push(`; the page holds the ${whole(pool.length)} strongest`);
-    if (state.mode === "circuit" && data.circuit.shown < data.circuit.n && data.positions === data.circuit.positions)
+    if (state.mode === "circuit" && data.circuit.shown < data.circuit.n)
       line.push(`; the page holds ${whole(data.circuit.shown)} of its ${whole(data.circuit.n)}`);
+    if (data.links && g.nLines < data.links.of) line.push(`; the page holds ${whole(g.nLines)} of ${whole(data.links.of)} edges`);
     byId("cg-line").replaceChildren(...line);
+    slider.setAttribute("aria-valuetext", byId("cg-line").textContent);
     measured(count);
     if (state.at !== null && !wantNodes[state.at]) select(null); else select(state.at, false);
   };
@@ -114,7 +116,7 @@
     else if (!data.curve.length) out.push(make("p", { id: "cg-said", class: "soft" }, "Nothing yet: ", make("code", {}, "relp evaluate RUN --sweep …"), " measures faithfulness and completeness."));
     else if (!same || !sweep.length)
       out.push(make("p", { id: "cg-said", class: "soft" }, own ? `Only the whole circuit was measured (${sized(own)}): ${said(own)}.`
-        : "The sweep measured all units with |score| > τ; this part of the circuit is not one of those sets."));
+        : "What evaluation.csv measured are other sets of units than these."));
     else {
       const larger = sweep.filter((r) => r.kept > count).reduce((a, b) => (a && a.kept < b.kept ? a : b), null);
       const smaller = sweep.filter((r) => r.kept < count).reduce((a, b) => (a && a.kept > b.kept ? a : b), null);

@@ -97,7 +97,7 @@ const relpGraph = (() => {
     layer.edges.prepend(curves[j]);  // the strongest, made first, stay on top
     return curves[j];
   };
-  const visible = new Uint8Array(many), drawn = new Uint8Array(nLines);
+  const visible = new Uint8Array(many), on = new Uint8Array(many), drawn = new Uint8Array(nLines);
   const show = (wantNodes, wantLines, ring) => {
     const hidden = new Map();
     for (let i = 0; i < many; i += 1) {
@@ -105,8 +105,9 @@ const relpGraph = (() => {
         const key = `${nodes.row[i]},${nodes.column[i]}`;
         hidden.set(key, [...(hidden.get(key) ?? []), i]);
       }
-      const now = wantNodes[i] && !plan.over[i];
-      if (now !== (visible[i] && !plan.over[i] ? 1 : 0)) {
+      const now = Number(wantNodes[i] === 1 && !plan.over[i]);
+      if (now !== on[i]) {
+        on[i] = now;
         mark(i).style.display = now ? "" : "none";
         if (names[i]) names[i].style.display = now ? "" : "none";
       }
@@ -180,7 +181,10 @@ const relpGraph = (() => {
     content.setAttribute("transform", `translate(${view.x.toFixed(2)},${view.y.toFixed(2)}) scale(${view.k.toFixed(4)})`);
     svg.classList.toggle("zoomed", view.k > 1);
     svg.classList.toggle("roomy", at.sx * view.k > 21 && at.sy * view.k > 24);
-    svg.style.setProperty("--zoom", view.k);
+    if (layer.names.dataset.zoom !== String(view.k)) {  // as few styles as can be are computed anew
+      layer.names.dataset.zoom = view.k;
+      layer.names.style.setProperty("--zoom", view.k);
+    }
     drawAxes();
   };
   const zoom = (factor, px, py) => {

@@ -71,6 +71,11 @@ def test_edges_stand_between_their_writers_and_readers_and_lead_upwards() -> Non
         assert y[units["u"][i]] < y[units["v"][i]]
     np.testing.assert_allclose(data["methods"][0]["score"], other.mean[order], rtol=1e-6)
     assert [row["kept"] for row in data["curve"]] == [int((own.mean.abs() > tau).sum()) for tau in (1.5, 0.5)]
+    upper = swept(own, (0.5,)).assign(exclude_layers=2, n_nodes=int((own.mean.abs() > 0.5)[own.units.layer >= 2].sum()))
+    for table, kept in ((upper, int((own.mean.abs() > 0.5).sum())), (upper.assign(n_nodes=upper.n_nodes - 1), None)):
+        assert graph_data({"relp": own}, circuit, table)["curve"][0]["kept"] == kept  # a count that cut a tie is no τ
+    (row,) = graph_data({"relp": own}, circuit, upper.assign(circuit=circuit.hash))["curve"]
+    assert (row["own"], row["kept"]) == (True, None)
     places = list(zip(data["layouts"]["all"]["x"], y, strict=True))
     assert len(set(places)) == len(places)
 
