@@ -17,7 +17,12 @@ const relpGraph = (() => {
   const topLine = nLines ? largest(lines.score) : 1, topNode = data.edges ? 1 : largest(data.units.score);
   const isUnit = (i) => !data.edges && i < data.units.score.length;
   const isBar = (i) => data.kinds[nodes.kind[i]].shape === "bar" && nodes.column[i] < 0;
-  const token = (column) => data.columns[column]?.tokens[0]?.[0] ?? "";
+  const token = (column) => {  // beside a role only where all pairs have it
+    const own = new Set(data.columns[column].tokens.map(([clean]) => clean));
+    if (own.size !== 1) return "";
+    const text = [...own][0].replaceAll("\n", "↵").replaceAll("\t", "⇥").trim() || "␣";
+    return text.length > 14 ? `${text.slice(0, 13)}…` : text;
+  };
 
   // A mark's outline around (0, 0).
   const polygon = (r, n, turn) => "M" + Array.from({ length: n }, (_, j) => {

@@ -102,7 +102,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """What a page says besides its sections: notes stand on top, facts at the end beside the commands that made it."""
+    """What a page says besides its sections: notes stand on top, facts at the end beside the commands that made it.
+
+    graph: `circuit_graph.graph_section`'s, or "".
+    """
 
     title: str
     about: str
@@ -110,6 +113,7 @@ class Page:
     notes: tuple[str, ...] = ()
     facts: tuple[tuple[str, str], ...] = ()
     commands: tuple[tuple[str, str], ...] = ()
+    graph: str = ""
 
 
 def script_data(sections: Sequence[Section]) -> dict[str, Any]:

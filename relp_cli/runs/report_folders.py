@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from relp_cli.errors import RelpError, RunFailed
 from relp_cli.report.bars import agreement_figure
 from relp_cli.report.canvas import Theme
+from relp_cli.report.circuit_graph import graph_section
 from relp_cli.report.curve_plot import curves_figure
 from relp_cli.report.dots import in_both, intervals_figure, lines_figure
 from relp_cli.report.names import kind_title, model_title, varying
@@ -22,8 +23,10 @@ from relp_cli.report.published import beside
 from relp_cli.report.side import side_by_side
 from relp_cli.runs.comparing import shared_tokens
 from relp_cli.runs.diagnosing import RECORD, read_diagnosis
+from relp_cli.runs.evaluated import read_evaluation
+from relp_cli.runs.evaluating import own_circuit
 from relp_cli.runs.made import command_of, read_made, when
-from relp_cli.runs.pairs import read_pairs
+from relp_cli.runs.pairs import read_pairs, token_examples
 from relp_cli.runs.rundir import RunDir
 from relp_cli.runs.scoring import open_run
 from relp_cli.runs.spec import ScoreSpec
@@ -58,8 +61,25 @@ def runs_page(paths: Sequence[Path]) -> Page:
         tuple(dict.fromkeys(line for record in records for line in record.get("notes", []))),
         tuple((f"run {path}", f"hash {record['hash']}, {spec.method}") for path, record, (_, spec, _) in
               zip(paths, records, opened, strict=True)),
-        tuple(_of_record(record) for record in records),
+        tuple(_of_record(record) for record in records), _graph(dict(zip(names, opened, strict=True))),
     )  # fmt: skip
+
+
+def _graph(runs: Mapping[str, tuple[RunDir, ScoreSpec, Scores]]) -> str:
+    """The first run's graph, or that of the first one with a circuit; cards of nodes have all runs' scores."""
+    name = next((n for n, (run, *_) in runs.items() if run.circuit.is_file()), next(iter(runs)))
+    run, _, scores = runs[name]
+    circuit = own_circuit(run, scores) if run.circuit.is_file() else None
+    evaluation = read_evaluation(run.path / "evaluation.csv")
+    if (
+        evaluation is not None
+        and "circuit" in evaluation
+        and (circuit is None or evaluation["circuit"][0] != circuit.hash)
+    ):
+        evaluation = None  # of another circuit
+    pairs = read_pairs(run, run.read())
+    by_name = {name: scores} | {n: one for n, (*_, one) in runs.items()}
+    return graph_section(by_name, circuit, evaluation, None if pairs is None else token_examples(pairs))
 
 
 _COSTS = ("forwards_per_pair", "backwards_per_pair", "seconds", "rules")

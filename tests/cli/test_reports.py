@@ -16,8 +16,8 @@ def sections(done: Any) -> list[str]:
     return made
 
 
-def data_of(page: str) -> dict[str, Any]:
-    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)
+def data_of(page: str, id: str = "data") -> dict[str, Any]:
+    found = re.search(rf'<script id="{id}" type="application/json">(.*?)</script>', page, re.S)
     assert found is not None
     content: dict[str, Any] = json.loads(found[1])
     return content
@@ -37,10 +37,20 @@ def test_a_comparison_and_its_runs(relp, tmp_path):
     assert [row[3] for row in shown["rows"]] == pytest.approx(table[table.method == "atp"].pcc.tolist(), rel=1e-5)
     assert "&#39;it&#39;&#34;&#39;&#34;&#39;s here&#39;" in page  # as a shell takes it
     runs = sorted((tmp_path / "it's here/scores").iterdir())
-    assert sections(relp("report", *runs, "--json")) == ["scores", "cost", "provenance"]
+    assert sections(relp("report", *runs, "--json")) == ["scores", "cost", "graph", "provenance"]
     (made,) = (tmp_path / "runs").glob("report-*.html")
     table = data_of(made.read_text())["tables"]["units-scores"]
     assert table["columns"] == ["kind", "layer", "position", "unit", "act_patch", "atp", "delta"]
+    graph = data_of(made.read_text(), "graph-data")
+    cards = {graph["own"]: graph["units"]["score"]} | {m["name"]: m["score"] for m in graph["methods"]}
+    assert list(cards) == ["act_patch", "atp", "delta"]
+    assert sum(graph["units"]["kept"]) == 0
+    drawn = [row for row in table["rows"] if row[4]]  # what its own method says has no effect is not drawn
+    assert len(drawn) == len(graph["nodes"]["name"]) > 10
+    for row in drawn:
+        unit = "" if row[3] is None else f".{row[3]}"
+        at = graph["nodes"]["name"].index(f"{row[0]}.{row[1]}{unit} @ {row[2]}")
+        assert [scores[at] for scores in cards.values()] == pytest.approx(row[4:], rel=1e-5, abs=1e-12)
     assert relp("score", "ioi", "--pairs", 3, "--nodes", "mlp_out", "--seed", 1, "-o", "other").code == 0
     refused = relp("report", runs[0], "other")
     assert refused.code == 2

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,10 @@ from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.edges import EdgeScores
 from relp_cli.spaces.graph import Graph
 from relp_cli.spaces.scores import Scores
+from tests.report.browser import in_browser
+from tests.report.browser import told as told_by
 from tests.report.made import LABELS, node_scores, scores
 from tests.report.test_graph import three_features
-
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium here: apt-get install chromium")
 
 
 def edge_scores(seed: int = 0, labels: tuple[str, ...] = ("*",), method: str = "relp") -> Scores:
@@ -146,36 +143,24 @@ def test_a_cell_has_room_for_its_strongest_and_counts_the_rest() -> None:
 
 
 DRIVER = """
-const told = { errors: [] };
-const $ = (id) => document.getElementById(id);
-const shown = (kind) => [...document.querySelectorAll(`.cg-${kind}`)].filter((e) => e.style.display !== "none").length;
-const set = (id, value, name = "input") => { $(id).value = value; $(id).dispatchEvent(new Event(name)); };
-const text = (id) => $(id).textContent;
+const $ = (id) => document.getElementById(id), text = (id) => $(id).textContent;
+const shown = (kind) => all(`.cg-${kind}`).filter((e) => e.style.display !== "none").length;
+const put = (id, value, kind) => set($(id), value, kind);
 const see = () => ({ line: text("cg-line"), said: text("cg-said"), nodes: shown("node"), edges: shown("edge") });
-const rows = () => [...document.querySelectorAll("#cg-card li button")];
-const list = () => rows().map((b) => [...b.children].slice(0, 2).map((c) => c.textContent));
-"""
-FINISH = """
-document.querySelector("section").remove();
-document.body.append(Object.assign(document.createElement("pre"), { id: "told", textContent: JSON.stringify(told) }));
+const list = () => all("#cg-card li button").map((b) => [...b.children].slice(0, 2).map((c) => c.textContent));
 """
 
 
 def browse(section: str, steps: str, folder: Path) -> Any:
-    """What the steps wrote into `told`; the page may ask for nothing."""
+    """What the steps put into `told`; the page may ask for nothing."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     page = folder / "page.html"
-    page.write_text(
-        f'<!doctype html><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}"><body>'
-        f"{section}<script>{DRIVER}{steps}{FINISH}</script>"
-    )
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)  # type: ignore[list-item]
-    assert "CONSOLE" not in done.stderr, done.stderr
-    return json.loads(re.search(r'<pre id="told">(.*?)</pre>', done.stdout, re.S)[1].replace("&gt;", ">"))  # type: ignore[index]
+    head = f'<!doctype html><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+    page.write_text(f"{head}<body>{section}</body>")
+    return told_by(page, f"{DRIVER}{steps}document.querySelector('section').remove();")
 
 
-@needs_browser
+@in_browser
 def test_the_threshold_and_a_node_in_a_browser(tmp_path: Path) -> None:
     own, other = edge_scores(), edge_scores(1, method="atp")
     circuit = select(own, top_k=20)
@@ -186,13 +171,13 @@ def test_the_threshold_and_a_node_in_a_browser(tmp_path: Path) -> None:
         """
 told.start = see();
 document.querySelector("[data-mode=all]").click();
-set("cg-number", "1", "change");
+put("cg-number", "1", "change");
 told.one = see();
-set("cg-number", "1.2", "change");
+put("cg-number", "1.2", "change");
 told.between = see();
-set("cg-tau", $("cg-tau").max);
+put("cg-tau", $("cg-tau").max);
 told.whole = see();
-set("cg-number", "0.5", "change");
+put("cg-number", "0.5", "change");
 const name = relpGraph.nodes.name, logits = name.indexOf("logits");
 document.querySelector(`[data-i="${logits}"]`).dispatchEvent(new MouseEvent("click", { bubbles: true }));
 told.logits = { text: $("cg-card").textContent, list: list() };
@@ -241,11 +226,13 @@ told.zoomed = relpGraph.view.k;
     assert told["zoomed"] == 1.5
 
 
-@needs_browser
+@in_browser
 def test_ten_thousand_nodes_stay_responsive(tmp_path: Path) -> None:
     own = scores("relp", node_scores("mlp_neuron", 30, 5, 400))
     circuit = Circuit.from_mask("mlp_neuron", own["mlp_neuron"].mean.abs() > 2.5, LABELS)
-    section = graph_section({"relp": own}, replace(circuit, meta={}), None, {"S1": [(" a", " b")]})
+    section = graph_section(
+        {"relp": own}, replace(circuit, meta={}), None, {"S1": [(" a", " b")], "IO": [(" c", " d"), (" e", " f")]}
+    )
     assert len(section) < 2_000_000
     told = browse(
         section,
@@ -254,7 +241,7 @@ document.querySelector("[data-mode=all]").click();
 const times = [];
 for (const at of [0.3, 1, 0.5, 0.9, 0.7, 1]) {
   const start = performance.now();
-  set("cg-tau", Math.round(at * $("cg-tau").max));
+  put("cg-tau", Math.round(at * $("cg-tau").max));
   document.body.getBoundingClientRect();
   times.push(performance.now() - start);
 }
@@ -262,6 +249,7 @@ told.times = times;
 told.end = see();
 $("cg-svg").dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
 told.card = $("cg-card").textContent;
+told.axes = all("#cg-svg > g:last-child text").map((t) => t.textContent);
 const chip = [...document.querySelectorAll(".cg-chip")].find((c) => c.style.display !== "none");
 chip.dispatchEvent(new MouseEvent("click", { bubbles: true }));
 told.chip = [chip.textContent, $("cg-card").querySelector("h3").textContent];
@@ -272,6 +260,8 @@ told.chip = [chip.textContent, $("cg-card").querySelector("h3").textContent];
     assert f"the page holds the {MOST:,} strongest" in told["end"]["line"]
     hidden = int(re.search(r"; ([\d,]+) stand in their cells", told["end"]["line"])[1].replace(",", ""))  # type: ignore[index]
     assert told["end"]["nodes"] + hidden == MOST
+    assert any(text in ("S1", "S1  a") for text in told["axes"])
+    assert {"IO", "bos"} <= set(told["axes"])  # tokens that pairs do not share stand on cards alone
     best = own.mean.abs().max()
     assert f"{best:.4f}" in told["card"]
     assert f"rank1 of {own.n_nodes:,}" in told["card"]
