@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib
 import inspect
 import json
@@ -27,13 +28,13 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, files: Any, **_: Any) -> str:
-    """`docs/NAME.md`, as code and help name a page, is a link to it."""
+    """`docs/NAME.md`, as code and help name a page, is a link to it; links to notebooks lead to their pages."""
     up = "../" * page.file.src_uri.count("/")
 
     def link(cited: re.Match[str]) -> str:
         return f"[{cited[1]}]({up}{cited[1]})" if files.get_file_from_path(cited[1]) else cited[0]
 
-    parts = FENCE.split(markdown)
+    parts = FENCE.split(markdown.replace(".ipynb)", ".ipynb.md)"))
     return "".join(part if i % 2 else CITED.sub(link, part) for i, part in enumerate(parts))
 
 
@@ -45,14 +46,17 @@ def on_post_page(output: str, page: Any, **_: Any) -> str:
 
 def commands() -> str:
     """Every verb with its options."""
-    from relp_cli.cli.benchmarks import BENCHMARKS
-
     lines = ["# Commands", "", "`relp VERB --help` says the same. Made from the code.", ""]
     for name, command in tree():
-        lines += [f"## relp {name}", "", quoted(inspect.cleandoc(command.help or "")), ""]
-        rows = [row for p in command.params if (row := option(p))]
+        told = quoted(inspect.cleandoc(command.help or ""))
+        rows = [option(p) for p in command.params]
+        lines += [
+            f"## relp {name}",
+            "",
+            re.sub(r"^Example: (.*)$", lambda m: f"    {plain(m[1])}", told, flags=re.M),
+            "",
+        ]
         lines += ["| option | default | what |", "|---|---|---|", *rows, ""]
-    assert BENCHMARKS
     return "\n".join(lines)
 
 
@@ -76,13 +80,19 @@ def option(parameter: Any) -> str:
     if not names[0].startswith("-"):
         names = [parameter.name.upper()]
     default = parameter.default
-    shown = "" if default in (None, False, [], ()) or callable(default) else f"`{default}`"
-    return f"| {', '.join(f'`{n}`' for n in names)} | {shown} | {quoted(getattr(parameter, 'help', None) or '')} |"
+    shown = "" if default in (None, False, "", [], ()) or callable(default) else f"`{default}`"
+    told = quoted(getattr(parameter, "help", None) or "").replace("\n", " ")
+    return f"| {', '.join(f'`{n}`' for n in names)} | {shown} | {told} |"
 
 
 def quoted(text: str) -> str:
-    """Text as text: Markdown reads nothing into it but line ends."""
-    return re.sub(r"([\\*_<>\[\]|#])", r"\\\1", text).replace("\n", "  \n")
+    """Text as text: Markdown reads nothing into it but code."""
+    return re.sub(r"([\\*_<>\[\]|#])", r"\\\1", text)
+
+
+def plain(text: str) -> str:
+    """`quoted` taken back."""
+    return re.sub(r"\\([\\*_<>\[\]|#])", r"\1", text)
 
 
 def api() -> str:
@@ -99,16 +109,18 @@ def api() -> str:
         thing = getattr(relp_cli, name)
         lines += [f"## relp.{name}", "", *described(name, thing)]
         if inspect.isclass(thing):
-            for member, value in vars(thing).items():
+            for member, value in inspect.getmembers_static(thing):
                 inner = getattr(value, "__func__", getattr(value, "fget", value))
-                if not member.startswith("_") and inspect.isfunction(inner) and inner.__doc__:
+                own = inspect.isfunction(inner) and inner.__module__.startswith("relp_cli")
+                if own and inner.__doc__ and not member.startswith("_"):
                     lines += [f"### {name}.{member}", "", *described(member, inner, isinstance(value, property))]
     return "\n".join(lines)
 
 
-def described(name: str, thing: Any, plain: bool = False) -> list[str]:
-    call = name if plain else f"{name}{signature(thing)}"
-    return ["```python", call, "```", "", "```text", inspect.cleandoc(thing.__doc__ or ""), "```", ""]
+def described(name: str, thing: Any, attribute: bool = False) -> list[str]:
+    call = name if attribute else f"{name}{signature(thing)}"
+    told = html.escape(inspect.cleandoc(thing.__doc__ or ""))
+    return ["```python", call, "```", "", f'<pre class="docstring">{told}</pre>', ""]
 
 
 def signature(thing: Any) -> str:
