@@ -37,7 +37,7 @@ def agreement_figure(table: pd.DataFrame, theme: Theme = LIGHT) -> Figure:
     low = min(0.0, float(np.nan_to_num(lows).min()) - 0.05) if (lows < 0).any() else 0.0
     width = max(2.2, len(models) * (0.16 * len(colors) + 0.2))
     with themed(theme):
-        figure = new_figure(0.8 + width * len(kinds), 0.9 + 2.2 * len(parts))
+        figure = new_figure(max(4.6, 0.8 + width * len(kinds)), 0.9 + 2.2 * len(parts))
         grid = figure.subplots(len(parts), len(kinds), squeeze=False, sharex=True, sharey=True)
         for row, (key, rows) in zip(grid, parts, strict=True):
             row[0].set_ylabel("PCC" + "".join(f"\n{v}" for v in (key if isinstance(key, tuple) else (key,))))

@@ -58,15 +58,19 @@ def curves_figure(
             about = [model_title(str(names["model"]))] if "model" in names else []
             about += [kind_title(str(names["kind"]))] if "kind" in names else []
             row[0].set_title(" · ".join(about) or "faithfulness", loc="left", fontweight="bold")
-            row[1].set_title(_protocol(rows), loc="right", fontsize=8, color=theme.soft)
+            row[1].set_title(protocol(rows), loc="right", fontsize=8, color=theme.soft)
             row[0].set_xlabel(row[0].get_xlabel() + _costs(rows, by))
         _curves_legend(figure, table, colors, faint, theme)
     return figure
 
 
-def _structures(rows: pd.DataFrame, faint: str) -> list[pd.DataFrame]:
-    keys = [faint, *varying(rows, tuple(k for k in ("seed", "metric", "ablation") if k != faint))]
-    return [group for _, group in rows.groupby(keys, sort=False)]
+def structures(rows: pd.DataFrame, faint: str) -> list[pd.DataFrame]:
+    """The rows of each value of `faint`, and of each seed, metric and ablation where these vary."""
+    keys = [
+        *([faint] if faint in rows else []),
+        *varying(rows, tuple(k for k in ("seed", "metric", "ablation") if k != faint)),
+    ]
+    return [group for _, group in rows.groupby(keys, sort=False)] if keys else [rows]
 
 
 def _curves_panel(
@@ -77,21 +81,21 @@ def _curves_panel(
     zero = _zero_place(rows[x])
     for i, (name, chosen) in enumerate(rows.groupby(by, sort=False)):
         color, width = colors[str(name)], max(1.4, 3 - 0.6 * i)  # a line that another one covers stays visible
-        structures = _structures(chosen, faint)
-        several = len(structures) > 1
-        for one in structures if several else []:
+        parts = structures(chosen, faint)
+        several = len(parts) > 1
+        for one in parts if several else []:
             axes.plot(*curve(one, x, y), color=color, lw=0.9, alpha=0.35)
-        mean = mean_curve([curve(one, x, y) for one in structures])
+        mean = mean_curve([curve(one, x, y) for one in parts])
         axes.plot(*mean, color=color, lw=width, marker="" if several else "o", ms=3, solid_capstyle="round")
         bold.append(mean[1])
         if not several:
-            _band(axes, structures[0], x, y, color)
+            _band(axes, parts[0], x, y, color)
         at_zero = chosen.loc[chosen[x] == 0, y].astype(float).dropna()
         if len(at_zero):
             axes.plot(zero, at_zero.mean(), "o", color=color, mfc="none", ms=7, mew=1.4, clip_on=False)
             bold.append(at_zero.to_numpy())
     if f"random_{y}" in rows.columns:
-        base = mean_curve([curve(one, x, f"random_{y}") for one in _structures(rows, faint)])
+        base = mean_curve([curve(one, x, f"random_{y}") for one in structures(rows, faint)])
         axes.plot(*base, color=theme.soft, lw=1.4, ls=(0, (4, 2)))
         bold.append(base[1])
     for level, label in ((1, "full\nmodel"), (0, "empty\nmodel")):  # completeness is the complement's faithfulness
@@ -155,7 +159,7 @@ def _scale_y(axes: Axes, values: np.ndarray, bold: np.ndarray, theme: Theme) -> 
         axes.annotate(text, (0.99, 0.01), xycoords="axes fraction", ha="right", fontsize=7, color=theme.soft)
 
 
-def _protocol(rows: pd.DataFrame) -> str:
+def protocol(rows: pd.DataFrame) -> str:
     """What the numbers were measured with, where it is one thing."""
 
     def only(name: str) -> Any:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from relp_cli.errors import RelpError
 from relp_cli.files import write_atomically
-from relp_cli.report.canvas import DARK, LIGHT, Theme, save_figure
+from relp_cli.report.canvas import LIGHT, save_figure
 from relp_cli.report.circuit_graph import Examples, graph_section
+from relp_cli.report.curve_data import curve_panels
 from relp_cli.report.curve_plot import curves_figure
 from relp_cli.report.digest import circuit_counts, top_nodes
 from relp_cli.report.explore import explorer
@@ -94,7 +94,11 @@ def render_page(
     maps = map_set({str(about.get("method", "")): scores}, tokens)
     picker = pair_picker(pairs, scores) if pairs else None
     whole = () if evaluation is None else (Sheet("evaluation", evaluation, fold=True),)
-    sections = [Section("evaluation", "", sheets=whole), Section("scores", "", maps=maps), *more]
+    sections = [
+        Section("evaluation", "", sheets=whole, curves=_curves(evaluation, scores)),
+        Section("scores", "", maps=maps),
+        *more,
+    ]
     data = explorer(scores, evaluation, tokens) | {"pairs": picker} | script_data(sections)
     return render(
         "page.html.j2",
@@ -136,8 +140,7 @@ def _pictures(
     heads = [k for k in kinds if own[k].mean.ndim == 3 and own[k].mean.shape[2] <= MAX_HEADS]
 
     def maps(name: str, caption: str, chosen: Sequence[str], over: Over, words: Sequence[str] | None) -> Picture:
-        light, dark = (heatmap_figure(scores, chosen, title, words, theme, over) for theme in (LIGHT, DARK))
-        return Picture(name, caption, light, dark)
+        return Picture(name, caption, heatmap_figure(scores, chosen, title, words, LIGHT, over))
 
     pictures = [maps("heatmaps", "Mean score per layer and position.", kinds, "units", tokens)] if kinds else []
     for kind in heads:
@@ -150,11 +153,17 @@ def _pictures(
         if table[["faithfulness", "completeness"]].notna().any(axis=None):
             caption = "Faithfulness and completeness on held-out pairs, with 95 % bootstrap bands."
 
-            def draw(theme: Theme) -> Figure:
-                return curves_figure(table, theme=theme)
-
-            pictures.append(Picture("curves", caption, draw(LIGHT), draw(DARK)))
+            pictures.append(Picture("curves", caption, curves_figure(table)))
     return pictures
+
+
+def _curves(evaluation: pd.DataFrame | None, scores: Scores) -> list[dict[str, Any]]:
+    """Of a sweep; none of a single circuit."""
+    if evaluation is None or "n_nodes" not in evaluation or not {"faithfulness", "completeness"} <= {*evaluation}:
+        return []
+    return curve_panels(
+        evaluation.assign(**{k: str(scores.meta.get(k, "?")) for k in ("method",) if k not in evaluation})
+    )
 
 
 def _graph(circuit: Circuit | None, scores: Scores, tokens: Sequence[str] | None) -> Picture | None:
@@ -165,8 +174,8 @@ def _graph(circuit: Circuit | None, scores: Scores, tokens: Sequence[str] | None
     if count is None:
         return None
     words = _words(scores.labels, tokens)
-    light, dark = (circuit_figure(circuit, scores, words, theme) for theme in (LIGHT, DARK))
-    return Picture("circuit", f"The {min(count, MOST_EDGES)} strongest of {count} edges. {row.caption}", light, dark)
+    drawn = circuit_figure(circuit, scores, words, LIGHT)
+    return Picture("circuit", f"The {min(count, MOST_EDGES)} strongest of {count} edges. {row.caption}", drawn)
 
 
 def _words(labels: Sequence[str], tokens: Sequence[str] | None) -> dict[str, str] | None:

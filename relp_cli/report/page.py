@@ -20,18 +20,26 @@ from relp_cli.report.names import kind_title
 from relp_cli.report.tables import cell
 
 CSS_DPI = 96
-SCRIPTS = ("base", "table", "maps", "scatter", "pairs", "explore")  # in this order: the first ones serve the others
+SCRIPTS = (
+    "base",
+    "table",
+    "maps",
+    "scatter",
+    "curves",
+    "pairs",
+    "explore",
+)  # in this order: the first ones serve the others
 MOST_ROWS = 10_000  # of a table
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One figure of the page, drawn for both colour schemes."""
+    """One figure, drawn for both colour schemes, or only where there is no script (without `dark`)."""
 
     name: str
     caption: str
     light: Figure
-    dark: Figure
+    dark: Figure | None = None
 
     @property
     def width(self) -> int:
@@ -39,9 +47,9 @@ class Picture:
         return round(self.light.get_figwidth() * CSS_DPI)
 
     def sources(self) -> dict[str, str]:
-        """Both as data URIs."""
+        """Those that there are as data URIs."""
         return {k: "data:image/png;base64," + base64.b64encode(rendered(f, dpi=2 * CSS_DPI)).decode()
-                for k, f in (("light", self.light), ("dark", self.dark))}  # fmt: skip
+                for k, f in (("light", self.light), ("dark", self.dark)) if f is not None}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ class Section:
     """A part of a page: text, then heatmaps, scatter plots, figures, tables. id: of its link.
 
     maps: `map_set(...)`. scatters: {"table": a sheet's name, "words": columns that name a point, "panels": a list of {title,
-    kind, x, y}}. commands: what made it, and when.
+    kind, x, y}}. curves: `curve_panels(...)`. commands: what made it, and when.
     """
 
     id: str
@@ -95,6 +103,7 @@ class Section:
     text: tuple[str, ...] = ()
     maps: Mapping[str, Any] | None = None
     scatters: Mapping[str, Any] | None = None
+    curves: Sequence[Mapping[str, Any]] = ()
     pictures: tuple[Picture, ...] = ()
     sheets: tuple[Sheet, ...] = ()
     commands: tuple[tuple[str, str], ...] = ()
@@ -121,6 +130,7 @@ def script_data(sections: Sequence[Section]) -> dict[str, Any]:
     return {
         "tables": {sheet.name: sheet.plain() for section in sections for sheet in section.sheets},
         "sets": {section.id: section.maps for section in sections if section.maps},
+        "curves": {section.id: section.curves for section in sections if section.curves},
         "scatters": {section.id: section.scatters for section in sections if section.scatters},
     }
 

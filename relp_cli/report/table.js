@@ -6,7 +6,7 @@ relp.table = (root, spec, options = {}) => {
   const page = options.page ?? 25, sizes = new Set(spec.sizes ?? []), same = spec.same ?? [];
   const state = { by: spec.by ?? -1, down: true, page: 0, words: [], keep: null };
   const cell = (value, at) => {
-    if (value === null || value === undefined) return "—";
+    if (value === null || value === undefined || value === "*") return "—";
     if (at < 0) return typeof value === "number" && !Number.isInteger(value) ? number(value, 3) : String(value);
     return options.text?.(value, at) ?? (spec.types[at] === "float" ? number(value, spec.digits ?? 3) : String(value));
   };

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from relp_cli.errors import RelpError, RunFailed
 from relp_cli.report.bars import agreement_figure
-from relp_cli.report.canvas import Theme
 from relp_cli.report.circuit_graph import graph_section
-from relp_cli.report.curve_plot import curves_figure
+from relp_cli.report.curve_data import curve_panels
 from relp_cli.report.dots import in_both, intervals_figure, lines_figure
 from relp_cli.report.names import kind_title, model_title, varying
 from relp_cli.report.page import Page, Picture, Section, Sheet, script_data, script_text
@@ -131,8 +128,8 @@ def job_page(folder: Path) -> Page:
         sheets = [Sheet("areas", areas_of(measured), "Areas under the curves", by="CPR", fold=True)]
         if job.get("published") == "figure3":
             sheets.append(Sheet("published", beside(measured), "Beside the paper's Figure 3"))
-        said = "Faithfulness and completeness on held-out pairs; bands: 95 % bootstrap over pairs."
-        sections.append(Section("circuits", "Circuits", (said,), pictures=_curves(measured), sheets=tuple(sheets)))
+        said = "Faithfulness and completeness on held-out pairs."
+        sections.append(Section("circuits", "Circuits", (said,), curves=curve_panels(measured), sheets=tuple(sheets)))
     failed = pd.DataFrame(list(dict(made.get("errors", {})).items()), columns=["cell", "error"])
     if len(failed):
         sections.append(Section("failed", "Cells that failed", sheets=(Sheet("failed", failed),)))
@@ -270,20 +267,6 @@ def _pcc(table: pd.DataFrame) -> pd.DataFrame:
 def _bars(table: pd.DataFrame) -> tuple[Picture, ...]:
     caption = "PCC with exact patching, with 95 % bootstrap over pairs."
     return (in_both("agreement", caption, lambda theme: agreement_figure(table, theme)),)
-
-
-def _curves(table: pd.DataFrame) -> tuple[Picture, ...]:
-    """A figure per model and kind that has a curve."""
-    out: list[Picture] = []
-    for (model, kind), rows in table.groupby(["model", "kind"], sort=False):
-        if rows.n_nodes.nunique() > 1 and rows[["faithfulness", "completeness"]].notna().any(axis=None):
-            caption = f"{kind_title(str(kind))}, {model_title(str(model))}"
-            out.append(in_both(f"curves-{len(out)}", caption, partial(_curve, rows)))
-    return tuple(out)
-
-
-def _curve(rows: pd.DataFrame, theme: Theme) -> Figure:
-    return curves_figure(rows, theme=theme)
 
 
 def _csv(path: Path) -> pd.DataFrame:

@@ -44,6 +44,10 @@ told.pair = hover(cell("pair-mlp_out", 1, 2));
 told.marks = all("#pair mark").map((m) => m.textContent);
 told.facts = all("#pair dd").map((d) => d.textContent);
 told.own = rows("#pair .full");
+const curve = document.querySelector("svg[data-measure=faithfulness]");
+for (const key of ["ArrowRight", "ArrowRight"]) curve.dispatchEvent(new KeyboardEvent("keydown", { key }));
+told.curve = document.getElementById("tip").textContent;
+told.bands = all("#evaluation ~ [data-curves] .band").length;
 """
 
 QUICK = """
@@ -129,6 +133,7 @@ def test_in_a_browser(own: Scores, tmp_path: Path) -> None:
         f"MLP, layer 1, IO ‘ <i>2’ → ‘ X’: {examples[2, 1, column]:.4f} in this pair; "
         f"mean {mean[1, column]:.4f} ± 0.2500 over 4 pairs"
     )
+    assert (said["curve"], said["bands"]) == ("relp, 10 nodes: faithfulness 0.500 [0.400, 0.600]", 2)
     assert said["marks"] == [" <i>2", " X"]
     assert said["facts"] == ["‘ yes’, ‘ aye’ … (9 words)", "‘ no’", "2.500", "-1.250", "no"]
     units = own.examples[2].abs()  # type: ignore[index]

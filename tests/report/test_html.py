@@ -60,7 +60,7 @@ def test_the_page_is_complete_and_self_contained(tmp_path, run):
     assert not re.search(r"<script[^>]* src|<link|@import|url\(|fetch\(|(src|srcset|href)=\"(?!data:|#)", page)
     assert "default-src 'none'" in page  # a browser would refuse what the page asked for
     images = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)
-    assert len(images) == 4  # curves, light and dark; two heatmaps where there is no script
+    assert len(images) == 3  # figures, where there is no script
     assert all(base64.b64decode(image).startswith(b"\x89PNG\r\n") for image in images)
     best = top_nodes(run["relp"], 1).iloc[0]
     assert f"{best.score:+.3f}" in page
