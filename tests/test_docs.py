@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import typer
 
@@ -133,17 +135,19 @@ def outputs(cell: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebooks_run_and_say_what_is_stored(path: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    """Cells in order, in one namespace. What they print is what is stored, numbers apart."""
+    """Cells in order, in one namespace. What they print and show is what is stored, numbers apart."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__main__"}
+    pd.set_option("display.max_columns", 20)  # as in a notebook; here the default is that of no terminal
     for cell in json.loads(path.read_text())["cells"]:
-        if cell["cell_type"] != "code":
-            continue
-        exec(compile("".join(cell["source"]), f"{path.name}", "exec"), names)
-        printed = capsys.readouterr().out
-        stored = outputs(cell)
-        if printed:
-            assert without_numbers(printed) == without_numbers(stored)
+        if cell["cell_type"] == "code":
+            body = ast.parse("".join(cell["source"])).body
+            last = body.pop() if isinstance(body[-1], ast.Expr) else None
+            exec(compile(ast.Module(body, []), path.name, "exec"), names)
+            value = None if last is None else eval(compile(ast.Expression(last.value), path.name, "eval"), names)
+            said = capsys.readouterr().out + ("" if value is None else repr(value))
+            assert without_numbers(said) == without_numbers(outputs(cell))
+    pd.reset_option("display.max_columns")
 
 
 def without_numbers(text: str) -> str:
