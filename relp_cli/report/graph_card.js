@@ -166,7 +166,7 @@
   const edgeList = (title, members, end) => {
     const most = Math.max(...members.map((j) => Math.abs(lines.score[j])), 1e-30), total = members.reduce((a, j) => a + lines.score[j], 0);
     return list(`${title}: ${counted(members.length, "edge")}, Σ ${number(total)}`, members, (j) => item(nodes.name[end[j]] + (lines.part?.[j] ? ` into ${lines.part[j]}` : ""), lines.score[j], lines.se?.[j],
-      Math.abs(lines.score[j]) / most, () => select(end[j]), data.edges ? data.methods.map((m) => `${m.name}: ${scored(m.score[j], m.se?.[j])}`) : []));
+      Math.abs(lines.score[j]) / most, () => select(end[j]), data.edges ? data.methods.map((m) => `${m.name}: ${scored(m.score[j], m.se?.[j], 3)}`) : []));
   };
   const card = (i) => {
     const out = [], column = data.columns[nodes.column[i]], unit = g.isUnit(i), { into, out: onto } = around(i);

@@ -229,7 +229,7 @@ const relpGraph = (() => {
     hot = i === null ? [] : [...near, i].flatMap((n) => [marks[n], names[n]]).filter(Boolean).concat(own.map((j) => curves[j]).filter(Boolean));
     for (const element of hot) element.classList.add("hot");
     if (i !== null) marks[i]?.classList.add("at");
-    svg.classList.toggle("cg-focus", i !== null);
+    svg.classList.toggle("cg-focus", i !== null && nLines > 0);
   };
   const say = (text, x, y) => {
     tip.hidden = text === "";

@@ -73,7 +73,7 @@ def test_a_run_with_all_that_can_be_made_of_it(relp, tmp_path):
     about = ("--resamples", 2, "--pairs", 4, "--sweep", "fractions:.3")
     assert relp("robustness", "run", *about).code == 0
     more = ["evaluation-sva_simple", "minimality", "tests", "robustness"]
-    expected = ["behaviour", "scores", "top", "pairs", "explore", "graph", "circuit", "evaluation", *more, "provenance"]
+    expected = ["behaviour", "scores", "graph", "top", "pairs", "explore", "circuit", "evaluation", *more, "provenance"]
     assert sections(relp("report", "run", "--json")) == expected
     page = (tmp_path / "run/report.html").read_text()
     for verb in ("score sva_across_pp", "circuit run --top-k 4", "test run", "robustness run"):

@@ -218,7 +218,7 @@ told.zoomed = relpGraph.view.k;
     ]
     assert [row[0] for row in told["logits"]["list"]] == [graph.writers[writer[i]] for i in into]
     assert told["logits"]["list"][0][1] == f"{own.mean[into[0]]:.3f} ± 0.250".replace("-", "−")
-    assert f"atp: {other.mean[into[0]]:.4f}".replace("-", "−") in told["logits"]["text"]
+    assert f"atp: {other.mean[into[0]]:.3f}".replace("-", "−") in told["logits"]["text"]
     assert f"Σ {own.mean[into].sum():.4f}".replace("-", "−") in told["logits"]["text"]
     assert told["next"] == graph.writers[writer[into[0]]]
     assert told["up"] not in ("", told["next"])
