@@ -10,6 +10,7 @@ from relp_cli import __version__
 from relp_cli.cli import (
     bench,
     circuit,
+    collect,
     compare,
     diagnose,
     evaluate,
@@ -30,7 +31,7 @@ from relp_cli.cli.benchmarks import Evaluate
 from relp_cli.cli.completion import completing
 from relp_cli.cli.waiting import waiting
 
-QUICK = ("ls", "validate", "init", "schema")  # load no torch, mostly
+QUICK = ("ls", "validate", "init", "schema", "collect")  # load no torch, mostly
 app = typer.Typer(
     name="relp",
     help="Circuit discovery for transformer language models: score nodes, select circuits, evaluate and compare them.",
@@ -45,6 +46,7 @@ VERBS = {
     },
     "validate": tasks.validate, "show": tasks.show, "train-dictionary": train_dictionary.command,
     "export": exchange.export, "import": exchange.import_, "reproduce": job.reproduce,
+    "collect": collect.command,
 }  # fmt: skip
 for name, command in VERBS.items():
     app.command(name=name, cls=Evaluate if name == "evaluate" else None)(completing(name, command))

@@ -14,6 +14,7 @@ from relp_cli.cli.common import (
     DeviceOption,
     DryRunFlag,
     JsonFlag,
+    ShardOption,
     count_option,
     log,
     note,
@@ -25,10 +26,12 @@ from relp_cli.cli.common import (
     refuse_typed,
     seed_option,
 )
-from relp_cli.errors import RelpError
 from relp_cli.models.placement import placed
 
-OF_JOBS = ("target", "batch_size", "device", "device_map", "output", "override", "engine", "dry_run", "json")
+OF_JOBS = (
+    "target", "batch_size", "device", "device_map", "output", "override", "engine", "shard", "workers", "dry_run", "json",
+)  # fmt: skip
+ONLY_JOBS = {"override", "engine", "shard", "workers"}
 
 
 def command(
@@ -74,6 +77,10 @@ def command(
         list[str], typer.Option("--override", help="Override a key of the job: models=\\[tiny-gpt2]")
     ] = [],  # noqa: B006
     engine: Annotated[str, typer.Option(help="local or ray (jobs only).")] = "local",
+    shard: ShardOption = None,
+    workers: Annotated[
+        int | None, count_option(1, help="Processes here, one a GPU where there are any (jobs only).")
+    ] = None,
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -86,15 +93,15 @@ def command(
     place = placed(device, device_map)
     refuse_misplaced(target)
     if target.endswith((".yaml", ".yml")) or not Path(target).exists():
-        from relp_cli.cli.job import named_job, run_job
+        from relp_cli.cli.job import Where, named_job, run_job
 
         size = [] if batch_size is None else [f"batch_size={batch_size}"]
         job = named_job(target, [*override, *size])
         refuse_typed(context, OF_JOBS, f"is for runs; '{target}' is a job, whose keys --override changes")
-        run_job(job, output, engine, place, dry_run, json)
+        run_job(job, output, Where(engine, place, shard, workers), dry_run, json)
         return
-    if override or engine != "local":
-        raise RelpError(f"{'--override' if override else '--engine'} is for jobs; '{target}' is a run")
+    of_runs = {str(parameter.name) for parameter in context.command.params} - ONLY_JOBS
+    refuse_typed(context, of_runs, f"is for jobs; '{target}' is a run")
     if dry_run:
         from relp_cli.runs.evaluating import evaluation_cost
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from relp_cli.cli.common import out
-from relp_cli.report.digest import top_nodes
 from relp_cli.report.names import kind_title
 from relp_cli.report.tables import cell, show
 
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
 
 def show_scores(scores: Scores, k: int = 10) -> None:
     """The k nodes of each kind with the largest |mean score|, and the rules that were applied."""
+    from relp_cli.report.digest import top_nodes
+
     meta = scores.meta
     table = top_nodes(scores, k)
     if meta["rules"]:

@@ -12,7 +12,8 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +24,15 @@ from relp_cli.errors import RelpError
 from relp_cli.files import read_json
 
 EXPIRES, BEAT, POLL = 60.0, 10.0, 0.5  # seconds: without a sign of life, between two of them, between two looks
+MOST_DEATHS = 3  # of processes that held one claim, one after the other: then it is not tried by a further one
 
 
 @dataclass
 class Claims:
-    """The claims below one folder, as one process sees them."""
+    """The claims below one folder, as one process sees them. before: how many there were when deaths began to count."""
 
     folder: Path
+    before: Mapping[str, int] = field(default_factory=dict)
     _seen: dict[Path, tuple[int, float]] = field(default_factory=dict)  # mtime, and when it was first seen
 
     @contextmanager
@@ -50,9 +53,9 @@ class Claims:
             for old in self._held(name):  # the highest last: until then it holds
                 old.unlink(missing_ok=True)
 
-    def names(self) -> set[str]:
-        """What is claimed, by whomever."""
-        return {path.name.rpartition(".")[0] for path in self.folder.glob("[!.]*")}
+    def deaths(self, name: str) -> int:
+        """How many processes died that held `name`, which this one holds now."""
+        return counts(self.folder)[name] - 1 - self.before.get(name, 0)
 
     def _held(self, name: str) -> list[Path]:
         return sorted(self.folder.glob(f"{name}.*"), key=_number)
@@ -84,6 +87,11 @@ class Claims:
             since = now
         self._seen[path] = touched, since
         return now - since < EXPIRES and not _gone(owner)
+
+
+def counts(folder: Path) -> Counter[str]:
+    """How many claims there are of each name that is claimed; all but one of a name's are of processes that died."""
+    return Counter(path.name.rpartition(".")[0] for path in folder.glob("[!.]*"))
 
 
 def _number(path: Path) -> int:

@@ -156,6 +156,13 @@ def groups_of(job: JobSpec) -> list[Group]:
     return sorted(groups, key=lambda group: job.models.index(group.model))
 
 
+def groups_of_shard(job: JobSpec, index: int, count: int) -> list[Group]:
+    """Share `index` (from 0) of `count`: neighbours, so that a shard loads few models. Shards differ by one group at most;
+    together they are the job."""
+    groups = groups_of(job)
+    return groups[index * len(groups) // count : (index + 1) * len(groups) // count]
+
+
 def nodes_of(kind: str) -> tuple[str, ...]:
     """The node kinds that are scored for one of a job's kinds; `attn_dim+mlp_dim` is circuits of both, ranked together."""
     return tuple(scored_as(kind).split("+"))

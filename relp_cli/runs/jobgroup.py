@@ -89,10 +89,9 @@ class GroupRun:
 
     def identity(self) -> dict[str, str]:
         """What the names in a cell stand for; part of its hash."""
-        p = self.prepared()
-        names = identity_of(p.task, p.metric, p.model.revision)
-        where = self.job.dictionary
-        return names | ({"dictionary": self.session.dictionaries(where, p.model).digest} if where else {})
+        p, where = self.prepared(), self.job.dictionary
+        dictionary = self.session.dictionaries(where, p.model).digest if where else None
+        return identity_of(p.task.hash, p.metric, p.model.revision, dictionary)
 
     def scores(self, method: str, kind: str) -> Scores:
         """Scores of one method. Exact patching of neurons and dimensions re-scores the cheap methods' candidates only."""

@@ -1,5 +1,5 @@
 """What a job's names stand for, known without loading a model: from its folder's content, or from what was noted when it
-was loaded for this job (JOB/models/<hash>.json), so that finished cells need neither the model nor its folder.
+was loaded for this job (JOB/models/<hash>.json), so that finished cells need neither the model nor its folder. Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,17 +14,22 @@ from relp_cli.errors import RelpError
 from relp_cli.files import read_json, write_atomically
 from relp_cli.models.folder import content_hash, local_path, split_revision
 from relp_cli.runs.job import Cell, Group, JobSpec, cell_file, score_spec_of, unloaded_file
-from relp_cli.tasks.task import Task, load_task
+from relp_cli.tasks.source import read_source
+from relp_cli.tasks.spec import TaskText
 
 
 @dataclass
 class Known:
-    """Identities of one job's groups. `noted`: models that are not on this disk, whose noted content is taken."""
+    """Identities of one job's groups. `noted`: models that are not on this disk, whose noted content is taken.
+
+    trusting: what only a loaded model can tell, its dictionaries' content, is taken as it was noted: for looking at results.
+    """
 
     job: JobSpec
     folder: Path
+    trusting: bool = False
     noted: set[str] = field(default_factory=set)
-    _tasks: dict[str, Task] = field(default_factory=dict)
+    _tasks: dict[str, TaskText] = field(default_factory=dict)
     _here: dict[str, str | None] = field(default_factory=dict)
 
     def path(self, cell: Cell) -> Path | None:
@@ -38,17 +43,23 @@ class Known:
 
     def identity(self, group: Group) -> dict[str, str] | None:
         """`identity_of` this group; None where the model is not on this disk and was never loaded for this job."""
-        if self.job.dictionary:  # its content hash is per site of the loaded model
+        dictionary = self._noted(group.model).get("dictionary") if self.trusting else None
+        if self.job.dictionary and dictionary is None:  # its content hash is per site of the loaded model
             return None
         try:
-            revision, task = self.revision(group.model), self._task(group)
+            revision, task = self.revision(group.model), self.task(group.task)
         except RelpError:
             return None  # said by the cells, when they are run
-        return (
-            identity_of(task, score_spec_of(self.job, group, self.job.methods[0]).metric, revision)
-            if revision
-            else None
-        )
+        if not revision:
+            return None
+        metric = score_spec_of(self.job, group, self.job.methods[0]).metric or task.spec.metric
+        return identity_of(task.hash, metric, revision, dictionary)
+
+    def task(self, name: str) -> TaskText:
+        """Raises RelpError for a task that is not there, or is none."""
+        if name not in self._tasks:
+            self._tasks[name] = read_source(name).text
+        return self._tasks[name]
 
     def revision(self, model: str) -> str | None:
         """The content hash of a model's folder, or what was noted of a model that is not there."""
@@ -58,33 +69,30 @@ class Known:
             except RelpError:
                 path = None
             self._here[model] = None if path is None else content_hash(path)
-        if self._here[model] is None and (noted := self._noted(model)) is not None:
+        if self._here[model] is None and (noted := self._noted(model).get("revision")) is not None:
             self.noted.add(model)
             return noted
         return self._here[model]
 
     def note(self, model: str, identity: dict[str, str]) -> None:
         """A model was loaded, and is what `identity` says."""
-        revision = identity["revision"]
-        if self._noted(model) != revision:
-            write_atomically(self._note(model), json.dumps({"model": model, "revision": revision}) + "\n")
+        content = {"model": model} | {name: identity[name] for name in ("revision", "dictionary") if name in identity}
+        if self._noted(model) != content:
+            write_atomically(self._note(model), json.dumps(content) + "\n")
 
     def _note(self, model: str) -> Path:
-        return self.folder / "models" / f"{hashlib.sha256(model.encode()).hexdigest()[:16]}.json"
+        name = model + (f"\n{self.job.dictionary}" if self.job.dictionary else "")
+        return self.folder / "models" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
 
-    def _noted(self, model: str) -> str | None:
+    def _noted(self, model: str) -> dict[str, str]:
         try:
             content = read_json(self._note(model))
         except RelpError:
-            return None
-        return content.get("revision") if isinstance(content, dict) and content.get("model") == model else None
-
-    def _task(self, group: Group) -> Task:
-        if group.task not in self._tasks:
-            self._tasks[group.task] = load_task(group.task)
-        return self._tasks[group.task].with_ids_of(self.job.ids_of)
+            return {}
+        return content if isinstance(content, dict) and content.get("model") == model else {}
 
 
-def identity_of(task: Task, metric: str | None, revision: str) -> dict[str, str]:
+def identity_of(task_hash: str, metric: str, revision: str, dictionary: str | None = None) -> dict[str, str]:
     """What the names in a cell stand for; part of its hash."""
-    return {"task_hash": task.hash, "revision": revision, "metric": metric or task.metric, "relp": __version__}
+    names = {"task_hash": task_hash, "revision": revision, "metric": metric, "relp": __version__}
+    return names | ({"dictionary": dictionary} if dictionary else {})

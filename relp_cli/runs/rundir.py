@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shlex
 import sys
@@ -116,12 +117,14 @@ def checksum(path: Path) -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, platform, time and command line."""
+    """Versions, platform, time, command line, and the GPU that a worker was given."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["relp", *sys.argv[1:]]) if Path(sys.argv[0]).stem == "relp" else "python",
         "python": platform.python_version(),
         "platform": platform.platform(),
+        **({} if gpu is None else {"cuda_visible_devices": gpu}),
         "versions": {name: package_version(name) for name in PACKAGES},
     }
 

@@ -50,12 +50,24 @@ def shard_of(text: str, environment: Mapping[str, str] = os.environ) -> Shard:
     return Shard(int(match[1]) - 1, int(match[2]))
 
 
+def source_of(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """Who said which shard this is."""
+    names = [name for name in (SLURM[0], INDEX) if name in environment] if text == "auto" else []
+    return f"{names[0]}={environment[names[0]]}" if names else f"--shard {text}"
+
+
 def _from(environment: Mapping[str, str]) -> Shard:
     if SLURM[0] in environment:
         task, first, count = (_number(environment, name) for name in SLURM)
         # arrays with steps (--array=0-30:10) have ids that are no count
         step = int(environment.get("SLURM_ARRAY_TASK_STEP") or 1)
+        last = int(environment.get("SLURM_ARRAY_TASK_MAX") or first + step * (count - 1))
         index = (task - first) // step
+        if last != first + step * (count - 1):  # --array=3,7: some of an array's tasks, tried again
+            raise RelpError(
+                f"--shard auto: the array's {count} tasks, {first} to {last}, are no range, so which share this is cannot be "
+                "known; give --shard I/N"
+            )
     elif INDEX in environment:
         index, count = _number(environment, INDEX), _number(environment, COUNT)
     else:

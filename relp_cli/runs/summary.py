@@ -1,4 +1,4 @@
-"""A job's tables and figures, made from its collected rows."""
+"""A job's tables and figures, made from its collected rows. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 
 from relp_cli.features.kinds import FEATURE_KINDS
+from relp_cli.report.bars import agreement_bars
 from relp_cli.report.canvas import save_figure
-from relp_cli.report.figures import agreement_bars, curves_figure
+from relp_cli.report.curve_plot import curves_figure
 from relp_cli.report.published import beside
 from relp_cli.report.tables import table5, write_table
 from relp_cli.runs.checked import file_label

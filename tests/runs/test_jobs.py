@@ -293,4 +293,4 @@ def test_results_that_did_not_come_here_are_failures(relp, job, monkeypatch):
     done = relp("evaluate", job, "--override", "methods=[random]", "--override", "agreement=null", "-o", "out")
     assert done.code == 1
     assert "1 failed" in done.err
-    assert "all workers must share that file system" in done.err
+    assert "wrote to a file system of its own" in done.err
