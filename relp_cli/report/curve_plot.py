@@ -176,12 +176,14 @@ def protocol(rows: pd.DataFrame) -> str:
 
 
 def _costs(rows: pd.DataFrame, by: str) -> str:
-    """A line per value of `by`: passes per pair and seconds of its scores, where the table has them."""
-    if not {"forwards_per_pair", "backwards_per_pair", "seconds"} <= set(rows.columns):
+    """A line per value of `by`: passes per pair, and seconds, of its scores, where the table has them."""
+    names = ["forwards_per_pair", "backwards_per_pair", *(["seconds"] if "seconds" in rows.columns else [])]
+    if not set(names) <= set(rows.columns):
         return ""
-    means = rows.groupby(by, sort=False)[["forwards_per_pair", "backwards_per_pair", "seconds"]].mean()
+    means = rows.groupby(by, sort=False)[names].mean()
     return "".join(
-        f"\n{name}: {c.forwards_per_pair:.0f} forward, {c.backwards_per_pair:.0f} backward passes, {c.seconds:.1f} s"
+        f"\n{name}: {c.forwards_per_pair:.0f} forward, {c.backwards_per_pair:.0f} backward passes"
+        + (f", {c.seconds:.1f} s" if "seconds" in names else "")
         for name, c in means.iterrows()
         if c.notna().all()
     )

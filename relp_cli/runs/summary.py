@@ -76,9 +76,10 @@ def _agreement(job: JobSpec, rows: pd.DataFrame, folder: Path) -> tuple[list[Pat
 
 def _evaluation(job: JobSpec, rows: pd.DataFrame, folder: Path) -> tuple[list[Path], Tables]:
     files = []
-    drawn = rows.groupby(["model", "kind"]).filter(
+    defined = rows.groupby(["model", "kind"]).filter(
         lambda part: part[["faithfulness", "completeness"]].notna().any(axis=None)
     )
+    drawn = defined.drop(columns=TIMES, errors="ignore")  # figures are the same bytes, too
     for (model, kind), chosen in drawn.groupby(["model", "kind"], sort=False):
         stem = f"curves-{file_label(str(model))}-{kind}"
         files += _curves(chosen, folder / stem)

@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
@@ -32,6 +33,7 @@ from relp_cli.runs.known import Known
 from relp_cli.runs.scoring import Session
 
 REFUSED = 3  # exit code of a worker that said why it cannot go on: another one would say the same
+LINE = [sys.executable, "-P", "-m", "relp_cli.runs.workers"]
 GRACE = 3.0  # seconds to release claims in
 
 
@@ -102,6 +104,7 @@ def run_workers(
                 if why is None:
                     continue
                 del running[number]
+                worker.close()
                 if not why:
                     continue
                 idle += 1
@@ -169,16 +172,13 @@ class _Worker:
     @classmethod
     def start(cls, place: Place, request: Mapping[str, object]) -> _Worker:
         said = tempfile.TemporaryFile()  # noqa: SIM115 - read after its death
-        line = [sys.executable, "-P", "-m", "relp_cli.runs.workers"]
         process = subprocess.Popen(
-            line, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said, env=os.environ | place.environment
+            LINE, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said, env=os.environ | place.environment
         )
         assert process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # it died already, which is seen later
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it died already, which is seen later
         return cls(place, process, said)
 
     def death(self) -> str | None:
@@ -192,10 +192,16 @@ class _Worker:
         lines = self.said.read().decode(errors="replace").strip().splitlines()
         return f"ended with exit code {code}" + (f" ({lines[-1].strip()})" if lines else "")
 
+    def close(self) -> None:
+        """Close what it was spoken to through; one that lives ends then."""
+        self.said.close()
+        with suppress(BrokenPipeError):
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+
     def end(self) -> None:
         """Ask it to release its claims, and do not wait long."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        self.close()
         try:
             self.process.wait(GRACE + 1)
         except subprocess.TimeoutExpired:

@@ -132,26 +132,6 @@ def test_a_finished_job_needs_no_model_and_no_folder_of_it(relp, job, tmp_path, 
     assert (tmp_path / "out/results.csv").read_bytes() == first
 
 
-def test_processes_at_one_folder_compute_each_cell_once(relp, job, tmp_path):
-    """Two of them, one of which is killed while it holds a claim; a third finds the whole job done."""
-    how = ("--override", "methods=[relp]", "--override", "seeds=[0, 1, 2]", "--override", "agreement=null")
-    assert relp("evaluate", job, *how, "-o", "alone").code == 0
-    code = "import sys; from relp_cli.cli.main import run; sys.argv = ['relp', *sys.argv[1:]]; run()"
-    line = [sys.executable, "-c", code, "evaluate", str(job), *how, "-o", "shared"]
-    killed, other = [subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    while not list((tmp_path / "shared/cells").glob("*.json")) and killed.poll() is None:
-        time.sleep(0.02)
-    killed.kill()
-    killed.communicate()
-    _, said = other.communicate(timeout=120)
-    assert other.returncode == 0, said
-    done = relp("evaluate", job, *how, "-o", "shared")
-    assert "0 cells computed, 6 found finished, 0 failed" in done.err
-    for name in ("results.csv", "summary.csv"):
-        assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
-    assert not list((tmp_path / "shared/claims").iterdir())
-
-
 def test_claims_are_exclusive_expire_and_are_taken_over(tmp_path, monkeypatch):
     first, second = Claims(tmp_path), Claims(tmp_path)
     with first.claim("group") as ours, second.claim("group") as too:
