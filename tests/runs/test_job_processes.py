@@ -29,12 +29,14 @@ evaluate: {sweep: "counts:1,5,1000000", heldout: 4, random_circuits: 1}
 """
 EMBEDDED = Path(relp_cli.__file__).parent / "models/embedded"
 ALONE: list[Path] = []
-# One start of torch for all: a process that has not loaded a model forks into four of them, and kills two at random times.
+# One start of torch for all: a process forks into four, and kills two of them at random times.
 FOUR = """
 import os, random, sys, time
 from pathlib import Path
-import relp_cli.runs.engines, relp_cli.runs.summary, relp_cli.models.load
+import relp_cli.runs.engines, relp_cli.runs.summary
 from relp_cli.cli.main import run
+from relp_cli.models.load import load_model
+load_model("./a")
 chance, cells, seen = random.Random(int(sys.argv.pop(1))), Path("shared/cells"), {}
 def child():
     pid = os.fork()
@@ -154,15 +156,30 @@ def test_collecting_needs_neither_models_nor_torch(alone, tmp_path):
     assert same_bytes(tmp_path / "out", alone)
 
 
-def test_workers_see_one_gpu_each_and_give_the_same_bytes(relp, job, alone, tmp_path, monkeypatch):
+def test_workers_see_one_gpu_each(relp, job, tmp_path, monkeypatch):
+    """Processes that only say what they see, in place of workers."""
+    say = "import os; open(f'seen-{os.getpid()}', 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
+    monkeypatch.setattr(workers, "LINE", [sys.executable, "-S", "-c", say])
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
-    done = relp("evaluate", job, "-o", "out", "--workers", "2")
+    done = relp("evaluate", job, "-o", "out", "--workers", "3")
+    assert "3 workers: GPU 3, GPU 5, GPU 6" in done.err
+    assert sorted(path.read_text() for path in tmp_path.glob("seen-*")) == ["3", "5", "6"]
+    assert (done.code, "12 failed" in done.err) == (1, True)
+
+
+def test_a_worker_completes_what_is_missing_to_the_same_bytes(relp, job, alone, tmp_path, monkeypatch):
+    shutil.copytree(alone, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/scores")
+    lost = [path for path in (tmp_path / "out/cells").iterdir() if "/ ./b / relp" in path.read_text()]
+    for path in [*lost, *(tmp_path / "out").glob("*.csv")]:
+        path.unlink()
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    done = relp("evaluate", job, "-o", "out", "--workers", "1")
     assert done.code == 0, done.err
-    assert "2 workers: GPU 3, GPU 5" in done.err
-    assert "12 cells computed, 0 found finished, 0 failed" in done.err
-    contents = [read_cell(path) for path in (tmp_path / "out/cells").iterdir()]
-    assert {content["provenance"]["cuda_visible_devices"] for content in contents} <= {"3", "5"}
+    assert "3 cells computed, 9 found finished, 0 failed" in done.err
+    assert [read_cell(path)["provenance"]["cuda_visible_devices"] for path in lost] == ["0"] * 3
     assert same_bytes(tmp_path / "out", alone)
 
 
