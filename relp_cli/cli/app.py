@@ -21,7 +21,6 @@ from relp_cli.cli import (
     overlap,
     report,
     robustness,
-    schema,
     score,
     tasks,
     test,
