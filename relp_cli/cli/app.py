@@ -21,6 +21,7 @@ from relp_cli.cli import (
     overlap,
     report,
     robustness,
+    schema,
     score,
     tasks,
     test,
