@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,24 @@ class Computed:
 
 
 def compute(
-    job: JobSpec, wanted: Sequence[Cell], session: Session, runs: Path, there: Collection[str] = ()
+    job: JobSpec,
+    wanted: Sequence[Cell],
+    session: Session,
+    runs: Path,
+    there: Collection[str] = (),
+    placed: JobSpec | None = None,
 ) -> Iterator[Computed]:
     """The cells `wanted` of one group, each as soon as it is done. Nothing is written but score runs below `runs`.
 
     runs: where score runs are kept; one that is there already is not computed again. Any folder of this machine.
     there: names of finished cells' files, for cells whose file's name only loading the model tells.
+    placed: the job with paths as this process finds them (default: as they are); results are named as in `job`.
     A cell fails on its own, with an `error`; what is no fault of its input is raised.
     """
     if not wanted:
         return
-    group = GroupRun(job, wanted[0].group, session, runs)
+    asked, at = wanted[0].group, placed or job
+    group = GroupRun(at, replace(asked, model=at.models[job.models.index(asked.model)]), session, runs)
     for cell in wanted:
         started, identity, file = time.perf_counter(), dict[str, str](), unloaded_file(job, cell)
         content: dict[str, Any] = {"cell": cell.label}

@@ -124,7 +124,7 @@ class _Work:
             if wanted and group.model != self.held:
                 self.session.forget()
                 self.held = group.model
-            there = _there(wanted, self.known)
+            there = finished_files(wanted, self.known)
             results = compute(self.job, wanted, self.session, self.known.folder / "scores", there)
         for computed in results:
             self.states[computed.cell] = write(self.known, computed)
@@ -166,7 +166,7 @@ def _claim_name(job: JobSpec, group: Group) -> str:
     return cell_hash(job, Cell(group, job.methods[0], job.kinds[0]))
 
 
-def _there(wanted: list[Cell], known: Known) -> set[str]:
+def finished_files(wanted: Sequence[Cell], known: Known) -> set[str]:
     """Names of finished cells' files, if there are cells whose file is not known before their model is loaded."""
     if all(known.path(cell) for cell in wanted):
         return set()
