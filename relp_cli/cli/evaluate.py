@@ -28,10 +28,8 @@ from relp_cli.cli.common import (
 )
 from relp_cli.models.placement import placed
 
-OF_JOBS = (
-    "target", "batch_size", "device", "device_map", "output", "override", "engine", "shard", "workers", "dry_run", "json",
-)  # fmt: skip
-ONLY_JOBS = {"override", "engine", "shard", "workers"}
+ONLY_JOBS = {"override", "engine", "shard", "workers", "address", "cpus_per_worker", "gpus_per_worker", "slurm"}
+OF_JOBS = {"target", "batch_size", "device", "device_map", "output", "dry_run", "json", *ONLY_JOBS}
 
 
 def command(
@@ -76,11 +74,20 @@ def command(
     override: Annotated[
         list[str], typer.Option("--override", help="Override a key of the job: models=\\[tiny-gpt2]")
     ] = [],  # noqa: B006
-    engine: Annotated[str, typer.Option(help="local or ray (jobs only).")] = "local",
+    engine: Annotated[str, typer.Option(help="local, ray or slurm (jobs only; docs/cluster.md).")] = "local",
     shard: ShardOption = None,
     workers: Annotated[
-        int | None, count_option(1, help="Processes here, one a GPU where there are any (jobs only).")
+        int | None,
+        count_option(1, help="Processes here, one a GPU where there are any; of an engine: at once (jobs only)."),
     ] = None,
+    address: Annotated[str | None, typer.Option(help="Of --engine ray: the cluster's (HOST:6379, ray://HOST).")] = None,
+    cpus_per_worker: Annotated[int | None, count_option(1, help="Of --engine ray (default: 1).")] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="Of --engine ray (default: 1 where the cluster has GPUs).")
+    ] = None,
+    slurm: Annotated[
+        list[str], typer.Option("--slurm", help="Of --engine slurm: partition=gpu, time=240, gpus=1, mem=32GB …")
+    ] = [],  # noqa: B006
     dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
@@ -98,7 +105,8 @@ def command(
         size = [] if batch_size is None else [f"batch_size={batch_size}"]
         job = named_job(target, [*override, *size])
         refuse_typed(context, OF_JOBS, f"is for runs; '{target}' is a job, whose keys --override changes")
-        run_job(job, output, Where(engine, place, shard, workers), dry_run, json)
+        own = {"address": address, "cpus": cpus_per_worker, "gpus": gpus_per_worker, "slurm": tuple(slurm)}
+        run_job(job, output, Where(engine, place, shard, workers, own), dry_run, json)
         return
     of_runs = {str(parameter.name) for parameter in context.command.params} - ONLY_JOBS
     refuse_typed(context, of_runs, f"is for jobs; '{target}' is a run")

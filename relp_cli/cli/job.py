@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from json import dumps as to_json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +29,7 @@ from relp_cli.models.placement import placed
 
 if TYPE_CHECKING:
     from relp_cli.runs.collecting import Collected
+    from relp_cli.runs.engine import Options
     from relp_cli.runs.job import Group, JobSpec
     from relp_cli.runs.jobrun import Outcome
 
@@ -77,14 +78,21 @@ class Where:
     place: str | None = None
     shard: str | None = None
     workers: int | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)  # engines' own options
 
-    def check(self) -> None:
-        """Raises RelpError for what does not go together."""
-        if self.engine != "local" and (self.shard or self.workers):
-            option = "--shard" if self.shard else "--workers"
-            raise RelpError(f"{option} is for --engine local; '{self.engine}' divides the job itself")
+    def options(self) -> Options:
+        """What the engine is asked for. Raises RelpError for what does not go together."""
+        from relp_cli.runs.engine import Options
+        from relp_cli.runs.engines import ENGINES
+
+        options = Options(self.place, self.workers, **self.more)
+        ENGINES[self.engine]
+        options.check(self.engine)
+        if self.engine != "local" and self.shard:
+            raise RelpError(f"--shard is for --engine local; '{self.engine}' divides the job itself")
         if self.workers and self.place and ":" in self.place:
             raise RelpError(f"--workers gives each process a GPU of its own; --device {self.place} names one for all")
+        return options
 
 
 def run_job(job: JobSpec, output: Path | None, where: Where, dry_run: bool, json: bool, lenient: bool = False) -> None:
@@ -96,11 +104,11 @@ def run_job(job: JobSpec, output: Path | None, where: Where, dry_run: bool, json
     from relp_cli.runs.known import Known
     from relp_cli.runs.shards import shard_of, source_of
 
-    where.check()
+    options = where.options()
     folder = output or Path("runs") / job.name
     share = None if where.shard is None else shard_of(where.shard)
     groups = groups_of(job) if share is None else groups_of_shard(job, share.index, share.count)
-    check_job(job, folder)
+    check_job(job, folder, elsewhere=where.engine == "ray")
     grid = [cell for cell in cells(job) if cell.group in groups]
     if dry_run:
         summary = {"job": job.name, "folder": str(folder), "cells": len(grid)}
@@ -110,7 +118,7 @@ def run_job(job: JobSpec, output: Path | None, where: Where, dry_run: bool, json
     keep_job(job, folder)
     if share is not None:
         note(f"{share} ({source_of(str(where.shard))}): {len(grid)} of {len(cells(job))} cells")
-    outcome = _outcome(job, folder, where, groups)
+    outcome = _outcome(job, folder, where, options, groups)
     note_unloaded(outcome.noted)
     part = collect(outcome.paths)
     failed = len(part.errors)  # more than the workers counted, where their files did not come here
@@ -132,14 +140,14 @@ def run_job(job: JobSpec, output: Path | None, where: Where, dry_run: bool, json
         raise typer.Exit(1)
 
 
-def _outcome(job: JobSpec, folder: Path, where: Where, groups: list[Group]) -> Outcome:
+def _outcome(job: JobSpec, folder: Path, where: Where, options: Options, groups: list[Group]) -> Outcome:
     """Have the cells of these groups computed."""
     from relp_cli.runs.engines import ENGINES
     from relp_cli.runs.jobrun import run_cells
     from relp_cli.runs.scoring import Session
 
     with progress() as bar:
-        if where.workers is not None:
+        if where.workers is not None and where.engine == "local":
             from relp_cli.runs.workers import cores, places, run_workers, visible_gpus
 
             n = max(1, min(where.workers, len(groups)))  # one without a group would only wait
@@ -148,7 +156,7 @@ def _outcome(job: JobSpec, folder: Path, where: Where, groups: list[Group]) -> O
             return run_workers(job, folder, at, where.place, bar, note, groups)
         if where.shard is not None:
             return run_cells(job, folder, Session(where.place), bar, groups)
-        return ENGINES[where.engine](job, folder, where.place, bar)
+        return ENGINES[where.engine](job, folder, options, bar, note)
 
 
 def note_unloaded(models: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,11 @@ Say = Callable[[str], None]  # takes a line for people
 class Options:
     """What is asked of an engine.
 
-    device: of every worker. workers: how many at once (None: the engine's own choice).
+    place: of every worker's models (`placement.placed`). workers: how many at once (None: the engine's own choice).
     address, cpus, gpus: of Ray, the latter two per worker. slurm: `key=value` of the submission.
     """
 
-    device: str | None = None
+    place: str | None = None
     workers: int | None = None
     address: str | None = None
     cpus: int | None = None
@@ -33,8 +34,10 @@ class Options:
         for name, (option, of) in OF_ENGINE.items():
             if getattr(self, name) not in (None, ()) and engine != of:
                 raise RelpError(f"{option} is for --engine {of}, not {engine}")
-        if engine != "local" and self.device and ":" in self.device:
-            raise RelpError(f"--device {self.device}: a worker sees its own GPUs only; give --device cuda")
+        if self.gpus is not None and not math.isfinite(self.gpus):
+            raise RelpError(f"--gpus-per-worker {self.gpus}: expected a number")
+        if engine != "local" and self.place and ":" in self.place:
+            raise RelpError(f"--device {self.place}: a worker sees its own GPUs only; give --device cuda")
 
 
 OF_ENGINE = {

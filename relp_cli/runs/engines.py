@@ -16,7 +16,7 @@ ENGINES: Registry[Engine] = Registry("engine")
 
 def local(job: JobSpec, folder: Path, options: Options, report: Report | None, _: Say) -> Outcome:
     """One cell after the other in this process; models and tasks are loaded once."""
-    return run_cells(job, folder, Session(options.device), report)
+    return run_cells(job, folder, Session(options.place), report)
 
 
 ENGINES.add("local", local)

@@ -21,17 +21,18 @@ from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.task import load_task
 
 
-def check_job(job: JobSpec, folder: Path | None = None) -> None:
+def check_job(job: JobSpec, folder: Path | None = None, elsewhere: bool = False) -> None:
     """What can be known to be wrong before any cell runs: tasks, methods, their parameters and rules, dictionaries,
     ablations, metrics, the sweep, and models that are there twice. One model of several that does not load fails
-    in its own cells. folder: the job's; models that were loaded for it once need not be there any more.
+    in its own cells. folder: the job's; models that were loaded for it once need not be there any more. elsewhere: models
+    are loaded on other machines, and may be there only.
 
     Raises: RelpError for what no cell could be computed with.
     """
     model_labels(job.models)
     wrong = [problem for model in job.models if (problem := _no_model(model)) is not None]
     known = folder and Known(job, folder)
-    if len(wrong) == len(job.models) and not (known and any(map(known.revision, job.models))):
+    if not elsewhere and len(wrong) == len(job.models) and not (known and any(map(known.revision, job.models))):
         raise wrong[0]
     distinct("task name", [load_task(task).name for task in job.tasks])
     methods = [*job.methods, *([job.agreement.reference] if job.agreement else [])]

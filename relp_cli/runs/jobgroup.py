@@ -43,18 +43,18 @@ def compute(
     session: Session,
     runs: Path,
     there: Collection[str] = (),
-    placed: JobSpec | None = None,
+    resolved: JobSpec | None = None,
 ) -> Iterator[Computed]:
     """The cells `wanted` of one group, each as soon as it is done. Nothing is written but score runs below `runs`.
 
     runs: where score runs are kept; one that is there already is not computed again. Any folder of this machine.
     there: names of finished cells' files, for cells whose file's name only loading the model tells.
-    placed: the job with paths as this process finds them (default: as they are); results are named as in `job`.
+    resolved: the job with paths as this process finds them (default: as they are); results are named as in `job`.
     A cell fails on its own, with an `error`; what is no fault of its input is raised.
     """
     if not wanted:
         return
-    asked, at = wanted[0].group, placed or job
+    asked, at = wanted[0].group, resolved or job
     group = GroupRun(at, replace(asked, model=at.models[job.models.index(asked.model)]), session, runs)
     for cell in wanted:
         started, identity, file = time.perf_counter(), dict[str, str](), unloaded_file(job, cell)

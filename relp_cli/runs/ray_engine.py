@@ -12,7 +12,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,15 @@ def run_on_ray(job: JobSpec, folder: Path, options: Options, report: Report | No
     """
     check_writable(folder)
     ray = _ray()
-    ours = not ray.is_initialized()
-    if ours:
-        _connect(ray, options.address)
-    try:
-        return _Driver(ray, job, folder, options, report, say).run()
-    finally:
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # Ray's pages about a death are on stdout
+        ours = not ray.is_initialized()
         if ours:
-            ray.shutdown()
+            _connect(ray, options.address)
+        try:
+            return _Driver(ray, job, folder, options, report, say).run()
+        finally:
+            if ours:
+                ray.shutdown()
 
 
 def _ray() -> Any:
@@ -91,13 +92,11 @@ class _Hired:
 
     @property
     def place(self) -> str:
-        return f"on {self.machine.name}" if self.machine else "before it began"
+        return f" on {self.machine.name}" if self.machine else ""
 
 
 class _Driver:
-    def __init__(
-        self, ray: Any, job: JobSpec, folder: Path, options: Options, report: Report | None, say: Say
-    ) -> None:
+    def __init__(self, ray: Any, job: JobSpec, folder: Path, options: Options, report: Report | None, say: Say) -> None:
         self.ray, self.job, self.options, self.report, self.say = ray, job, options, report, say
         self.known, self.cells = Known(job, folder), cells(job)
         self.states: dict[Cell, tuple[Path, str]] = {}
@@ -115,7 +114,7 @@ class _Driver:
     def _gpus(self) -> float:
         if self.options.gpus is not None:
             return self.options.gpus
-        wanted = self.options.device is None or self.options.device.startswith("cuda")
+        wanted = self.options.place != "cpu"
         return float(wanted and any(node["Resources"].get("GPU") for node in self.ray.nodes() if node["Alive"]))
 
     def left(self, group: Group) -> list[Cell]:
@@ -123,8 +122,8 @@ class _Driver:
 
     def run(self) -> Outcome:
         if self.waiting:
-            device = self.options.device or (None if self.gpus else "cpu")  # not on a GPU that it was not given
-            self.parcel = self.ray.put(Parcel.of(self.job, device))
+            place = self.options.place or (None if self.gpus else "cpu")  # not on a GPU that it was not given
+            self.parcel = self.ray.put(Parcel.of(self.job, place))
             self._check_room()
         while self.waiting or self.hired:
             self._staff()
@@ -134,7 +133,7 @@ class _Driver:
                 self._take(first[call])
         states = [self.states[cell][1] for cell in self.cells]
         paths = {cell: self.states[cell][0] for cell in self.cells}
-        return Outcome(paths, *map(states.count, ("computed", "finished", "failed")), noted=self.noted)
+        return Outcome(paths, states.count("computed"), states.count("finished"), states.count("failed"), self.noted)
 
     def _check_room(self) -> None:
         if self.options.workers is None and not self._room():
@@ -184,7 +183,7 @@ class _Driver:
         try:
             answer = self.ray.get(worker.calls.pop(0))
         except errors.RayTaskError as error:  # no fault of its input, as every cell of the group would meet it
-            self._fail(worker.group, f"{_line(error.cause)} ({worker.place})")
+            self._fail(worker.group, _line(error.cause) + worker.place)
             self._release(worker)
         except errors.RayError as error:
             if getattr(error, "actor_init_failed", False) and not self.begun:
@@ -194,7 +193,7 @@ class _Driver:
             if isinstance(answer, Machine):
                 self._meet(worker, answer)
             else:
-                self._keep(worker.group, answer)
+                self._keep(answer)
             if not worker.calls:
                 worker.group = None
 
@@ -203,7 +202,7 @@ class _Driver:
         if machine.version != __version__:
             raise RunFailed(f"Ray worker on {machine.name}: it has relp {machine.version}, the driver {__version__}")
 
-    def _keep(self, group: Group, computed: Computed) -> None:
+    def _keep(self, computed: Computed) -> None:
         self.states[computed.cell] = write(self.known, computed)
         if self.report:
             about = f"{self.job.name}: {len(self.hired)} Ray workers"
@@ -214,16 +213,16 @@ class _Driver:
         self.deaths[group] += 1
         deaths, name = self.deaths[group], f"{group.task}, {group.model}, seed {group.seed}"
         if deaths > RETRIES:
-            self._fail(group, f"{deaths} workers died at its group, the last one {worker.place} (out of memory?)")
+            self._fail(group, f"{deaths} workers died{worker.place} at its group (out of memory?)")
         else:
             self.waiting.insert(0, group)
-            self.say(f"WARNING: a Ray worker died {worker.place} at {name}; another one goes on ({deaths} of {RETRIES})")
+            self.say(f"WARNING: a Ray worker died{worker.place} at {name}; another one goes on ({deaths} of {RETRIES})")
 
     def _fail(self, group: Group, error: str) -> None:
         """Every cell of a group that has no result fails."""
         for cell in self.left(group):
             file = (self.known.path(cell) or self.known.unloaded(cell)).name
-            self._keep(group, Computed(cell, file, {"cell": cell.label, "error": error, "provenance": provenance()}, {}))
+            self._keep(Computed(cell, file, {"cell": cell.label, "error": error, "provenance": provenance()}, {}))
 
 
 def _line(error: BaseException, last: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""A worker of `--engine ray`: one model's groups, cell by cell. It reads nothing of the driver's disk, and writes nothing that stays.
+"""A worker of `--engine ray`: one model's groups, cell by cell. It needs nothing of the driver's disk and keeps no files.
 
 Tasks come with their content. Models and dictionaries are loaded on the worker's machine, by hub name or from a path there.
 """
@@ -25,18 +25,18 @@ class Parcel:
     """What is sent to every worker: the job, the same with the driver's paths made absolute, and the tasks."""
 
     job: JobSpec
-    placed: JobSpec
+    resolved: JobSpec
     tasks: dict[str, Task]
-    device: str | None
+    place: str | None
 
     @classmethod
-    def of(cls, job: JobSpec, device: str | None) -> Parcel:
+    def of(cls, job: JobSpec, place: str | None) -> Parcel:
         """Raises RelpError for a task that is not there, or is none."""
         # a task's folder is where the tokenizer folders that it names are looked for
-        return cls(job, placed(job), {name: load_task(_absolute(name)) for name in job.tasks}, device)
+        return cls(job, resolved(job), {name: load_task(_absolute(name)) for name in job.tasks}, place)
 
 
-def placed(job: JobSpec) -> JobSpec:
+def resolved(job: JobSpec) -> JobSpec:
     """The job with relative paths of models, dictionaries and runs resolved in this process's folder. Names stay."""
     params = {
         method: values | ({"start": os.path.abspath(values["start"])} if values.get("start") else {})
@@ -78,7 +78,7 @@ class Worker:
     """The actor: `begin` a group, then `next` as often as it has wanted cells."""
 
     def __init__(self, parcel: Parcel) -> None:
-        self.parcel, self.session = parcel, Session(parcel.device, tasks=dict(parcel.tasks))
+        self.parcel, self.session = parcel, Session(parcel.place, tasks=dict(parcel.tasks))
 
     def begin(self, wanted: Sequence[Cell], finished: Collection[str]) -> Machine:
         """wanted: cells of one group. finished: names of cell files that need not be computed again."""
@@ -98,6 +98,4 @@ class Worker:
     def _run(self, wanted: Sequence[Cell], finished: Collection[str]) -> Generator[Computed]:
         """Scores are kept below a folder that is gone with the group's last cell."""
         with TemporaryDirectory(prefix="relp-") as folder:
-            yield from compute(
-                self.parcel.job, wanted, self.session, Path(folder), finished, self.parcel.placed
-            )
+            yield from compute(self.parcel.job, wanted, self.session, Path(folder), finished, self.parcel.resolved)
