@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout, suppress
@@ -29,6 +30,7 @@ from relp_cli.runs.ray_worker import Machine, Parcel, Worker
 from relp_cli.runs.rundir import provenance
 
 RETRIES = 3  # workers that may die at one group and be replaced
+REACHED = 10.0  # seconds in which a cluster's address must answer
 LOOK = 1.0  # seconds between two looks at what the cluster has room for
 
 
@@ -62,11 +64,15 @@ def _ray() -> Any:
 
 
 def _connect(ray: Any, address: str | None) -> None:
+    host, colon, port = (address or "").rpartition(":")
     try:
+        if host and colon and port.isdigit() and "/" not in host:  # Ray itself tries for minutes
+            socket.create_connection((host.strip("[]"), int(port)), REACHED).close()
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         where = f"--address {address}" if address else "Ray"
-        raise RelpError(f"{where}: {_line(error)}") from None
+        why = getattr(error, "strerror", None) or _line(error)
+        raise RelpError(f"{where}: {why} (is it running? RAY_AUTH_MODE=token where it asks for one)") from None
 
 
 def room(nodes: Iterable[Mapping[str, Any]], cpus: float, gpus: float) -> int:
