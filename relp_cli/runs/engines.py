@@ -10,6 +10,7 @@ from relp_cli.runs.job import JobSpec
 from relp_cli.runs.jobrun import Outcome, Report, run_cells
 from relp_cli.runs.ray_engine import run_on_ray
 from relp_cli.runs.scoring import Session
+from relp_cli.runs.slurm_engine import run_on_slurm
 
 ENGINES: Registry[Engine] = Registry("engine")
 
@@ -21,3 +22,4 @@ def local(job: JobSpec, folder: Path, options: Options, report: Report | None, _
 
 ENGINES.add("local", local)
 ENGINES.add("ray", run_on_ray)
+ENGINES.add("slurm", run_on_slurm)

@@ -59,13 +59,15 @@ def run_cells(
     report: Report | None = None,
     groups: Sequence[Group] | None = None,
     begun: Begun | None = None,
+    wait: bool = True,
 ) -> Outcome:
     """Compute what is missing, each cell on its own: a failure is recorded in its file and tried again next time.
 
     groups: only these (default: all). begun: the folder as it was when the first of several processes began (default: now).
     Several processes at one folder share groups by claims: each cell is computed once.
     A process takes free groups of the model that it holds, then those of the model that fewest others are at; it waits
-    only while all that is left is claimed, and ends when every group is done.
+    only while all that is left is claimed, and ends when every group is done; unless `wait`, when no group is free: its outcome
+    is then of the cells that it has seen done.
 
     Raises: RelpError where the folder cannot be written to.
     """
@@ -84,10 +86,12 @@ def run_cells(
             if ours or group not in claimed:
                 break  # what is free has changed
         else:
+            if not wait:
+                break
             time.sleep(POLL)
     session.forget()
-    states = [work.states[cell][1] for cell in work.cells]
-    paths = {cell: work.states[cell][0] for cell in work.cells}
+    seen = [cell for cell in work.cells if cell in work.states]
+    states, paths = [work.states[cell][1] for cell in seen], {cell: work.states[cell][0] for cell in seen}
     noted = tuple(sorted(work.known.noted))
     return Outcome(paths, states.count("computed"), states.count("finished"), states.count("failed"), noted)
 

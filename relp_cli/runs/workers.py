@@ -87,7 +87,7 @@ def run_workers(
     """
     check_writable(folder)
     begun = Begun.of(folder)
-    watched = _Watched(Known(job, folder, trusting=True), begun, [c for c in cells(job) if c.group in groups])
+    watched = Watched(Known(job, folder, trusting=True), begun, [c for c in cells(job) if c.group in groups])
     before = set(watched.finished())
     request = {"job": job.model_dump(mode="json"), "folder": str(folder), "place": place,
                "groups": [list(asdict(group).values()) for group in groups], "begun": asdict(begun)}  # fmt: skip
@@ -120,7 +120,7 @@ def run_workers(
 
 
 @dataclass
-class _Watched:
+class Watched:
     """The cells of a job, by their files."""
 
     known: Known
