@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: run test check docs bench models cases clean
+.PHONY: run test test-cluster check docs bench models cases clean
 
 $(VENV)/.ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,12 @@ run: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-cluster:
+	$(PYTHON) -m venv .venv-cluster
+	.venv-cluster/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt ray==2.60.0
+	.venv-cluster/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	.venv-cluster/bin/python -m pytest tests/cluster
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check relp_cli tests docs/hooks.py
@@ -45,4 +51,4 @@ cases: $(VENV)/.ready
 	$(BIN)/python -m relp_cli.known make
 
 clean:
-	rm -rf $(VENV) runs build dist site
+	rm -rf $(VENV) .venv-cluster runs build dist site

@@ -80,7 +80,7 @@ def command(
         int | None,
         count_option(1, help="Processes here, one a GPU where there are any; of an engine: at once (jobs only)."),
     ] = None,
-    address: Annotated[str | None, typer.Option(help="Of --engine ray: the cluster's (HOST:6379, ray://HOST).")] = None,
+    address: Annotated[str | None, typer.Option(help="Of --engine ray: the cluster's (HOST:6379).")] = None,
     cpus_per_worker: Annotated[int | None, count_option(1, help="Of --engine ray (default: 1).")] = None,
     gpus_per_worker: Annotated[
         float | None, typer.Option(min=0, help="Of --engine ray (default: 1 where the cluster has GPUs).")

@@ -233,7 +233,9 @@ def test_a_group_at_which_processes_die_fails_alone(job, tmp_path):
     [
         (("--shard", "4/3"), "--shard 4/3: expected I/N with I from 1 to N"),
         (("--workers", "2", "--device", "cuda:1"), "--device cuda:1 names one for all"),
-        (("--engine", "ray", "--workers", "2"), "--workers is for --engine local"),
+        (("--engine", "ray", "--shard", "1/2"), "--shard is for --engine local"),
+        (("--engine", "ray", "--device", "cuda:1"), "a worker sees its own GPUs only"),
+        (("--engine", "slurm", "--address", "x"), "--address is for --engine ray, not slurm"),
     ],
 )
 def test_bad_shares_are_refused_before_anything_is_written(relp, job, how, expected):
