@@ -40,6 +40,7 @@ const relp = (() => {
     link.click();
     URL.revokeObjectURL(link.href);
   };
-  const quote = (token) => `‘${token}’`;
-  return { data, byId, make, number, show, hide, download, quote };
+  const visible = (token) => token.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll("\r", "␍");
+  const quote = (token) => `‘${visible(token)}’`;
+  return { data, byId, make, number, show, hide, download, visible, quote };
 })();

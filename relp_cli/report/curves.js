@@ -45,13 +45,14 @@ relp.curve = (measure, spec) => {
     relp.show(`${line.name}, ${number(x, 0)} ${spec.noun}: ${measure} ${number(value, 3)}${between}`, clientX, clientY);
   };
   const leave = () => { relp.hide(); ring.setAttribute("cx", -20); };
-  svg.addEventListener("pointermove", (event) => {
+  const point = (event) => {
     const box = svg.getBoundingClientRect(), scale = (left + wide + right) / box.width;
     const away = ({ point: [x, y] }) => (px(x) - (event.clientX - box.left) * scale) ** 2 + (py(y) - (event.clientY - box.top) * scale) ** 2;
     const best = marks.reduce((a, b) => (a && away(a) <= away(b) ? a : b), null);
     if (best && away(best) < 400) show(best, event.clientX, event.clientY);
     else leave();
-  });
+  };
+  for (const kind of ["pointermove", "pointerdown"]) svg.addEventListener(kind, point);
   svg.addEventListener("pointerleave", leave);
   svg.addEventListener("blur", leave);
   let at = -1;

@@ -34,11 +34,13 @@ relp.heat = (spec) => {
     cells[current].classList.add("at");
     relp.show(spec.describe(Math.floor(index / columns), index % columns), x, y);
   };
-  svg.addEventListener("pointermove", (event) => {
+  const point = (event) => {
     const { layer, at: column } = event.target.dataset;
     if (layer === undefined) relp.hide();
     else at(+layer * columns + +column, event.clientX, event.clientY);
-  });
+  };
+  svg.addEventListener("pointermove", point);
+  svg.addEventListener("pointerdown", point);  // a tap
   svg.addEventListener("pointerleave", leave);
   svg.addEventListener("blur", leave);
   const move = (step) => {

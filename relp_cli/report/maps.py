@@ -15,29 +15,31 @@ from relp_cli.spaces.scores import KindScores, Scores
 MOST_UNITS = 128  # of a map of units, added up over positions
 
 
-def map_set(scores: Mapping[str, Scores], tokens: Sequence[str] | None = None) -> dict[str, Any] | None:
-    """The maps of scores of nodes (others have no layer × position: None), act_patch first.
+def map_set(
+    scores: Mapping[str, Scores], tokens: Sequence[str] | None = None, reference: str = REFERENCE
+) -> dict[str, Any] | None:
+    """The maps of scores of nodes (others have no layer × position: None), the reference first where it is among them.
 
     labels, tokens: of positions. rows: per kind its panels, one a method, [layer][column] means (added up over units) and
-    standard errors (of vector nodes), n per position, and the largest |mean| of the colour scale, act_patch's where it is
+    standard errors (of vector nodes), n per position, and the largest |mean| of the colour scale, the reference's where it is
     there (`beyond`: others have larger ones). Heads and other kinds with few units have a second row, layer × unit.
     """
-    methods = sorted(scores, key=lambda m: m != REFERENCE)
+    methods = sorted(scores, key=lambda m: m != reference)
     first = scores[methods[0]]
     kinds = [k for k in first if all(k in other for other in scores.values())]
     if first.units.space != "nodes" or not kinds:
         return None
-    rows = [_row({m: scores[m][kind] for m in methods}, "units") for kind in kinds]
+    rows = [_row({m: scores[m][kind] for m in methods}, "units", reference) for kind in kinds]
     few = [k for k in kinds if first[k].mean.ndim == 3 and first[k].mean.shape[2] <= MOST_UNITS]
-    rows += [_row({m: scores[m][kind] for m in methods}, "positions") for kind in few]
+    rows += [_row({m: scores[m][kind] for m in methods}, "positions", reference) for kind in few]
     return {"labels": list(first.labels), "tokens": list(tokens or [""] * len(first.labels)), "rows": rows}
 
 
-def _row(views: Mapping[str, KindScores], over: Over) -> dict[str, Any]:
+def _row(views: Mapping[str, KindScores], over: Over, reference: str) -> dict[str, Any]:
     panels = {method: summed(view, over) for method, view in views.items()}
-    first, exact = next(iter(panels.values())), panels.get(REFERENCE)
+    first, exact = next(iter(panels.values())), panels.get(reference)
     largest = {method: float(p.mean.abs().nan_to_num(0, 0, 0).max()) for method, p in panels.items()}
-    limit = largest[REFERENCE] if exact is not None else max(largest.values())
+    limit = largest[reference] if exact is not None else max(largest.values())
     vector = next(iter(views.values())).mean.ndim == 2
     about: dict[str, Any] = {"kind": first.kind if over == "units" else f"{first.kind} by unit"}
     if over == "positions":
@@ -50,8 +52,8 @@ def _row(views: Mapping[str, KindScores], over: Over) -> dict[str, Any]:
         "limit": short(limit) or 1.0,
         "beyond": max(largest.values()) > limit * (1 + 1e-6),
         "panels": [
-            {"name": m, "title": panel_title(m, p, exact) if len(panels) > 1 else "", "mean": grid(p.mean),
-             "se": grid((p.variance / p.n).sqrt()) if vector else None}
+            {"name": m, "title": panel_title(m, p, None if m == reference else exact) if len(panels) > 1 else "",
+             "mean": grid(p.mean), "se": grid((p.variance / p.n).sqrt()) if vector else None}
             for m, p in panels.items()
         ],
     }  # fmt: skip

@@ -2,7 +2,7 @@
 if (relp.byId("pairs")) (() => {
   const { data, byId, make, number, quote } = relp, all = data.pairs, select = byId("pair-choice"), place = byId("pair");
   all.pairs.forEach((pair, i) => {
-    const text = pair.original.join(pair.original.some((token) => token.startsWith(" ")) ? "" : " ").trim();
+    const text = pair.original.map(relp.visible).join(pair.original.some((token) => token.startsWith(" ")) ? "" : " ").trim();
     select.append(make("option", { value: i }, `${i + 1}: ${text.length > 90 ? `…${text.slice(-89)}` : text}`));
   });
   const words = (choice) => choice.words.map(quote).join(", ") + (choice.of > choice.words.length ? ` … (${choice.of} words)` : "") || "—";
@@ -18,7 +18,7 @@ if (relp.byId("pairs")) (() => {
     const differs = (at) => pair.patch && pair.patch[at] !== pair.original[at];
     const cells = (tokens) => tokens.map((token, at) => {
       const td = make("td", { class: "mono" });
-      td.append(differs(at) ? make("mark", { title: "the prompts differ here" }, token) : make("span", {}, token));
+      td.append(differs(at) ? make("mark", { title: "the prompts differ here" }, relp.visible(token)) : make("span", {}, relp.visible(token)));
       return td;
     });
     line("clean", cells(pair.original));

@@ -36,7 +36,7 @@ relp.scatter = (spec) => {
     relp.show(`${spec.words(known[i])}: ${spec.y} ${number(b)}, ${spec.x} ${number(a)}`, x, y);
   };
   const leave = () => { relp.hide(); ring.setAttribute("cx", -20); };
-  svg.addEventListener("pointermove", (event) => {
+  const point = (event) => {
     const box = svg.getBoundingClientRect(), scale = (left + size + right) / box.width;
     const [x, y] = [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
     let best = -1, least = 15 ** 2;
@@ -46,7 +46,8 @@ relp.scatter = (spec) => {
     });
     if (best < 0) leave();
     else at(best, event.clientX, event.clientY);
-  });
+  };
+  for (const kind of ["pointermove", "pointerdown"]) svg.addEventListener(kind, point);
   svg.addEventListener("pointerleave", leave);
   svg.addEventListener("blur", leave);
   let order = null, place = -1;

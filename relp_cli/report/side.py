@@ -24,15 +24,20 @@ PLACE = ("kind", "layer", "position", "unit")
 
 
 def side_by_side(
-    id: str, title: str, scores: Mapping[str, Scores], tokens: Sequence[str] | None = None, text: Sequence[str] = ()
+    id: str,
+    title: str,
+    scores: Mapping[str, Scores],
+    tokens: Sequence[str] | None = None,
+    text: Sequence[str] = (),
+    reference: str = REFERENCE,
 ) -> Section:
     """A section of methods that scored one model on one task: heatmaps with one colour scale per node kind, every method
-    against act_patch (or, where that is not there, against the first one), correlations, and all units.
+    against the reference (or, where that is not there, against the first one), correlations, and all units.
 
     Raises: RelpError where they have no node kind in common, or other positions.
     """
     scores = common(scores)
-    methods = sorted(scores, key=lambda m: m != REFERENCE)
+    methods = sorted(scores, key=lambda m: m != reference)
     table, of = units_by_method(scores)
     order = [*scores[methods[0]], *table.kind]  # features' table has kinds of its own
     kinds = [kind for kind in dict.fromkeys(order) if kind in set(table.kind)]
@@ -49,7 +54,7 @@ def side_by_side(
         f"Scatter plots: every method against {x}{cut}; dashed: equality. PCC: over all units, of averages over pairs."
     )
     return Section(
-        id, title, (*text, said), map_set(scores, tokens), {"table": name, "words": PLACE, "panels": panels},
+        id, title, (*text, said), map_set(scores, tokens, reference), {"table": name, "words": PLACE, "panels": panels},
         sheets=(
             Sheet(f"pcc-{id}", pairs, "PCC between methods"),
             Sheet(name, table, "Units × methods", by=x, sizes=tuple(methods), of=of, digits=4),

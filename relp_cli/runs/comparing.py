@@ -104,7 +104,7 @@ def compare_tasks(
         scored = {method: _scored(one, prepared, session, folder, progress) for method, one in specs.items()}
         scores = {method: one for method, (_, one) in scored.items()}
         runs = {method: os.path.relpath(run.path, folder) for method, (run, _) in scored.items()}
-        made.append({"task": prepared.task.name, "model": label, "runs": runs})
+        made.append({"task": prepared.task.name, "model": label, "runs": runs, "reference": options.reference})
         notes += [
             f"{label}, {prepared.task.name}: {line}" for found in scores.values() for line in scoring_notes(found)
         ]
@@ -169,7 +169,7 @@ def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path, p
     path = folder / "compare.csv"
     write_table(result.table, path)
     at = {name: os.path.relpath(run, folder) for name, run in zip(by_method, paths, strict=True)}
-    cell = {"task": first["task"], "model": prepared.model.name, "runs": at}
+    cell = {"task": first["task"], "model": prepared.model.name, "runs": at, "reference": reference}
     note_made(path, cells=[cell], notes=prepared.notes)
     return Compared(result.table, (path,), prepared.notes)
 

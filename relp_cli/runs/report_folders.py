@@ -14,10 +14,12 @@ from relp_cli.report.bars import agreement_figure
 from relp_cli.report.circuit_graph import graph_section
 from relp_cli.report.curve_data import curve_panels
 from relp_cli.report.dots import in_both, intervals_figure, lines_figure
+from relp_cli.report.heatmap import REFERENCE
 from relp_cli.report.names import kind_title, model_title, varying
 from relp_cli.report.page import Page, Picture, Section, Sheet, script_data, script_text
 from relp_cli.report.published import beside
 from relp_cli.report.side import side_by_side
+from relp_cli.runs.checked import score_spec
 from relp_cli.runs.comparing import shared_tokens
 from relp_cli.runs.diagnosing import RECORD, read_diagnosis
 from relp_cli.runs.evaluated import read_evaluation
@@ -30,7 +32,7 @@ from relp_cli.runs.spec import ScoreSpec
 from relp_cli.runs.summary import areas_of
 from relp_cli.spaces.scores import SIGN, Scores
 
-FREE = ("method", "params", "keep_examples", "nodes", "batch_size")  # what runs side by side may differ in
+FREE = ("method", "params", "keep_examples", "nodes", "batch_size", "dtype")  # what runs side by side may differ in
 MOST_BYTES = 3_000_000  # of the sections of scores on one page
 
 
@@ -100,8 +102,12 @@ def comparison_page(folder: Path) -> Page:
     notes = [] if cells else ["this comparison does not say which runs it is of: relp compare again, for its heatmaps"]
     for number, cell in enumerate(cells):
         paths = {name: folder / path for name, path in cell["runs"].items()}
-        sections, said = _add_side(sections, f"scores-{number}", f"{cell['task']}, {cell['model']}", paths)
+        title, before = f"{cell['task']}, {cell['model']}", len(sections)
+        sections, said = _add_side(sections, f"scores-{number}", title, paths, cell.get("reference", REFERENCE))
         notes += said
+        if len(sections) == before and not said:
+            notes.append(_too_large(len(cells) - number, len(cells), folder))
+            break
     return Page(
         "Comparison: " + (f"{first.task} · {model_title(first.model)}" if len(rows) == 1 else f"{len(rows)} tasks × models"),
         f"{', '.join(f'{t} on {model_title(m)}' for t, m in rows)} · {first.n_pairs} pairs · {first.direction} · {first.metric}",
@@ -144,8 +150,7 @@ def job_page(folder: Path) -> Page:
         sections, why = _add_side(sections, f"scores-{number}", title, paths)
         notes += why
         if len(sections) == before and not why:
-            notes.append(f"the scores of {len(groups) - number} of {len(groups)} groups are not on this page, which would be too "
-                         f"large (relp report RUN RUN… of {folder / 'scores'} shows them)")  # fmt: skip
+            notes.append(_too_large(len(groups) - number, len(groups), folder))
             break
     axes = [(axis, ", ".join(map(str, job[axis]))) for axis in ("tasks", "models", "methods", "kinds") if axis in job]
     return Page(
@@ -200,13 +205,22 @@ def diagnosis_page(folder: Path) -> Page:
     )  # fmt: skip
 
 
-def _add_side(sections: list[Section], id: str, title: str, paths: dict[str, Path]) -> tuple[list[Section], list[str]]:
+def _too_large(left: int, of: int, folder: Path) -> str:
+    return (
+        f"the scores of {left} of {of} groups of runs are not on this page, which would be too large (relp report RUN RUN… of "
+        f"{folder / 'scores'} shows them)"
+    )
+
+
+def _add_side(
+    sections: list[Section], id: str, title: str, paths: dict[str, Path], reference: str = REFERENCE
+) -> tuple[list[Section], list[str]]:
     """The sections with one more, of these runs, unless the page would be too large; and what else is the reason, if not."""
     try:
         opened = {name: open_run(path) for name, path in paths.items()}
         first = next(iter(opened.values()))
         scores = {name: replace(one, examples=None, present=None) for name, (_, _, one) in opened.items()}
-        more = side_by_side(id, title, scores, _tokens(first[0], first[2]), [f"{SIGN}."])
+        more = side_by_side(id, title, scores, _tokens(first[0], first[2]), [f"{SIGN}."], reference)
     except (RelpError, RunFailed) as error:
         return sections, [f"{title}: its scores are not shown ({error})"]
     both = [*sections, more]
@@ -221,7 +235,8 @@ def _groups(folder: Path) -> tuple[list[tuple[str, dict[str, Path]]], int]:
     by_key: dict[str, list[tuple[Path, ScoreSpec]]] = {}
     for file in sorted(folder.glob("*/run.json")):
         try:
-            spec = open_run(file.parent)[1]
+            record = RunDir(file.parent).read()
+            spec = score_spec(f"run record {file}: ", **record["spec"])
         except (RelpError, RunFailed):
             unread += 1
             continue
@@ -238,8 +253,9 @@ def _groups(folder: Path) -> tuple[list[tuple[str, dict[str, Path]]], int]:
 
 
 def _names(runs: Sequence[tuple[Path, ScoreSpec]]) -> list[str]:
-    """A run's method, with its folder's name where two runs have the same one."""
-    methods = [spec.method for _, spec in runs]
+    """A run's method, with its dtype where these are several, and its folder's name where two runs have the same one."""
+    several = len({spec.dtype for _, spec in runs}) > 1
+    methods = [f"{spec.method} {spec.dtype}" if several else spec.method for _, spec in runs]
     return [m if methods.count(m) == 1 else f"{m} ({path.name})" for m, (path, _) in zip(methods, runs, strict=True)]
 
 
