@@ -20,7 +20,7 @@ from relp_cli.edges.stream import Recorder, Written, keeping, mean_written, ungr
 from relp_cli.errors import RelpError, unknown
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import position_axis
-from relp_cli.methods.setup import CHUNK_TOKENS, Passes, Setup
+from relp_cli.methods.setup import Passes, Room, Setup
 from relp_cli.methods.share import Streams
 from relp_cli.methods.space import Batch, Place, Point, added, of_point, together
 from relp_cli.methods.table import Result
@@ -61,13 +61,13 @@ class Edges:
             passes.forward += len(chunks)
         check_once(self.model, chunks[0])
 
-    def batch(self, chunk: PairBatch, passes: Passes, chunk_tokens: int, tick: Progress | None) -> EdgeBatch:
+    def batch(self, chunk: PairBatch, passes: Passes, room: Room | None, tick: Progress | None) -> EdgeBatch:
         means = None
         if self.means is not None:
             index = chunk.index(self.means[1]).to(self.model.device)
             means = self.means[0].map(lambda t: t[index])
         setup = self.request.setup(self.model, chunk, (), passes, {} if means else None)
-        return EdgeBatch(setup, self.graph, self.positions, means, chunk_tokens, tick)
+        return EdgeBatch(setup, self.graph, self.positions, means, room, tick)
 
     def blocks(self, scores: Mapping[str, Tensor]) -> list[Tensor]:
         """From Float[batch, writer, reader] or, with positions, Float[batch, slot, writer, reader]."""
@@ -84,9 +84,9 @@ class EdgeBatch(Batch):
 
     def __init__(
         self, setup: Setup, graph: Graph, positions: bool = False, means: Written | None = None,
-        chunk_tokens: int = CHUNK_TOKENS, tick: Progress | None = None,
+        room: Room | None = None, tick: Progress | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(setup, chunk_tokens, tick)
+        super().__init__(setup, room, tick)
         self.graph, self.positions, self.means = graph, positions, means
 
     @property
@@ -210,7 +210,7 @@ class EdgeBatch(Batch):
         slots = torch.ones(1, setup.batch.n_pos, dtype=torch.bool, device=self.model.device)
         if self.positions:
             slots = setup.slots[None] == torch.arange(len(setup.labels), device=self.model.device)[:, None]
-        patcher = Patcher(setup, self.graph, self.chunk_tokens, deltas, streams, slots)
+        patcher = Patcher(setup, self.graph, self.room.patched, deltas, streams, slots)
         for reader in range(len(self.graph.readers)):
             patcher.reader(reader)
             self.tick(reader + 1, len(self.graph.readers), "edge_patch readers")

@@ -25,7 +25,7 @@ from relp_cli import BATCH_SIZE
 from relp_cli.errors import RelpError
 from relp_cli.methods.patching import every_pair, patch_sets
 from relp_cli.methods.score import position_axis
-from relp_cli.methods.setup import CHUNK_TOKENS, Setup, fitting
+from relp_cli.methods.setup import Room, Setup, fitting
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import units
 from relp_cli.nodes.kinds import NODE_KINDS
@@ -169,7 +169,7 @@ def _subset_effects(
             for kind in setup.kinds
             for layer in range(model.shape.n_layers)
         }
-        size = fitting(setup.run.numel(), CHUNK_TOKENS)
+        size = fitting(setup.run.numel(), Room.on(model.device).patched)
         for part in torch.arange(n).split(size):
             sets = {where: mask[part] for where, mask in here.items()}
             total[part] += patch_sets(setup, source, sets, every_pair(setup, len(part))).sum(1).double().cpu()

@@ -28,7 +28,7 @@ from relp_cli.methods.core import Gradients
 from relp_cli.methods.nodes import NodeBatch, NodesAt
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import position_axis
-from relp_cli.methods.setup import CHUNK_TOKENS, Passes, Setup
+from relp_cli.methods.setup import Passes, Room, Setup
 from relp_cli.methods.share import share_of
 from relp_cli.methods.space import Part, Place, Point, of_part
 from relp_cli.methods.table import Result
@@ -67,9 +67,9 @@ class Features:
     def prepare(self, chunks: Sequence[PairBatch], passes: Passes) -> None:
         """Nothing."""
 
-    def batch(self, chunk: PairBatch, passes: Passes, chunk_tokens: int, tick: Progress | None) -> FeatureBatch:
+    def batch(self, chunk: PairBatch, passes: Passes, room: Room | None, tick: Progress | None) -> FeatureBatch:
         setup = feature_setup(self.model, self.dictionaries, chunk, self.request, passes)
-        return FeatureBatch(setup, self.dictionaries, self.only, self.about, chunk_tokens, tick)
+        return FeatureBatch(setup, self.dictionaries, self.only, self.about, room, tick)
 
     def blocks(self, scores: Mapping[str, Tensor]) -> list[Tensor]:
         """From a site's name → Float[batch, slot, feature], its name/error → Float[batch, slot]."""
@@ -94,9 +94,9 @@ class FeatureBatch(NodeBatch):
 
     def __init__(
         self, setup: Setup, dictionaries: Mapping[Site, Dictionary], only: Circuit | None = None,
-        about: dict[str, Any] | None = None, chunk_tokens: int = CHUNK_TOKENS, tick: Progress | None = None,
+        about: dict[str, Any] | None = None, room: Room | None = None, tick: Progress | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(setup, chunk_tokens, tick)
+        super().__init__(setup, room, tick)
         self.dictionaries, self.only, self.about = dictionaries, only, {} if about is None else about
 
     def places(self, exact: Any) -> Iterator[Place]:
@@ -142,6 +142,23 @@ class FeatureBatch(NodeBatch):
             for name, scores in self._products(self.delta, of_sites, part).items():
                 found[name] = found[name] + scores if name in found else scores
         return Result(found, applied, self.meta)
+
+    def mean_gradients(
+        self, points: Iterable[Point]
+    ) -> tuple[dict[Part, dict[tuple[str, int], Tensor]], dict[str, int]]:
+        """Part → (kind, layer) → Σ weight · ∂L/∂x over its points, Float[batch, pos, width]; and the rules applied."""
+        parts: dict[Part, dict[tuple[str, int], Tensor]] = {}
+        run: Activations = {kind.name: [torch.empty(0)] * self.model.shape.n_layers for kind in self.setup.kinds}
+
+        def add(point: Point, kind: str, layer: int, value: Tensor, grad: Tensor) -> None:
+            run[kind][layer] = value
+            total, grad = parts.setdefault(point.part, {}), point.weigh(wide(grad))
+            before = total.get((kind, layer))
+            total[kind, layer] = grad if before is None else before.add_(grad)
+
+        applied = self.each_gradient(points, add)
+        self._read.setdefault("run", run)
+        return parts, applied
 
     def site_gradients(self, points: Iterable[Point]) -> tuple[dict[Site, Tensor], dict[str, int]]:
         """Per site the mean of ∂L/∂x over the points that are for it, Float[batch, pos, d_model], and the rules applied."""
@@ -212,7 +229,7 @@ class FeatureBatch(NodeBatch):
                 slots = self.only.slots(self.setup.batch)
                 features, errors = (m[slots].to(self.model.device) for m in feature_masks(self.only)[site])
                 delta_f, delta_e = delta_f * features, delta_e * errors[:, None]
-            found = patch_features(self.setup, site, d, delta_f, delta_e, self.chunk_tokens)
+            found = patch_features(self.setup, site, d, delta_f, delta_e, self.room.patched)
             scores[site.name], scores[f"{site.name}/error"], runs = found
             self.about["patched_runs"] = self.about.get("patched_runs", 0) + runs
         return Result(scores)

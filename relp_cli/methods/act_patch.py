@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from relp_cli.methods.setup import CHUNK_TOKENS
 from relp_cli.methods.space import Batch
 from relp_cli.methods.table import Params, Result
 
 
 class ActPatchParams(Params):
-    """chunk_tokens: how many tokens one forward pass may hold (units are patched in parallel rows)."""
+    """chunk_tokens: how many tokens one forward pass may hold (units are patched in parallel rows; None: `Room`)."""
 
-    chunk_tokens: int = Field(default=CHUNK_TOKENS, gt=0)
+    chunk_tokens: int | None = Field(default=None, gt=0)
 
 
 def act_patch(on: Batch, _: ActPatchParams) -> Result:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -13,10 +14,11 @@ from relp_cli.errors import RelpError
 from relp_cli.lrp.context import lrp
 from relp_cli.methods.setup import Setup
 from relp_cli.methods.space import Point, of_point, together
-from relp_cli.nodes.access import Activations, as_leaf, capture, per_node
+from relp_cli.nodes.access import EMBEDDED, Activations, as_leaf, capture, per_node
 from relp_cli.precision import wide
 
 PerExample = dict[str, Tensor]  # node kind → Float[batch, layer, slot, *unit]
+Take = Callable[[int, str, int, Tensor, Tensor], None]  # (number of the point, node kind, layer, value, gradient)
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,12 @@ class Gradients:
     leaf: Tensor | None = None
 
 
-def gradients(setup: Setup, points: Sequence[Point]) -> list[Gradients]:
+def gradients(setup: Setup, points: Sequence[Point], take: Take | None = None) -> list[Gradients]:
     """∂L/∂n of every node at every point, with LRP rules in place of local gradients where given: 1 forward + 1 backward.
 
-    points: of one group (`Batch.gradients`). Raises: RelpError for a metric that has no gradient, and for nodes that the
-    rules cut off from the output.
+    points: of one group (`Batch.gradients`). take: is given each gradient when the backward pass arrives at it, and the value
+    that it is of; then neither is kept, and the graph's memory is free before the next layer's. Raises: RelpError for a metric
+    that has no gradient, and for nodes that the rules cut off from the output.
     """
     first, k = points[0], len(points)
     refuse_metric(setup, at_run=not first.moved)
@@ -44,41 +47,65 @@ def gradients(setup: Setup, points: Sequence[Point]) -> list[Gradients]:
     leaves: list[Tensor] = []
     moved, other = together(points)
 
-    def leaf(change: Tensor) -> Callable[[Tensor], Tensor]:
+    def leaf(change: Tensor | None) -> Callable[[Tensor], Tensor]:
         def hook(value: Tensor) -> Tensor:
-            leaves.append(as_leaf((value + change).to(value.dtype)))
+            leaves.append(as_leaf(value if change is None else (value + change).to(value.dtype)))
             return leaves[-1]
 
         return hook
 
     with torch.enable_grad():
-        moves = {name: leaf(change) for name, change in moved.items()}
+        moves = {name: leaf(change) for name, change in moved.items()} or {EMBEDDED: leaf(None)}
         with lrp(setup.model, first.rules, other) as applied, capture(setup.model, kinds, moves) as values:
             logits = setup.model.logits(setup.run.repeat(k, 1))
         metric = setup.value(logits)  # outside the hooks: kl runs the model for its reference
-        wanted = leaves if first.of is not None else [v for layers in values.values() for v in layers]
-        grads = iter(torch.autograd.grad(metric.sum(), wanted, allow_unused=True))
+        grads = _arriving(values, k, take)
+        of_leaves = torch.autograd.grad(metric.sum(), leaves, allow_unused=True)
     if not moved:
         setup.seen["run"] = of_point(metric.detach(), 0, k)
     setup.passes.forward += k
     setup.passes.backward += k
     if first.of is not None:
         (place,) = moved
-        grad = must_reach(next(grads), place, 0, first.rules)
+        grad = must_reach(of_leaves[0], place, 0, first.rules)
         return [Gradients({}, {}, of_point(metric.detach(), i, k), applied, of_point(grad, i, k)) for i in range(k)]
-    by_kind = {
-        kind: [must_reach(next(grads), kind, layer, first.rules) for layer in range(len(layers))]
-        for kind, layers in values.items()
+    arrived = {
+        kind: [must_reach(grad, kind, layer, first.rules) for layer, grad in enumerate(layers)]
+        for kind, layers in grads.items()
     }
+    if take is not None:
+        return [Gradients({}, {}, of_point(metric.detach(), i, k), applied) for i in range(k)]
     return [
         Gradients(
             {kind: [of_point(v.detach(), i, k) for v in layers] for kind, layers in values.items()},
-            {kind: [of_point(g, i, k) for g in layers] for kind, layers in by_kind.items()},
+            {kind: [of_point(g, i, k) for g in layers] for kind, layers in arrived.items()},
             of_point(metric.detach(), i, k),
             applied,
         )
         for i in range(k)
     ]
+
+
+def _arriving(values: Activations, k: int, take: Take | None) -> dict[str, list[Tensor | None]]:
+    """Kind → per layer its gradient, once a backward pass has arrived there; of rows [point, batch], for k points.
+
+    take: as in `gradients`; then an empty tensor instead, for values and gradients are let go.
+    """
+    grads: dict[str, list[Tensor | None]] = {kind: [None] * len(layers) for kind, layers in values.items()}
+
+    def arrived(kind: str, layer: int, grad: Tensor) -> None:
+        grads[kind][layer] = grad
+        if take is not None:
+            value, values[kind][layer] = values[kind][layer].detach(), grad.new_empty(0)
+            grads[kind][layer] = grad.new_empty(0)
+            for i in range(k):
+                take(i, kind, layer, of_point(value, i, k), of_point(grad, i, k))
+
+    for kind, layers in values.items():
+        for layer, value in enumerate(layers):
+            if value.requires_grad:
+                value.register_hook(partial(arrived, kind, layer))
+    return grads
 
 
 def refuse_metric(setup: Setup, at_run: bool = True) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,11 +17,11 @@ from relp_cli.methods.means import mean_activations
 from relp_cli.methods.patching import patch_nodes
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import position_axis
-from relp_cli.methods.setup import Passes
-from relp_cli.methods.space import Batch, Part, Place, Point, added, of_part, of_point, together
+from relp_cli.methods.setup import Passes, Room
+from relp_cli.methods.space import Batch, Place, Point, added, of_part, of_point, together
 from relp_cli.methods.table import Result
 from relp_cli.models.model import Model
-from relp_cli.nodes.access import Activations, capture, split, units
+from relp_cli.nodes.access import Activations, capture, per_node, split, units
 from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
 from relp_cli.nodes.masked import keeping
 from relp_cli.precision import wide
@@ -55,9 +55,9 @@ class Nodes:
             self.means = mean_activations(self.model, chunks, kinds, self.request.batch_size)
             passes.forward += len(chunks)
 
-    def batch(self, chunk: PairBatch, passes: Passes, chunk_tokens: int, tick: Progress | None) -> NodeBatch:
+    def batch(self, chunk: PairBatch, passes: Passes, room: Room | None, tick: Progress | None) -> NodeBatch:
         means = None if self.means is None else self.means.at(chunk)
-        return NodeBatch(self.request.setup(self.model, chunk, self.kinds, passes, means), chunk_tokens, tick)
+        return NodeBatch(self.request.setup(self.model, chunk, self.kinds, passes, means), room, tick)
 
     def blocks(self, scores: Mapping[str, Tensor]) -> list[Tensor]:
         """From kind → Float[batch, layer, slot, *unit]."""
@@ -123,48 +123,48 @@ class NodeBatch(Batch):
         return products(self.setup, differences(end, start), at.grads)
 
     def attribute(self, points: Iterable[Point]) -> Result:
-        parts, applied = self.mean_gradients(points)
-        deltas = differences(self.source, self.run)
-        mean: Activations = {kind.name: [] for kind in self.setup.kinds}
-        for kind in self.setup.kinds:
-            for n, delta in enumerate(deltas[kind.name]):
-                if "whole" in parts:
-                    mean[kind.name].append(parts["whole"][kind.name, n])
-                    continue
-                share = self.streams.shares(kind, n, delta)
-                shared = [of_part(part, share) * grads[kind.name, n] for part, grads in parts.items()]
-                mean[kind.name].append(torch.stack(shared).sum(0))
-        return Result(products(self.setup, deltas, mean), applied, self.meta)
+        scores: dict[str, Tensor] = {}
 
-    def mean_gradients(
-        self, points: Iterable[Point]
-    ) -> tuple[dict[Part, dict[tuple[str, int], Tensor]], dict[str, int]]:
-        """Part → (kind, layer) → Σ weight · ∂L/∂n over its points, Float[batch, pos, width]; and the rules applied."""
-        parts: dict[Part, dict[tuple[str, int], Tensor]] = {}
+        def add(point: Point, name: str, layer: int, run: Tensor, grad: Tensor) -> None:
+            kind, delta, grad = NODE_KINDS[name], wide(self.source[name][layer]) - wide(run), point.weigh(wide(grad))
+            if point.part != "whole":
+                grad = of_part(point.part, self.streams.shares(kind, layer, delta)) * grad
+            product = per_node(self.model, kind, delta * grad)
+            if name not in scores:
+                layers = self.model.shape.n_layers
+                scores[name] = product.new_zeros(len(product), layers, *product.shape[1:])
+            scores[name][:, layer] += product
+
+        applied = self.each_gradient((point for point in points if self.source), add)  # read before a graph stands
+        return Result({k.name: self.setup.to_slots(scores[k.name]) for k in self.setup.kinds}, applied, self.meta)
+
+    def each_gradient(
+        self, points: Iterable[Point], take: Callable[[Point, str, int, Tensor, Tensor], None]
+    ) -> dict[str, int]:
+        """`take` is given every point's gradients when they arrive (point, kind, layer, the run's value, gradient), 0 for nodes
+        that the point is not for. Returns the rules applied.
+        """
         applied: dict[str, int] = {}
-        for point, at in self.passes(points):
-            applied = at.applied
-            total = parts.setdefault(point.part, {})
-            for where, grad in self._parts(point, at):
-                before, grad = total.get(where), point.weigh(wide(grad))
-                total[where] = grad if before is None else before + grad
-        return parts, applied
+        for group in self.groups(points):
 
-    def _parts(self, point: Point, at: Gradients) -> Iterator[tuple[tuple[str, int], Tensor]]:
-        """(kind, layer) → the gradient of the nodes there that the point is for, 0 for others."""
-        if at.leaf is None:
-            for kind, layers in at.grads.items():
-                yield from (((kind, n), grad) for n, grad in enumerate(layers))
-            return
-        of: NodesAt = point.of
-        grad = at.leaf if of.mask is None else _masked(self.model, of.kind, at.leaf, of.mask)
-        yield (of.kind.name, of.layer), grad
+            def arrived(
+                i: int, kind: str, layer: int, value: Tensor, grad: Tensor, group: Sequence[Point] = group
+            ) -> None:
+                take(group[i], kind, layer, self.run[kind][layer] if group[i].moved else value, grad)
+
+            for point, at in zip(group, gradients(self.setup, group, arrived), strict=True):
+                applied = at.applied
+                if at.leaf is not None:
+                    of: NodesAt = point.of
+                    grad = at.leaf if of.mask is None else _masked(self.model, of.kind, at.leaf, of.mask)
+                    take(point, of.kind.name, of.layer, self.run[of.kind.name][of.layer], grad)
+        return applied
 
     def patch(self) -> Result:
         layers = range(self.model.shape.n_layers)
         every = {(kind.name, layer): None for kind in self.setup.kinds for layer in layers}
         source = self.setup.source_activations(self.setup.traced[1])
-        found = patch_nodes(self.setup, source, every, self.chunk_tokens, self.tick, self.unfinished)
+        found = patch_nodes(self.setup, source, every, self.room.patched, self.tick, self.unfinished)
         scores = {kind: torch.stack([found[kind.name, n] for n in layers], 1) for kind in self.setup.kinds}
         return Result({kind.name: v[..., 0] if kind.split == "vector" else v for kind, v in scores.items()})
 

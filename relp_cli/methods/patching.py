@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from relp_cli.methods.setup import CHUNK_TOKENS, Setup, fitting
+from relp_cli.methods.setup import Room, Setup, fitting
 from relp_cli.methods.unfinished import Cost, Steps, UnfinishedBatch
 from relp_cli.models.model import Hook
 from relp_cli.models.resume import Rows, putting
@@ -65,21 +65,24 @@ def patch_nodes(
     setup: Setup,
     source: Activations,
     wanted: Mapping[At, Bool[Tensor, "pairs slots units"] | None],
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     tick: Callable[[int, int, str], None] | None = None,
     unfinished: UnfinishedBatch | None = None,
 ) -> dict[At, Float[Tensor, "pairs slots units"]]:
     """L(run | n ← n(source)) − L(run) of every node on its own, for each pair; 0 where it is not wanted (None: all are).
 
     Positions that share a slot are patched jointly. Rows of a pass are nodes of one slot, each on one pair, of at most
-    `chunk_tokens` tokens together; they go from the first layer to the last. unfinished: what an interrupted call left of this
-    one, and where this one leaves what it knows.
+    `chunk_tokens` tokens together (None: `Room`); they go from the first layer to the last. unfinished: what an interrupted call
+    left of this one, and where this one leaves what it knows.
     """
     value, passes, n_slots = setup.prompt_value("run"), setup.passes, len(setup.labels)
     todo = {at: _moved(setup, source, at) for at in sorted(wanted, key=lambda at: at[1])}
     todo = {at: moved if (mask := wanted[at]) is None else moved & mask.to(moved.device) for at, moved in todo.items()}
     out = {at: value.new_zeros(len(value), n_slots, units(setup.model, NODE_KINDS[at[0]])) for at in wanted}
-    rows, total = fitting(setup.batch.n_pos, chunk_tokens), sum(int(mask.sum()) for mask in todo.values())
+    rows, total = (
+        fitting(setup.batch.n_pos, chunk_tokens or Room.on(setup.model.device).patched),
+        sum(int(mask.sum()) for mask in todo.values()),
+    )
     n_parts = -(-sum(int(mask.any(1).sum()) for mask in todo.values()) // rows)
     known = {step: piece for piece in (unfinished.pieces(rows) if unfinished else []) for step in piece.cost}
     steps = Steps({f"{kind}.{layer}": effect for (kind, layer), effect in out.items()})

@@ -21,7 +21,6 @@ from pydantic import Field
 from torch import Tensor
 
 from relp_cli.errors import RelpError
-from relp_cli.methods.setup import CHUNK_TOKENS
 from relp_cli.methods.space import Batch, Part, Point
 from relp_cli.methods.table import Params
 from relp_cli.nodes.access import EMBEDDED
@@ -53,12 +52,12 @@ class PathParams(Params):
     """steps: m, intervals of the path. rule: left, right (error O(1/m)), midpoint, trapezoid (O(1/m²); trapezoid has
     m + 1 points) or gauss_legendre, with α = 0 at the run. For noising, "right" is the grid of EAP-IG's code (α from the
     patch side k/m, k = 0..m−1), "left" the paper's (k = 1..m). chunk_tokens: how many tokens one pass may hold (points are
-    rows of the batch).
+    rows of the batch; None: `Room`).
     """
 
     steps: int = Field(default=10, ge=1)
     rule: QuadratureRule = "midpoint"
-    chunk_tokens: int = Field(default=CHUNK_TOKENS, gt=0)
+    chunk_tokens: int | None = Field(default=None, gt=0)
 
 
 class RelpIgParams(PathParams):
@@ -149,7 +148,7 @@ class ExpectedParams(Params):
 
     samples: int = Field(default=1, ge=1)
     seed: int = Field(default=0, ge=0)
-    chunk_tokens: int = Field(default=CHUNK_TOKENS, gt=0)
+    chunk_tokens: int | None = Field(default=None, gt=0)
 
 
 def expected_gradients(on: Batch, params: ExpectedParams) -> Iterator[Point]:

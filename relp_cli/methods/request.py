@@ -12,7 +12,7 @@ from torch import Tensor
 
 from relp_cli import BATCH_SIZE
 from relp_cli.errors import unknown
-from relp_cli.methods.setup import Means, Passes, Setup
+from relp_cli.methods.setup import Means, Passes, Setup, fitting
 from relp_cli.methods.table import Method, Params
 from relp_cli.methods.unfinished import Unfinished
 from relp_cli.models.model import Model
@@ -54,9 +54,10 @@ class Request:
             model.reading(batch.read), batch, metric_of(self.metric), kinds, direction, baseline, means, passes
         )
 
-    def chunks(self, model: Model, pairs: Sequence[PairBatch]) -> list[PairBatch]:
-        """The pairs in batches of at most `batch_size`, on the model's device."""
-        return in_batches(pairs, self.batch_size, model.device)
+    def chunks(self, model: Model, pairs: Sequence[PairBatch], tokens: int | None = None) -> list[PairBatch]:
+        """The pairs in batches of at most `batch_size`, and of at most `tokens` tokens, on the model's device."""
+        sizes = [self.batch_size if tokens is None else min(self.batch_size, fitting(b.n_pos, tokens)) for b in pairs]
+        return [chunk for batch, n in zip(pairs, sizes, strict=True) for chunk in in_batches([batch], n, model.device)]
 
 
 class Account:

@@ -14,7 +14,7 @@ from torch import Tensor
 from relp_cli.errors import RelpError, nearest, unknown
 from relp_cli.lrp.rules import RULE_SETS, RULES, Rule, parse_rules
 from relp_cli.methods.request import Account, Progress, Request
-from relp_cli.methods.setup import CHUNK_TOKENS, Passes
+from relp_cli.methods.setup import Passes, Room
 from relp_cli.methods.space import Batch, Scorer
 from relp_cli.methods.table import METHODS, Method, Params, Result, methods_for
 from relp_cli.methods.unfinished import Unfinished
@@ -114,15 +114,15 @@ class _Work:
         row, parsed = resolve_method(method, params, space.name, model)
         check_baseline(row, space, request)
         scorer: Scorer = space.load_scorer()(model, parts_of(pairs), nodes, request, options)
-        chunks = request.chunks(model, pairs)
+        room = Room.on(model.device, getattr(parsed, "chunk_tokens", None))
+        chunks = request.chunks(model, pairs, Room.on(model.device).graph if row.graph else None)
         parts = parts_of(chunks)
         check_metric(row, request, parts)
         account = Account(request, model, chunks, method)
         scorer.prepare(parts, account.passes)
-        size = getattr(parsed, "chunk_tokens", CHUNK_TOKENS)
         passes = (lambda: account.passes) if row.by == "all" else Passes
         batches = (
-            scorer.batch(part, passes(), size, _within(request.progress, i, len(parts))) for i, part in enumerate(parts)
+            scorer.batch(part, passes(), room, _within(request.progress, i, len(parts))) for i, part in enumerate(parts)
         )
         each = len(parts) // max(1, len(chunks))
         return cls(row, parsed, scorer, account, batches, request.unfinished, each)

@@ -24,7 +24,6 @@ from relp_cli.methods.nodes import NodeBatch
 from relp_cli.methods.patching import patch_nodes
 from relp_cli.methods.points import RelpParams, relp
 from relp_cli.methods.score import position_axis, with_extra_rules
-from relp_cli.methods.setup import CHUNK_TOKENS
 from relp_cli.methods.space import Point
 from relp_cli.methods.table import Params, Result
 from relp_cli.nodes.kinds import NODE_KINDS
@@ -34,13 +33,13 @@ BASE = "secant"
 
 class ScreenedParams(Params):
     """budget: share of each kind's nodes that are patched exactly. audit: of that number, how many more at random; seed draws
-    them. chunk_tokens: how many tokens one pass may hold.
+    them. chunk_tokens: how many tokens one pass may hold (None: `Room`).
     """
 
     budget: float = Field(default=0.2, gt=0, le=1)
     audit: float = Field(default=0.1, ge=0, le=1)
     seed: int = Field(default=0, ge=0)
-    chunk_tokens: int = Field(default=CHUNK_TOKENS, gt=0)
+    chunk_tokens: int | None = Field(default=None, gt=0)
 
 
 Values = dict[str, Tensor]  # node kind → Float[batch, layer, slot, unit]
@@ -57,9 +56,7 @@ def screened(batches: Sequence[NodeBatch], params: ScreenedParams) -> list[Resul
     }
     chosen = {kind: choose(means[kind], params) for kind in kinds}
     patched = {kind: top | drawn for kind, (top, drawn) in chosen.items()}
-    exact = [
-        _exact(on, {k: m[:, slot] for k, m in patched.items()}, params) for on, slot in zip(batches, slots, strict=True)
-    ]
+    exact = [_exact(on, {k: m[:, slot] for k, m in patched.items()}) for on, slot in zip(batches, slots, strict=True)]
     about, slopes = {}, {}
     for kind, (top, drawn) in chosen.items():
         known, base = _mean([e[kind] for e in exact], slots, len(labels)), means[kind][BASE]
@@ -140,10 +137,10 @@ def _mean(values: Sequence[Tensor], slots: Sequence[Tensor], n_labels: int) -> F
     return total / count[:, None]
 
 
-def _exact(on: NodeBatch, masks: Mapping[str, Bool[Tensor, "layer slot unit"]], params: ScreenedParams) -> Values:
+def _exact(on: NodeBatch, masks: Mapping[str, Bool[Tensor, "layer slot unit"]]) -> Values:
     """Exact effects of the masked nodes, 0 elsewhere."""
     wanted = {
         (kind, n): nodes[None].expand(len(on), -1, -1) for kind, mask in masks.items() for n, nodes in enumerate(mask)
     }
-    found = patch_nodes(on.setup, on.source, wanted, params.chunk_tokens, on.tick)
+    found = patch_nodes(on.setup, on.source, wanted, on.room.patched, on.tick)
     return {kind: torch.stack([found[kind, n] for n in range(len(mask))], 1) for kind, mask in masks.items()}

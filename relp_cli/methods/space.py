@@ -22,7 +22,7 @@ from relp_cli.errors import RelpError
 from relp_cli.lrp.context import Recorded, recording
 from relp_cli.lrp.rules import parse_rules
 from relp_cli.methods.request import Progress
-from relp_cli.methods.setup import CHUNK_TOKENS, Passes, Setup, fitting
+from relp_cli.methods.setup import Passes, Room, Setup, fitting
 from relp_cli.methods.share import Streams
 from relp_cli.methods.table import Result
 from relp_cli.methods.unfinished import UnfinishedBatch
@@ -66,15 +66,15 @@ class Place:
 class Batch(ABC):
     """One batch of pairs as one space reads it: all that an estimator is given. Readings are made once.
 
-    chunk_tokens: how many tokens one pass may hold (points are rows of it). meta: what scores should say of themselves.
+    room: how many tokens one pass may hold (points and patched runs are rows of it). meta: what scores should say of themselves.
     unfinished: what an interrupted scoring left of this batch, or, with the first, of all.
     """
 
     unfinished: UnfinishedBatch | None = None
     parts_of_patch: ClassVar[bool] = False  # whether several shards can share one batch's exact patching
 
-    def __init__(self, setup: Setup, chunk_tokens: int = CHUNK_TOKENS, tick: Progress | None = None) -> None:
-        self.setup, self.chunk_tokens, self._tick = setup, chunk_tokens, tick
+    def __init__(self, setup: Setup, room: Room | None = None, tick: Progress | None = None) -> None:
+        self.setup, self.room, self._tick = setup, room or Room.on(setup.model.device), tick
         self.meta: dict[str, Any] = {}
         self._read: dict[str, Any] = {}
 
@@ -157,7 +157,7 @@ class Batch(ABC):
 
     def passes(self, points: Iterable[Point]) -> Iterator[tuple[Point, Any]]:
         """Every point and what its pass gave (`gradients`); points that follow each other share passes as far as they can."""
-        for group in _groups(points, fitting(self.setup.run.numel(), self.chunk_tokens)):
+        for group in self.groups(points):
             found = self.gradients(group)
             if not group[0].moved:
                 self._read.setdefault("run", found[0].values)
@@ -166,8 +166,12 @@ class Batch(ABC):
 
     def readings(self, points: Iterable[Point]) -> Iterator[Any]:
         """The run's values at every point, without gradients; passes are shared as `passes` does."""
-        for group in _groups(points, fitting(self.setup.run.numel(), self.chunk_tokens)):
+        for group in self.groups(points):
             yield from self.read_at(group)
+
+    def groups(self, points: Iterable[Point]) -> Iterator[list[Point]]:
+        """The points that share a pass."""
+        return _groups(points, fitting(self.setup.run.numel(), self.room.graph))
 
     @abstractmethod
     def read_source(self) -> Any:
@@ -246,7 +250,7 @@ class Scorer(Protocol):
     def prepare(self, chunks: Sequence[PairBatch], passes: Passes) -> None:
         """What is needed of all pairs before the first is scored (means)."""
 
-    def batch(self, chunk: PairBatch, passes: Passes, chunk_tokens: int, tick: Progress | None) -> Batch:
+    def batch(self, chunk: PairBatch, passes: Passes, room: Room | None, tick: Progress | None) -> Batch:
         """One batch made ready."""
 
     def blocks(self, scores: Mapping[str, Tensor]) -> Sequence[Tensor]:

@@ -66,10 +66,16 @@ class Method:
     rules: bool = False
     baselines: tuple[str, ...] | None = None
     each: bool = False
+    whole: bool = False
     additive: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     alias_of: str = ""
+
+    @property
+    def graph(self) -> bool:
+        """Whether its batches are as small as graphs need."""
+        return not (self.each or self.whole)
 
     @property
     def serves(self) -> tuple[str, ...]:
@@ -125,11 +131,11 @@ for _row in (
     Method("learned", f"{LEARNED}:learned:LearnedParams",
            "the place in a ranking whose circuits of every size keep L, unsigned: larger is needed more",
            "steps × (forward + backward) of one batch + 2 forward", "what units do together", "MAttr; relp (docs/learned.md)",
-           by="all", signed=False),
+           by="all", signed=False, whole=True),
     Method("hard_concrete", f"{LEARNED}:hard_concrete:HardConcreteParams",
            "log α of gates that are pruned to one size at the least loss of L, unsigned",
            "steps × (forward + backward) of one batch + 2 forward", "baseline", "Louizos et al. 2018; Wang et al. 2020",
-           by="all", signed=False),
+           by="all", signed=False, whole=True),
     Method("eap_gp", "relp_cli.edges.eap_gp:eap_gp:EapGpParams",
            "c(u→v), gradient averaged along a path that follows the gradients",
            "steps × (2 forward + 4 backward) + 5 forward", "saturation along the straight path", "Zhang et al. 2025",

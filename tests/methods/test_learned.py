@@ -119,7 +119,7 @@ def on_batch(c: Case, kinds: list[str], batch: Any = None, request: Request | No
     row = space_for(kinds)
     scorer = row.load_scorer()(c.model, [batch], kinds, request, {name: options.get(name) for name in row.options})
     scorer.prepare([batch], Passes())
-    made: Batch = scorer.batch(batch, Passes(), 16384, None)
+    made: Batch = scorer.batch(batch, Passes(), None, None)
     return made
 
 
