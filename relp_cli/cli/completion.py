@@ -59,8 +59,19 @@ def ablations() -> Iterable[str]:
 
 
 def runs() -> Iterable[str]:
-    patterns = ("/".join(["*"] * depth + ["run.json"]) for depth in range(1, DEEP + 1))
-    return sorted(str(path.parent) for pattern in patterns for path in Path().glob(pattern))
+    return _holding("run.json")
+
+
+def reported() -> Iterable[str]:
+    from relp_cli.runs.rundir import FOLDERS
+
+    return _holding("run.json", *FOLDERS)
+
+
+def _holding(*files: str) -> list[str]:
+    """The folders below this one that hold one of these files."""
+    patterns = ("/".join(["*"] * depth + [file]) for depth in range(1, DEEP + 1) for file in files)
+    return sorted({str(path.parent) for pattern in patterns for path in Path().glob(pattern)})
 
 
 def of(*names: Names | tuple[str, ...]) -> Names:
@@ -82,7 +93,7 @@ def schemas() -> Iterable[str]:
 
 COMPLETED: dict[str, Names] = {
     "task": tasks, "validate task": of(tasks, jobs), "show task": of(tasks, runs), "targets": of(tasks, runs),
-    "target": of(runs, jobs, ("mib", "known_circuits")), "run": runs, "first": runs,
+    "target": of(runs, jobs, ("mib", "known_circuits")), "run": runs, "first": runs, "folders": reported,
     "model": models, "models": models, "method": methods, "methods": methods, "nodes": kinds, "metric": metrics,
     "ablation": ablations,
     "direction": of(("noising", "denoising")), "baseline": of(("patch", "zero", "mean")),

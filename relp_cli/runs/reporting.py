@@ -16,7 +16,6 @@ from relp_cli.report.html import write_html
 from relp_cli.report.page import Page, render_sections
 from relp_cli.runs.checked import distinct, file_label
 from relp_cli.runs.comparing import shared_tokens
-from relp_cli.runs.diagnosing import RECORD
 from relp_cli.runs.evaluated import read_evaluation
 from relp_cli.runs.evaluating import own_circuit
 from relp_cli.runs.features import feature_meanings
@@ -24,14 +23,13 @@ from relp_cli.runs.made import command_of
 from relp_cli.runs.pairs import pair_records, read_pairs, token_examples
 from relp_cli.runs.report_folders import comparison_page, diagnosis_page, job_page, runs_page
 from relp_cli.runs.report_more import more_sections
-from relp_cli.runs.rundir import RunDir
+from relp_cli.runs.rundir import FOLDERS, RunDir
 from relp_cli.runs.scoring import Session, open_run, prepare_again
 
-# A file that only this kind of folder has → its page.
-FOLDERS: dict[str, tuple[str, Callable[[Path], Page]]] = {
-    "compare.csv": ("a comparison", comparison_page),
-    RECORD: ("a diagnosis", diagnosis_page),
-    "results.csv": ("a job", job_page),
+PAGES: dict[str, Callable[[Path], Page]] = {
+    "a comparison": comparison_page,
+    "a diagnosis": diagnosis_page,
+    "a job": job_page,
 }
 
 
@@ -85,10 +83,10 @@ def _page_of(path: Path) -> Callable[[Path], Page] | None:
     """What makes the page of a folder that is no run; None for a run, or what should be one."""
     if RunDir(path).exists() or not path.is_dir():
         return None
-    for name, (_, make) in FOLDERS.items():
+    for name, what in FOLDERS.items():
         if (path / name).is_file():
-            return make
-    known = ", ".join(f"{what} ({name})" for name, (what, _) in FOLDERS.items())
+            return PAGES[what]
+    known = ", ".join(f"{what} ({name})" for name, what in FOLDERS.items())
     raise RelpError(f"'{path}' holds nothing to report: expected a run directory (run.json), {known}")
 
 

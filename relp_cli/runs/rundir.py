@@ -23,6 +23,9 @@ from relp_cli.tasks.spec import list_tasks
 
 PACKAGES = ("relp-cli", "torch", "transformers", "transformer-lens", "numpy")
 
+# A file that only such a folder has → what the folder is, besides a run: what `relp report` takes.
+FOLDERS = {"compare.csv": "a comparison", "diagnosis.json": "a diagnosis", "results.csv": "a job"}
+
 
 @dataclass(frozen=True)
 class RunDir:

@@ -39,6 +39,8 @@ def test_names_of_tables_and_folders(offered):
     assert offered("score ioi -m tiny-g") == ["tiny-gemma2", "tiny-gemma3", "tiny-gpt2"]
     assert offered("circuit m") == ["mine/one"]
     assert offered("show mi") == ["mine/one"]
+    Path("mine/compare.csv").touch()
+    assert offered("report m") == ["mine", "mine/one"]
     assert offered("validate table5_") == ["table5_tiny"]
     assert offered("evaluate mib x --methods at") == ["atp", "atp_star"]
     assert offered("evaluate m") == ["mine/one", "mib"]
