@@ -70,7 +70,7 @@ relp.curve = (measure, spec) => {
 };
 
 for (const root of document.querySelectorAll("[data-curves]")) {
-  for (const panel of relp.data.curves[root.dataset.curves]) {
+  for (const panel of relp.data.curves[root.dataset.curves] ?? []) {
     const { make } = relp, group = make("section", { class: "curves" }), legend = make("div", { class: "legend" }), both = make("div", { class: "figures" });
     const named = panel.measures[0].lines.filter((line) => line.weight > 1.2);
     for (const line of named) {

@@ -124,7 +124,7 @@
       out.push(make("div", { id: "cg-said" }, make("p", { class: "soft" }, `Not measured at τ = ${short(state.tau)}; the nearest evaluated ${lines.length > 1 ? "circuits" : "circuit"}:`), ...lines));
     }
     const about = row ?? sweep[0] ?? own;
-    if (about) out.push(make("p", { class: "soft" }, `${about.n_pairs ?? "?"} pairs, ${about.ablation} ablation` + (about.exclude_layers ? `; the first ${about.exclude_layers} layers run whole and do not count` : "") + ". [95 % bootstrap]"));
+    if (about) out.push(make("p", { class: "soft" }, `${about.n_pairs ?? "?"} pairs, ${about.ablation} ablation` + (about.exclude_layers ? `; the first ${about.exclude_layers > 1 ? `${about.exclude_layers} layers run whole and do not count` : "layer runs whole and does not count"}` : "") + ". [95 % bootstrap]"));
     byId("cg-measured").replaceChildren(...out);
   };
   const chart = (rows, count, current) => {

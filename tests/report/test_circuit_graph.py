@@ -15,6 +15,7 @@ import torch
 
 from relp_cli.report.circuit_graph import MOST, graph_data, graph_section
 from relp_cli.report.graph_places import BAR, LINE, LINES, Mark, placed
+from relp_cli.report.html import write_html
 from relp_cli.selection import select
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.edges import EdgeScores
@@ -22,7 +23,7 @@ from relp_cli.spaces.graph import Graph
 from relp_cli.spaces.scores import Scores
 from tests.report.browser import in_browser
 from tests.report.browser import told as told_by
-from tests.report.made import LABELS, node_scores, scores
+from tests.report.made import LABELS, evaluation, node_scores, scores
 from tests.report.test_graph import three_features
 
 
@@ -268,3 +269,15 @@ told.chip = [chip.textContent, $("cg-card").querySelector("h3").textContent];
     assert told["chip"][1] == f"{told['chip'][0][1:]} more in this cell"
     assert sorted(told["times"])[2] < 700, told["times"]  # ms, one thread of a busy machine
     assert "Nothing yet" in told["end"]["said"]
+
+
+@in_browser
+def test_the_whole_page_of_one_evaluated_circuit(tmp_path: Path) -> None:
+    """No script of the page stumbles over another's part that is not there."""
+    own = scores("relp", node_scores("mlp_out", 3, 5))
+    circuit = Circuit.from_mask("mlp_out", own["mlp_out"].mean.abs() > 1, LABELS, selection={"threshold": 1.0})
+    table = evaluation(points={circuit.n_nodes: 0.5}, circuit=circuit.hash)
+    page = write_html(tmp_path, {}, {"relp": own}, circuit, table)[0]
+    seen = told_by(page, f"{DRIVER}told.whole = see(); put('cg-tau', 1); told.part = text('cg-said');")
+    assert seen["whole"]["said"].startswith(f"This circuit ({circuit.n_nodes} of 200): faithfulness 0.50 [0.40, 0.60]")
+    assert seen["part"].startswith(f"Only the whole circuit was measured ({circuit.n_nodes} of 200): faithfulness 0.50")
