@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from mmap import mmap
 from typing import Any
 from weakref import finalize, ref
 
@@ -53,7 +54,7 @@ class Fetched(AlignDevicesHook):
             return known
         away, stored = self.away[name], self.weights_map[name]
         assert away is not None
-        value = torch.empty(away.shape, dtype=away.dtype, device=self.execution_device).copy_(stored)
+        value = _room(away, torch.device(self.execution_device)).copy_(stored)
         there = nn.Parameter(value, requires_grad=False)
         at = value.untyped_storage().data_ptr()
         self.last[name] = ref(there)
@@ -70,6 +71,15 @@ class Fetched(AlignDevicesHook):
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         module._parameters.update(self.away)
         return output
+
+
+def _room(like: Tensor, device: torch.device) -> Tensor:
+    """An empty tensor on the device. In main memory it is pages of its own, which go back to the system with it: blocks of the
+    heap, taken and freed for every call, would leave it in pieces.
+    """
+    if device.type != "cpu" or not like.numel():
+        return torch.empty(like.shape, dtype=like.dtype, device=device)
+    return torch.frombuffer(mmap(-1, like.numel() * like.element_size()), dtype=like.dtype).view(like.shape)
 
 
 def _gone(at: Storage, held: ref[Tensor]) -> None:
