@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -98,6 +99,10 @@ def test_in_a_browser(methods, tmp_path):
                      sheets=(Sheet("folded", pd.DataFrame({"task": ["<i>", "<i>"], "x": [1, 2]}), fold=True),))  # fmt: skip
     page = tmp_path / "page.html"
     page.write_text(render_sections(Page("</script>", "about", (section, folded))))
+    text = page.read_text()
+    assert not re.search(r"<script[^>]* src|<link|@import|url\(|fetch\(|(src|srcset|href)=\"(?!data:|#)", text)
+    assert "default-src 'none'" in text
+    assert text.count("<script") == 2  # the page's own: data and code
     said = told(page, DRIVER)
     exact, atp = methods["act_patch"]["mlp_out"].mean, methods["atp"]["mlp_out"].mean
     assert said["maps"] == 3
