@@ -22,6 +22,7 @@ from relp_cli.spaces.table import SPACES
 from relp_cli.spaces.top import in_circuit
 from relp_cli.spaces.units import ANY_POSITION
 
+SCRIPTS = ("graph_draw.js", "graph_card.js", "graph_steer.js")  # each uses those before it
 MOST, MOST_LINES = 10_000, 2_000  # units in the page, where these are nodes and where they are edges
 Examples = Mapping[str, Sequence[Sequence[str | None]]]
 
@@ -45,7 +46,7 @@ def graph_section(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    script = "\n".join((folder / name).read_text(encoding="utf-8") for name in ("graph_draw.js", "graph_card.js"))
+    script = "\n".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS)
     return environment.get_template("circuit_graph.html.j2").render(
         data=script_text(data),
         script=script,

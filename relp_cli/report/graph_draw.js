@@ -1,4 +1,4 @@
-// The circuit as an SVG: marks, edges, axes that stay in view, zoom and pan. Which of them are shown is said by graph_card.js.
+// The circuit as an SVG: marks, edges, axes that stay in view, zoom and pan. Which of them are shown is said by graph_steer.js.
 "use strict";
 const relpGraph = (() => {
   const data = JSON.parse(document.getElementById("graph-data").textContent);
@@ -63,7 +63,8 @@ const relpGraph = (() => {
     const y1 = at.y[u] - at.r[u] * 0.7, y2 = at.y[v] + at.r[v] * 0.8, dy = y1 - y2;
     const beside = Math.abs(x2 - x1) < 0.6 * at.sx && dy > 1.6 * at.sy;
     const bow = beside ? (j % 2 ? 1 : -1) * Math.min(0.46 * at.sx, 5 + 0.07 * dy, 30) : 0;
-    return `M${x1.toFixed(1)},${y1.toFixed(1)}C${(x1 + 1.3 * bow).toFixed(1)},${(y1 - 0.4 * dy).toFixed(1)} ${(x2 + 1.3 * bow).toFixed(1)},${(y2 + 0.4 * dy).toFixed(1)} ${x2.toFixed(1)},${y2.toFixed(1)}`;
+    const to = (...points) => points.map(([x, y]) => `${x.toFixed(1)},${y.toFixed(1)}`).join(" ");
+    return `M${to([x1, y1])}C${to([x1 + 1.3 * bow, y1 - 0.4 * dy], [x2 + 1.3 * bow, y2 + 0.4 * dy], [x2, y2])}`;
   };
 
   // Elements are made when they are first shown, and hidden afterwards.
@@ -144,7 +145,8 @@ const relpGraph = (() => {
   const view = { k: 1, x: 0, y: 0 };
   const drawAxes = () => {
     const { W, H, left, bottom, sx, sy, turned, labels } = at, [, h] = plan.size, floor = H - bottom, side = Math.max(left, at.shift * view.k + view.x - 4);
-    const parts = [draw("rect", { class: "cg-mask", x: 0, y: floor, width: W, height: bottom }), draw("rect", { class: "cg-mask", x: 0, y: 0, width: side - 6, height: floor })];
+    const mask = (y, width, height) => draw("rect", { class: "cg-mask", x: 0, y, width, height });
+    const parts = [mask(floor, W, bottom), mask(0, side - 6, floor)];
     let last = Infinity;
     for (const [j, y] of plan.rows.entries()) {
       const py = (at.top + (h - y - 0.5) * sy) * view.k + view.y;

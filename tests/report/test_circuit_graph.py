@@ -248,6 +248,8 @@ for (const at of [0.3, 1, 0.5, 0.9, 0.7, 1]) {
 }
 told.times = times;
 told.end = see();
+put("cg-number", "0", "change");
+told.zero = [text("cg-line"), +$("cg-number").value];
 $("cg-svg").dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
 told.card = $("cg-card").textContent;
 told.axes = all("#cg-svg > g:last-child text").map((t) => t.textContent);
@@ -259,6 +261,9 @@ told.chip = [chip.textContent, $("cg-card").querySelector("h3").textContent];
     )
     assert f": {MOST:,} of {own.n_nodes:,} nodes" in told["end"]["line"]
     assert f"the page holds the {MOST:,} strongest" in told["end"]["line"]
+    below = float(own.mean.abs().sort(descending=True).values[MOST])
+    assert told["zero"][1] >= below * (1 - 1e-8)  # the page cannot say how many there are below
+    assert f": {MOST:,} of {own.n_nodes:,} nodes" in told["zero"][0]
     hidden = int(re.search(r"; ([\d,]+) stand in their cells", told["end"]["line"])[1].replace(",", ""))  # type: ignore[index]
     assert told["end"]["nodes"] + hidden == MOST
     assert any(text in ("S1", "S1  a") for text in told["axes"])
