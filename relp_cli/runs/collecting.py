@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,11 +53,12 @@ def cell_paths(known: Known, groups: Collection[Group] | None = None) -> dict[Ce
 
 
 def keep_job(job: JobSpec, folder: Path) -> None:
-    """Say in a folder which job was last run in it."""
-    text = json.dumps({"job": job.model_dump(mode="json"), "folder": str(Path.cwd())}, indent=1) + "\n"
-    path = folder / "job.json"
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        write_atomically(path, text)
+    """Say in a folder which job was last run in it, and where, for the relative paths in it."""
+    path, content = folder / "job.json", job.model_dump(mode="json")
+    with suppress(RelpError):
+        if read_object(path).get("job") == content:
+            return
+    write_atomically(path, json.dumps({"job": content, "folder": str(Path.cwd())}, indent=1) + "\n")
 
 
 def job_of(folder: Path) -> JobSpec:

@@ -39,7 +39,7 @@ ARGUMENTS = {
     "report": ["run"], "ls": ["tasks"], "bench": [], "validate": ["ioi"], "show": ["ioi"], "train-dictionary": [],
     "test": ["run"], "robustness": ["run"], "export": ["edges", "x.json"], "import": ["edges.json"], "reproduce": ["table5"],
     "init": ["task", "new.yaml"],
-    "schema": ["task", "new.json"],
+    "schema": ["task", "new.json"], "collect": ["run"],
 }  # fmt: skip
 BESIDE = {
     ("circuit", "confirm"): ["--verify", "--top-k=3"], ("circuit", "annotations"): ["--edge-threshold=1", "--top-k=3"],
@@ -170,7 +170,7 @@ def _cases(verb: str):
                 arguments[places.index(parameter.name)] = value
             else:
                 option = [f"{max(parameter.opts, key=len)}={value}"]
-            if parameter.name in ("override", "engine"):
+            if parameter.name in ("override", "engine", "shard", "workers"):
                 arguments = ["table5_tiny"]
             yield parameter, value, [verb, *beside, *option, "--", *arguments]
 
