@@ -48,10 +48,14 @@ PAIRS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Any:
+    from ray.cluster_utils import Cluster
+
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers that tests make cannot import tests
-    context = ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
-    yield context.address_info["gcs_address"]
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 2, "object_store_memory": 10**8})
+    ray.init(address=made.address, log_to_driver=False)
+    yield made
     ray.shutdown()
+    made.shutdown()
 
 
 @pytest.fixture
@@ -65,13 +69,18 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobSpec:
 class Ran:
     """A job on an engine: what came of it, and what was said."""
 
-    def __init__(self, job: JobSpec, folder: str, engine: str = "ray", **options: Any) -> None:
+    def __init__(
+        self, job: JobSpec, folder: str, engine: str = "ray", during: Any = lambda _: None, **options: Any
+    ) -> None:
         self.said: list[str] = []
         self.steps: list[tuple[int, int, str]] = []
         self.folder = Path(folder)
-        self.outcome: Outcome = ENGINES[engine](
-            job, self.folder, Options(**options), lambda *step: self.steps.append(step), self.said.append
-        )
+
+        def report(*step: Any) -> None:
+            self.steps.append(step)
+            during(self)
+
+        self.outcome: Outcome = ENGINES[engine](job, self.folder, Options(**options), report, self.said.append)
         self.result: Collected = collect(self.outcome.paths)
         summarise(job, self.result.rows, self.folder)
 
@@ -137,7 +146,7 @@ def test_four_deaths_fail_their_group_only(job: JobSpec, monkeypatch: pytest.Mon
     monkeypatch.undo()
 
 
-def test_a_worker_needs_nothing_of_the_drivers_disk(cluster: str, tmp_path: Path) -> None:
+def test_a_worker_needs_nothing_of_the_drivers_disk(cluster: Any, tmp_path: Path) -> None:
     """The driver sees a file system of its own over its folder: no worker sees what is in it, nor what it writes."""
     own = ["unshare", "-m", "sh", "-c"]
     if subprocess.run([*own, f"mount -t tmpfs none {tmp_path}"], capture_output=True, check=False).returncode:
@@ -153,7 +162,7 @@ def test_a_worker_needs_nothing_of_the_drivers_disk(cluster: str, tmp_path: Path
     run = "import sys; from relp_cli.cli.main import run; sys.argv = ['relp', *sys.argv[1:]]; run()"
     line = f"""mount -t tmpfs none {private} && cd {private} && cp -r {source} hidden && cat > job.yaml
     printf %s '{pairs}' > pairs.jsonl
-    "{sys.executable}" -c "{run}" evaluate job.yaml --engine ray --address {cluster} -o out; echo "code $?"
+    "{sys.executable}" -c "{run}" evaluate job.yaml --engine ray --address {cluster.address} -o out; echo "code $?"
     cp -r out {public}/out"""
     done = subprocess.run([*own, line], input=text, capture_output=True, text=True, check=False, timeout=300)
     assert "code 1" in done.stdout, done.stderr
@@ -166,6 +175,22 @@ def test_a_worker_needs_nothing_of_the_drivers_disk(cluster: str, tmp_path: Path
     Path("pairs.jsonl").write_text(pairs)
     alone = Ran(load_job("job.yaml", []), "alone", "local")
     assert alone.read() == (public / "out/results.csv").read_bytes()
+
+
+def test_a_machine_that_is_lost_loses_nothing(cluster: Any, job: JobSpec) -> None:
+    """A worker that only one machine has room for, which is lost with the first cell; another one comes."""
+    big = {"num_cpus": 5, "object_store_memory": 10**8}
+    lost = cluster.add_node(**big)
+
+    def lose(ran: Ran) -> None:
+        if len(ran.steps) == 1:
+            cluster.remove_node(lost, allow_graceful=False)
+            cluster.add_node(**big)
+
+    ran = Ran(job, "out", during=lose, cpus=5, gpus=0.0)
+    assert ran.counts == (4, 0, 0)
+    assert "another one goes on (1 of 3)" in ran.said[0]
+    assert ran.read() == Ran(job, "alone", "local").read()
 
 
 def test_a_cluster_without_room_or_that_is_not_there_is_refused(job: JobSpec) -> None:
