@@ -84,7 +84,7 @@ def run_on_slurm(job: JobSpec, folder: Path, options: Options, report: Report | 
 
 def _watch(tasks: list[Any], watched: Watched, report: Report | None, say: Say) -> None:
     """Until there is nothing left, or all tasks have ended."""
-    ids, folder = ", ".join(str(task.job_id) for task in tasks), watched.known.folder
+    ids, folder = _ids(tasks), watched.known.folder
     say(f"submitted: {ids}; logs in {folder / 'slurm'}")
     last: float | None = None
     try:
@@ -99,10 +99,9 @@ def _watch(tasks: list[Any], watched: Watched, report: Report | None, say: Say) 
                 break
             time.sleep(LOOK)
     except KeyboardInterrupt:
-        first = str(tasks[0].job_id).partition("_")[0]
         say(
-            f"WARNING: {ids} go on without this process: `scancel {first}` ends them, `relp collect {folder}` makes the tables "
-            "of what there is, the same command again submits tasks for the rest"
+            f"WARNING: {ids} goes on without this process: `scancel {ids.partition('_')[0]}` ends it, `relp collect {folder}` "
+            "makes the tables of what there is, the same command again submits tasks for the rest"
         )
         raise
     for task in tasks if watched.left else ():
@@ -110,12 +109,19 @@ def _watch(tasks: list[Any], watched: Watched, report: Report | None, say: Say) 
             say(f"WARNING: task {task.job_id} ended with {task.state}: {_last_line(Path(task.paths.stderr))}")
 
 
+def _ids(tasks: list[Any]) -> str:
+    """`7_[0-3]` for the tasks of array 7."""
+    ids = [str(task.job_id) for task in tasks]
+    arrays = {text.partition("_")[0] for text in ids}
+    return f"{arrays.pop()}_[0-{len(ids) - 1}]" if len(arrays) == 1 < len(ids) else ", ".join(ids)
+
+
 def _last_line(log: Path) -> str:
     try:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     except OSError:
         lines = []
-    return f"{visible(lines[-1].strip())} ({log})" if lines else f"it has no log ({log})"
+    return f"{visible(lines[-1].strip())} ({log})" if lines else f"nothing in its log ({log})"
 
 
 def _executor(logs: Path, name: str, slurm: tuple[str, ...]) -> Any:
