@@ -13,6 +13,7 @@ import typer
 from relp_cli.cli.common import (
     DeviceMapOption,
     DeviceOption,
+    DryRunFlag,
     JsonFlag,
     comma,
     count_option,
@@ -44,6 +45,7 @@ def reproduce(
     output: Annotated[Path | None, output_option(help="Job folder (default: runs/JOB).")] = None,
     device: DeviceOption = None,
     device_map: DeviceMapOption = None,
+    dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
     """Run the paper's experiment on every model that loads, and print our numbers beside the published ones.
@@ -58,7 +60,7 @@ def reproduce(
         "pairs": pairs,
     }
     overrides = [f"{key}={to_json(value)}" for key, value in given.items() if value is not None]
-    run_job(named_job(what, overrides), output, Where(place=placed(device, device_map)), False, json, lenient=True)
+    run_job(named_job(what, overrides), output, Where(place=placed(device, device_map)), dry_run, json, lenient=True)
 
 
 def named_job(name: str, overrides: list[str]) -> JobSpec:

@@ -87,7 +87,8 @@ def command(
     if dry_run:
         prepared = prepare(spec, session)
         cost = describe_cost(prepared.model, prepared.pairs, spec)
-        if took := expected_time(prepared.model, prepared.pairs, spec, loaded_params(spec, prepared, session)):
+        given = loaded_params(spec, prepared, session)
+        if took := expected_time(prepared.model, prepared.pairs, spec, given, prepared.metric):
             cost["time"] = took
         print_json(cost) if json else print_fields(cost)
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +11,8 @@ import torch
 from relp_cli.features.kinds import SCORED
 from relp_cli.features.load import load_dictionaries
 from relp_cli.lrp.rules import RULE_SETS
+from relp_cli.methods.nodes import NodeBatch
+from relp_cli.methods.score import resolve_method
 from relp_cli.methods.table import METHODS
 from relp_cli.models.model import Model
 from relp_cli.models.offload import resident
@@ -20,6 +21,7 @@ from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
 from relp_cli.runs.spec import ScoreSpec
 from relp_cli.scoring import score
 from relp_cli.spaces.graph import Graph
+from relp_cli.spaces.table import space_for
 from relp_cli.tasks.pairs import PairBatch
 from relp_cli.tasks.parts import parts_of
 
@@ -61,25 +63,35 @@ def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> 
     }
 
 
-def expected_time(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec, params: dict[str, Any]) -> str:
-    """About how long it would take here: of methods of a few passes by scoring a few pairs, of exact ones by one forward pass.
+def expected_time(
+    model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec, params: dict[str, Any], metric: str = "logit_diff"
+) -> str:
+    """About how long it would take here: of methods of a few passes by scoring a few pairs, of those of many by what one
+    gradient takes, of exact ones by one forward pass.
 
-    params: the spec's, dictionaries loaded. "" for all others (many steps, searches, choosing rules): timing takes too long.
+    params: the spec's, dictionaries loaded. "" for all others (searches, choosing rules): timing takes too long.
     """
     row = METHODS[spec.method.partition("+")[0]]
+    steps = _gradients(model, pairs, spec, params)
     auto = spec.method.endswith("+auto") or spec.params.get("rules") == "auto"
-    many = any(word in cost_of(spec.method) for word in ("×", "per ", "none"))
-    if row.by == "all" or auto or (row.each and spec.nodes == (SCORED,)) or (many and not row.each):
+    if auto or (row.each and spec.nodes == (SCORED,)) or (row.by == "all" and not steps):
         return ""
     n_pairs, first = sum(len(b) for b in pairs), max(pairs, key=len)
     few = min(TIMED, len(first), spec.batch_size)
-    patch = None if first.patch is None else first.patch[:few]
-    batch = replace(first, original=first.original[:few], patch=patch, answer=first.answer[:few], foil=first.foil[:few])
+    batch = first.rows(slice(0, few))
+    with torch.no_grad():
+        model.logits(batch.to(model.device).original)  # what the first pass alone takes
     start = time.perf_counter()
     if not row.each:
-        score(model, [batch], spec.method, spec.nodes, spec.metric or "logit_diff", spec.direction, spec.baseline, few, False,
-              **params)  # fmt: skip
-        return _about((time.perf_counter() - start) * n_pairs / few, f"{few} pairs were timed")
+        given = {k: v for k, v in params.items() if not steps or k == "dictionary"}
+        score(model, [batch], "atp" if steps else spec.method, spec.nodes, metric, spec.direction, spec.baseline, few, False,
+              **given)  # fmt: skip
+        each = (time.perf_counter() - start) / few * n_pairs
+        if not steps:
+            return _about(each, f"{few} pairs were timed")
+        return _about(
+            each * (1 + 0.75 * (steps - 1)), f"a gradient of {few} pairs was timed"
+        )  # and δ: 2 + 1 × 2 passes
     with torch.no_grad():
         model.logits(batch.to(model.device).original)
     each = (time.perf_counter() - start) / few
@@ -88,6 +100,23 @@ def expected_time(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec, par
     else:
         runs = sum(_patched(model, b, NODE_KINDS[k], spec.baseline) for b in parts_of(pairs) for k in spec.nodes)
     return _about(each * runs, "as many whole forward passes; most patched runs start later and are shorter")
+
+
+def _gradients(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec, params: dict[str, Any]) -> float:
+    """How many forward and backward passes over every pair a method of steps takes; 0 for methods of another sort."""
+    row, space = METHODS[spec.method.partition("+")[0]], space_for(spec.nodes)
+    own = {name: value for name, value in params.items() if name not in space.options}
+    _, parsed = resolve_method(spec.method, own, space.name, model)
+    layers, steps = model.shape.n_layers, int(getattr(parsed, "steps", 0) or getattr(parsed, "samples", 0) or 0)
+    sites = {"edges": 2 * layers + 1, "nodes": layers * len(spec.nodes)}.get(space.name, 0)
+    ranked = 0.0 if space.name != "nodes" else steps or NodeBatch.learning_steps
+    batch = min(spec.batch_size, max(map(len, pairs))) / sum(map(len, pairs))
+    by_method = {
+        "ig_inputs": steps, "relp_ig": steps, "expected_gradients": steps, "conductance": steps + 1,
+        "ig_activations": 0 if getattr(parsed, "exact", ()) else steps * sites, "atp_star": 1 + layers * 2 / 3,
+        "learned": ranked * batch, "hard_concrete": ranked * batch,
+    }  # fmt: skip
+    return by_method.get(row.alias_of or row.name, 0)
 
 
 def _about(seconds: float, how: str) -> str:

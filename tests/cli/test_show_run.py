@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from relp_cli import score as relp_score
 from relp_cli.cli.common import Terminal
 from relp_cli.report.characters import Strongest, digit, print_map, strongest
 from relp_cli.spaces.nodes import NODES
@@ -101,7 +102,9 @@ def test_thirty_layers_and_many_positions_fit_eighty_columns(capsys):
     [
         (("--method", "atp"), True),
         (("--method", "act_patch", "--nodes", "edges"), True),
-        (("--method", "ig_activations"), False),
+        (("--method", "ig_activations"), True),
+        (("--method", "learned", "--nodes", "head"), True),
+        (("--method", "screened"), False),
         (("--method", "eap_gp"), False),
     ],
 )
@@ -112,3 +115,18 @@ def test_a_dry_run_says_how_long_where_timing_is_quick(relp, options, timed):
     assert ("time" in said) == timed
     assert not timed or said["time"].startswith("about ")
     assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("method", ["ig_inputs", "relp_ig", "expected_gradients", "conductance", "ig_activations"])
+def test_the_gradients_that_a_dry_run_counts_are_taken(method):
+    from relp_cli.models.load import load_model
+    from relp_cli.runs.cost import _gradients
+    from relp_cli.runs.spec import ScoreSpec
+    from relp_cli.tasks.task import load_task
+
+    model = load_model("tiny-gpt2")
+    params = {"samples" if method == "expected_gradients" else "steps": 2}
+    spec = ScoreSpec(task="ioi", method=method, nodes=("head", "mlp_out"), params=params, pairs=3)
+    pairs = load_task("ioi").pairs(model, 3)
+    taken = relp_score(model, pairs, method, spec.nodes, **params).meta["backwards_per_pair"]
+    assert _gradients(model, pairs, spec, params) == taken
