@@ -13,6 +13,7 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError, nearest, unknown
 from relp_cli.lrp.rules import RULE_SETS, RULES, Rule, parse_rules
+from relp_cli.methods.halving import Halving, in_one_go
 from relp_cli.methods.request import Account, Progress, Request
 from relp_cli.methods.setup import Passes, Room
 from relp_cli.methods.space import Batch, Scorer
@@ -57,7 +58,9 @@ def score_units(
             totals.add(*_summed(parts))
             account.done([on.setup for on, _ in parts])
             parts.clear()
-    meta = account.meta(row, work.params, result.applied, scorer.axis, **scorer.about, **result.meta)
+    meta = account.meta(
+        row, work.params, result.applied, scorer.axis, **scorer.about, **result.meta, **work.halving.about
+    )
     return totals.finish(scorer.axis, meta)
 
 
@@ -97,6 +100,7 @@ class _Work:
     batches: Iterable[Batch]
     unfinished: Unfinished | None
     parts: int
+    halving: Halving
 
     @classmethod
     def begin(
@@ -125,7 +129,15 @@ class _Work:
             scorer.batch(part, passes(), room, _within(request.progress, i, len(parts))) for i, part in enumerate(parts)
         )
         each = len(parts) // max(1, len(chunks))
-        return cls(row, parsed, scorer, account, batches, request.unfinished, each)
+        function, _ = row.load()
+
+        def compute(on: Batch) -> Result:
+            values = function(on, parsed)
+            result: Result = on.attribute(values) if row.by == "points" else values
+            return result
+
+        halving = Halving(compute, lambda part, room: scorer.batch(part, Passes(), room, None), room)
+        return cls(row, parsed, scorer, account, batches, request.unfinished, each, halving)
 
     def results(self) -> Iterator[tuple[Batch, Result]]:
         """What the estimator says of each batch; of one by one, what an interrupted scoring said already.
@@ -137,7 +149,7 @@ class _Work:
         if row.by == "all":
             every = list(self.batches)
             every[0].unfinished = unfinished.of(0) if unfinished else None
-            yield from zip(every, function(every, params), strict=True)
+            yield from zip(every, in_one_go(lambda: function(every, params), row.name), strict=True)
             return
         shard = unfinished.shard if unfinished else None
         for number, on in enumerate(self.batches):
@@ -148,9 +160,9 @@ class _Work:
             result = on.unfinished.result(on.setup) if on.unfinished else None
             if result is None:
                 started = time.perf_counter()
-                values = function(on, params)
-                result = on.attribute(values) if row.by == "points" else values
-                if on.unfinished and not shared:
+                result = self.halving(on)
+                halved = (self.halving.most or len(on)) < len(on)  # then it is the whole batch, whatever the shard
+                if on.unfinished and (halved or not shared):
                     on.unfinished.keep_result(on.setup, result, time.perf_counter() - started)
             yield on, result
 

@@ -220,7 +220,8 @@ def loaded_params(spec: ScoreSpec, prepared: Prepared, session: Session) -> dict
 
 def scoring_notes(scores: Scores) -> list[str]:
     """What people have to know of scores: what `relp+auto` chose on how many pairs, what `screened` patched, what was
-    learned, dictionaries that were trained on another model, exact effects that a narrow dtype rounds to 0.
+    learned, batches that memory did not hold, dictionaries that were trained on another model, exact effects that a narrow dtype
+    rounds to 0.
     """
     notes, meta = [], scores.meta
     if other := meta.get("dictionary_of"):
@@ -229,6 +230,10 @@ def scoring_notes(scores: Scores) -> list[str]:
         notes.append(
             f"WARNING: in {meta['dtype']} {lost:.0%} of the patched runs left the metric as it was, to the last bit: effects "
             "smaller than the rounding of logits become 0; float32 keeps them"
+        )
+    if most := meta.get("out_of_memory_pairs_per_pass"):
+        notes.append(
+            f"out of memory: batches were halved, to {most} pairs or fewer; --batch-size {most} saves the attempts"
         )
     if auto := meta.get("auto"):
         chosen = "; ".join(f"{kind}: {', '.join(rules) or 'no rules'}" for kind, rules in auto["chosen"].items())
