@@ -155,7 +155,9 @@ def test_the_shard_that_ends_last_writes_the_run(relp: Any, tmp_path: Path) -> N
     assert {k: v for k, v in one.meta.items() if k != "seconds"} == {
         k: v for k, v in other.meta.items() if k != "seconds"
     }
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["run.json", "scores.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "pairs.json", "run.json", "scores.safetensors",
+    ]  # fmt: skip
     assert json.loads(relp(*command, "--shard", "1/3", "-o", "run").out)["cached"]
 
 
