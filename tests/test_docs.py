@@ -85,6 +85,8 @@ def test_commands_parse(page: Path) -> None:
     for args in shown:
         assert args[0] in COMMANDS, f"relp {' '.join(args)}"
         COMMANDS[args[0]].make_context(args[0], args[1:])  # raises what the command line would say
+        if args[0] in ("score", "compare", "diagnose") and re.fullmatch(r"[a-z0-9_]+", args[1]):
+            assert args[1] in list_tasks(), f"relp {' '.join(args)}"
         for option, names in NAMES.items():
             given = args[args.index(option) + 1] if option in args[:-1] else ""
             for name in given.split(",") if re.fullmatch(r"[a-z_+,0-9]+", given) else []:
