@@ -42,7 +42,7 @@ const relpGraph = (() => {
   let at = null;
   const measure = () => {
     const W = Math.max(svg.clientWidth || svg.parentNode.clientWidth || 0, 300), narrow = W < 560;
-    const left = narrow ? 62 : 84, top = 18, [w, h] = plan.size;
+    const left = 22 + 6 * Math.max(...data.rows.map((label) => label.length)), top = 18, [w, h] = plan.size;
     const sx = Math.min(Math.max((W - left - 14) / (w + 0.2), 7), data.positions ? 52 : 90);
     const sy = Math.min(Math.max(880 / h, 15), 46), inner = W - left - 14;
     const shift = left + Math.max(0, (inner - w * sx) / 2);
