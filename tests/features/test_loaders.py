@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -175,3 +176,14 @@ def test_saved_dictionaries_load_again(tmp_path: Path) -> None:
     assert list(again) == [Site("mlp", 1)]
     torch.testing.assert_close(only(again).w_dec, first.w_dec, rtol=1e-3, atol=1e-3)
     assert only(again).k == 5
+
+
+def test_shipped_dictionaries_say_that_they_are_of_the_shipped_model():
+    """Their configuration and their card name its content; a copy that names another one is told of."""
+    from relp_cli.features.load import SHIPPED, load_dictionaries
+    from relp_cli.models.load import load_model
+
+    model = load_model("tiny-pythia")
+    assert load_dictionaries("tiny-pythia", model).model is None
+    card = json.loads((SHIPPED / "tiny-pythia" / "card.json").read_text())
+    assert card["revision"] == model.revision
