@@ -2,6 +2,7 @@
 
 import gc
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -90,6 +91,20 @@ def test_places_module_by_module_mix_and_match():
     same(scored(mixed, batches, kinds), scored(model, batches, kinds))
     with pytest.raises(RelpError, match=r"no module 'model.layer.1'; did you mean 'model.layers.1'\?"):
         load_model("tiny-gemma2", device_map=places | {"model.layer.1": "disk"})
+
+
+def test_values_that_hooks_see_on_one_device_stay_on_the_way_of_the_gradient(monkeypatch):
+    """Several devices cannot be had here; a move to the model's one is a copy, as it would be between two."""
+    model, batches = plain("tiny-gemma2", "sva_simple")
+    kinds = [("relp", COMPONENTS), ("relp_edges", ("edges",)), ("act_patch", ("attn_out",))]
+    want, to = scored(model, batches, kinds), torch.Tensor.to
+
+    def moved(value, *args, **kwargs):
+        return value.clone() if args == (model.device,) else to(value, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", moved)
+    for key, got in scored(replace(model, spread=True), batches, kinds).items():
+        assert (got - want[key]).abs().max() <= 2e-6 * want[key].abs().max(), key  # gradients add up in another order
 
 
 def test_where_everything_fits_auto_and_balanced_are_the_plain_model():
