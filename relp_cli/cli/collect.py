@@ -31,6 +31,8 @@ def command(
         if output or override:
             raise RelpError(f"{'--output' if output else '--override'} is for a JOB.yaml; '{target}' is a folder")
         folder, job = Path(target), job_of(Path(target))
+    elif "/" in target and not target.endswith((".yaml", ".yml")):
+        raise RelpError(f"there is no folder '{target}'; expected a job's folder, a JOB.yaml or a shipped job's name")
     else:
         job = named_job(target, override)
         folder = output or Path("runs") / job.name
