@@ -72,6 +72,7 @@ def command(
         task=task, model=at_revision(model, revision), method=method, nodes=comma(nodes, "--nodes"),
         keep_examples=per_example, params=how.params | own, **how.of_spec,
     )  # fmt: skip
+    from relp_cli.evaluation.behaviour import said
     from relp_cli.runs.cost import describe_cost, expected_time
     from relp_cli.runs.scoring import Prepared, Session, check_request, loaded_params, prepare, score_run, scoring_notes
     from relp_cli.runs.shards import score_shard, shard_of
@@ -97,11 +98,8 @@ def command(
         for line in prepared.notes:
             note(line)
         if not json:
-            seen = prepared.behaviour
             note(
-                f"{prepared.model.name} on {prepared.task.name}: accuracy {seen.accuracy:.2f}, "
-                f"{prepared.metric} {seen.metric_original:+.3f} on originals"
-                + (f", {seen.metric_patch:+.3f} on patches" if seen.metric_patch is not None else "")
+                f"{prepared.model.name} on {prepared.task.name}: {said(prepared.behaviour.as_dict(), prepared.metric)}"
             )
         if spec.method == "act_patch":
             note(f"act_patch: {describe_cost(prepared.model, prepared.pairs, spec)['forwards']}")
@@ -112,8 +110,8 @@ def command(
         else:
             run, whole, cached, waiting_for = score_shard(spec, session, share, output, bar, ready)
             if whole is None:
-                said = f"{share} is done; {waiting_for} batches wait for other shards; the last one writes the run"
-                print_json({"run": str(run.path), "shard": str(share), "waiting": waiting_for}) if json else note(said)
+                state = f"{share} is done; {waiting_for} batches wait for other shards; the last one writes the run"
+                print_json({"run": str(run.path), "shard": str(share), "waiting": waiting_for}) if json else note(state)
                 return
             scores = whole
     for line in scoring_notes(scores):

@@ -105,8 +105,8 @@ def _show_fit(model: str, fits: dict[str, Any]) -> None:
     if fits["pairs"]:
         out.print(f"pairs drawn (at most 100 a split): {_said(fits['pairs'])}")
     if fits["lengths"]:
-        lengths = ", ".join(f"{n} of {length} tokens" for length, n in fits["lengths"].items())
-        out.print(f"token lengths (without BOS): {lengths}")
+        lengths = ", ".join(f"{n} pairs of {length}" for length, n in fits["lengths"].items())
+        out.print(f"tokens without BOS: {lengths}")
     if fits["pairs"].get("discovery"):
         for why in fits["why"]:
             note(f"WARNING: {why}")
@@ -166,6 +166,7 @@ def show(
         return
     if top is not None:
         raise RelpError(f"--top is for runs; '{task}' is none")
+    from relp_cli.evaluation.behaviour import said
     from relp_cli.report.terminal import Column, print_table
     from relp_cli.runs.checked import score_spec
     from relp_cli.runs.scoring import Session, prepare
@@ -208,16 +209,11 @@ def show(
                 [*columns, Column("original", _quoted(old)), Column("patch", _quoted(new), best=changed)],
                 title=title,
             )
-    patch_value = "" if seen.metric_patch is None else f", on patches {seen.metric_patch:+.3f}"
-    low, high = seen.interval
-    out.print(
-        f"{prepared.model.name} on {prepared.task.name}: accuracy {seen.accuracy:.3f} [{low:.2f}, {high:.2f}] over {seen.n} "
-        "pairs; mean "
-        f"{prepared.metric} on originals {seen.metric_original:+.3f}{patch_value}",
-    )
+    out.print(f"{prepared.model.name} on {prepared.task.name}: {said(seen.as_dict(), prepared.metric)}")
 
 
 def _show_run(path: Path, top: int, json: bool) -> None:
+    from relp_cli.evaluation.behaviour import said
     from relp_cli.report.characters import KEY, print_map, print_positions
     from relp_cli.report.tables import show as show_table
     from relp_cli.runs.showing import view_run
@@ -232,7 +228,7 @@ def _show_run(path: Path, top: int, json: bool) -> None:
         f"({spec['split']}), {meta['direction']}, {meta['metric']}; made {seen.made}"
     )
     if does:
-        out.print(f"the model itself: accuracy {does['accuracy']:.2f}, {meta['metric']} {does['metric_original']:+.3f}")
+        out.print(f"the model itself: {said(does, meta['metric'])}")
     for line in seen.record.get("notes", []):
         out.print(line)
     show_table(seen.top(top), out, f"the {top} strongest of each kind", digits=4)

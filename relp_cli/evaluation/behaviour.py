@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -67,6 +68,14 @@ class Behaviour:
             "at": f"WARNING: {model} is at chance on {task} ({about}); scores explain no behaviour here",
             "undecided": f"{self.n} pairs are too few to tell {model}'s behaviour on {task} from chance ({about})",
         }.get(self.verdict, "")
+
+
+def said(does: Mapping[str, Any], metric: str) -> str:
+    """`Behaviour.as_dict`, new or of a run's record, for people: accuracy with its interval and n, and the metric's means."""
+    sure = f" [{does['accuracy_lo']:.2f}, {does['accuracy_hi']:.2f}]" if "accuracy_lo" in does else ""
+    pairs = f"{does['n']} pair{'s' * (does['n'] != 1)}"
+    patch = "" if does.get("metric_patch") is None else f", on patches {does['metric_patch']:+.3f}"
+    return f"accuracy {does['accuracy']:.2f}{sure} over {pairs}; mean {metric} on originals {does['metric_original']:+.3f}{patch}"
 
 
 def against_chance(hits: int, n: int) -> str:
