@@ -189,7 +189,8 @@ class _Driver:
         try:
             answer = self.ray.get(worker.calls.pop(0))
         except errors.RayTaskError as error:  # no fault of its input, as every cell of the group would meet it
-            self._fail(worker.group, _line(error.cause) + worker.place)
+            cause = error.cause or error
+            self._fail(worker.group, f"{type(cause).__name__}: {_line(cause)}{worker.place}")
             self._release(worker)
         except errors.RayError as error:
             if getattr(error, "actor_init_failed", False) and not self.begun:

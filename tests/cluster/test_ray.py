@@ -146,6 +146,23 @@ def test_four_deaths_fail_their_group_only(job: JobSpec, monkeypatch: pytest.Mon
     monkeypatch.undo()
 
 
+class Wrong(Worker):
+    """A worker with a fault of its own at one task."""
+
+    def next(self) -> Any:
+        if self._last.group.task == "sva_simple":
+            raise TypeError("a fault\nof the program")
+        return super().next()
+
+
+def test_a_fault_of_the_program_is_a_line_of_its_group(job: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_engine, "Worker", Wrong)
+    ran = Ran(job, "out", workers=1)
+    assert ran.counts == (2, 0, 2)
+    assert {error for _, error in ran.result.errors} == {f"TypeError: a fault on {os.uname().nodename}"}
+    assert not ran.said
+
+
 def test_a_worker_needs_nothing_of_the_drivers_disk(cluster: Any, tmp_path: Path) -> None:
     """The driver sees a file system of its own over its folder: no worker sees what is in it, nor what it writes."""
     own = ["unshare", "-m", "sh", "-c"]
