@@ -43,15 +43,19 @@ def run_on_ray(job: JobSpec, folder: Path, options: Options, report: Report | No
     """
     check_writable(folder)
     ray = _ray()
+    driver = _Driver(ray, job, folder, options, report, say)
+    if not driver.waiting:  # a finished job needs no cluster
+        return driver.outcome()
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # Ray's pages about a death are on stdout
         ours = not ray.is_initialized()
         if ours:
             _connect(ray, options.address)
         try:
-            return _Driver(ray, job, folder, options, report, say).run()
+            driver.run()
         finally:
             if ours:
                 ray.shutdown()
+    return driver.outcome()
 
 
 def _ray() -> Any:
@@ -115,28 +119,25 @@ class _Driver:
         self.hired: list[_Hired] = []
         self.deaths: Counter[Group] = Counter()
         self.begun = False
-        self.cpus, self.gpus = options.cpus or 1, self._gpus()
-
-    def _gpus(self) -> float:
-        if self.options.gpus is not None:
-            return self.options.gpus
-        wanted = self.options.place != "cpu"
-        return float(wanted and any(node["Resources"].get("GPU") for node in self.ray.nodes() if node["Alive"]))
+        self.cpus, self.gpus = options.cpus or 1, options.gpus or 0.0
 
     def left(self, group: Group) -> list[Cell]:
         return [cell for cell in self.cells if cell.group == group and cell not in self.states]
 
-    def run(self) -> Outcome:
-        if self.waiting:
-            place = self.options.place or (None if self.gpus else "cpu")  # not on a GPU that it was not given
-            self.parcel = self.ray.put(Parcel.of(self.job, place))
-            self._check_room()
+    def run(self) -> None:
+        if self.options.gpus is None and self.options.place != "cpu":
+            self.gpus = float(any(node["Alive"] and node["Resources"].get("GPU") for node in self.ray.nodes()))
+        place = self.options.place or (None if self.gpus else "cpu")  # not on a GPU that it was not given
+        self._check_room()
+        self.parcel = self.ray.put(Parcel.of(self.job, place))
         while self.waiting or self.hired:
             self._staff()
             first = {worker.calls[0]: worker for worker in self.hired}
             ready, _ = self.ray.wait(list(first), num_returns=1, timeout=LOOK)
             for call in ready:
                 self._take(first[call])
+
+    def outcome(self) -> Outcome:
         states = [self.states[cell][1] for cell in self.cells]
         paths = {cell: self.states[cell][0] for cell in self.cells}
         return Outcome(paths, states.count("computed"), states.count("finished"), states.count("failed"), self.noted)
