@@ -213,8 +213,7 @@ class _Driver:
     def _keep(self, computed: Computed) -> None:
         self.states[computed.cell] = write(self.known, computed)
         if self.report:
-            about = f"{self.job.name}: {len(self.hired)} Ray workers"
-            self.report(len(self.states), len(self.cells), about)
+            self.report(len(self.states), len(self.cells), f"{self.job.name} on Ray")
 
     def _died(self, worker: _Hired, group: Group) -> None:
         self._release(worker)

@@ -92,8 +92,7 @@ def _watch(tasks: list[Any], watched: Watched, report: Report | None, say: Say) 
             ended = all(task.done() for task in tasks)
             watched.look()
             if report:
-                done = watched.total - len(watched.left)
-                report(done, watched.total, f"{watched.known.job.name}: {len(tasks)} Slurm tasks")
+                report(watched.total - len(watched.left), watched.total, f"{watched.known.job.name} on Slurm")
             last = last or (time.monotonic() + GRACE if not watched.left else None)
             if ended or (last and time.monotonic() > last):
                 break
