@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,6 +30,11 @@ from relp_cli.files import check_file_writable
 from relp_cli.models.placement import placed
 from relp_cli.report.terminal import Column, print_table
 from relp_cli.spaces.table import SPACES
+
+if TYPE_CHECKING:
+    from relp_cli.runs.scoring import Session
+    from relp_cli.runs.spec import ScoreSpec
+    from relp_cli.spaces.scores import Scores
 
 OF_LISTS = ("run", "listing", "json")  # what --list takes besides, where nothing is selected
 DEFAULTS = ("absolute", "none")  # sign and aggregate of an evaluated sweep
@@ -114,35 +120,18 @@ def command(
         refuse_typed(context, OF_LISTS, "selects; --list alone prints the circuit that the run has")
         show_list(*listed(run), json)
         return
-    if confirm is not None and not verify:
-        raise RelpError("--confirm belongs to --verify")
-    if confirm is not None and not 0 <= confirm < math.inf:
-        raise RelpError(f"--confirm: expected a number from 0 up, got {confirm}")
     if signed and sign != "absolute":
         raise RelpError(f"give --signed or --sign {sign}, not both")
     sign = "signed" if signed else sign
-    if annotations is not None:
-        from relp_cli.features.annotations import read_annotations
-
-        if edge_threshold is None:
-            raise RelpError("--annotations belongs to --edge-threshold")
-        read_annotations(annotations)
-    if edge_threshold is not None and not math.isfinite(edge_threshold):
-        raise RelpError(f"--edge-threshold: expected a number, got {edge_threshold}")
+    check_numbers(confirm, verify, edge_threshold, annotations)
     if clusters is not None:
-        from relp_cli.runs.clustering import clusters_asked
-
-        count = clusters_asked(clusters)
-        other = {
-            "--average": average,
-            "--stable-signs": stable_signs is not None,
-            "--verify": verify,
-            "--union": union,
-            "--stability": resamples,
-            "--edge-threshold": edge_threshold is not None,
-        }
-        for name in (name for name, given in other.items() if given):
-            raise RelpError(f"{name} is for one circuit; --clusters makes one for each cluster")
+        count = clusters_of(
+            clusters,
+            {
+                "--average": average, "--stable-signs": stable_signs is not None, "--verify": verify, "--union": union,
+                "--stability": resamples, "--edge-threshold": edge_threshold is not None,
+            },
+        )  # fmt: skip
     if average or stable_signs is not None:
         check_refining(average, stable_signs, union, resamples, fraction, top_p, verify and confirm is None)
     place = placed(device, device_map)
@@ -159,14 +148,7 @@ def command(
         if v is not None
     }
     if clusters is not None:
-        from relp_cli.cli.clusters import show_clusters
-        from relp_cli.runs.clustering import cluster_run
-
-        with progress() as bar:
-            made = cluster_run(
-                spec, chosen, count, {**how, "sign": sign, **more}, session, output or run_dir.clusters, bar
-            )
-        print_json({"folder": str(made.folder), **made.as_dict()}) if json else show_clusters(made)
+        clustered(spec, chosen, count, {**how, "sign": sign, **more}, session, output or run_dir.clusters, json)
         return
     from relp_cli.runs.choosing import refuse_empty
     from relp_cli.runs.selecting import refined
@@ -185,16 +167,7 @@ def command(
         raise RelpError(f"--output {path} is a folder; expected a file name")
     check_file_writable(path)
     selection = circuit.meta["selection"]
-    if "ties" in selection:
-        note(
-            f"{selection['ties']} more score as much as the last that was kept: --threshold {selection['tau']} keeps all"
-        )
-    if connected:
-        best = "the best there are" if not selection["gap"] else f"within {selection['gap']:.2%} of the best"
-        note(
-            f"connected: of {selection['candidates']} edges, {best}: {selection['share_of_strongest']:.1%} of the total strength "
-            "of the strongest as many, connected or not"
-        )
+    note_selection(selection)
     if edge_threshold is not None and circuit.units.space != "features":
         raise RelpError("--edge-threshold is for feature circuits; edges of heads and MLPs: relp score --nodes edges")
     if resamples:
@@ -237,6 +210,63 @@ def command(
     if listing:
         show_list(scores, replace(circuit, edges=None), path)  # edges were shown
     log.print(str(path))
+
+
+def check_numbers(confirm: float | None, verify: bool, edge_threshold: float | None, annotations: Path | None) -> None:
+    """Raises RelpError for numbers that are none, options without the one that they belong to, and annotations that cannot be
+    read.
+    """
+    if confirm is not None and not verify:
+        raise RelpError("--confirm belongs to --verify")
+    if confirm is not None and not 0 <= confirm < math.inf:
+        raise RelpError(f"--confirm: expected a number from 0 up, got {confirm}")
+    if annotations is not None:
+        from relp_cli.features.annotations import read_annotations
+
+        if edge_threshold is None:
+            raise RelpError("--annotations belongs to --edge-threshold")
+        read_annotations(annotations)
+    if edge_threshold is not None and not math.isfinite(edge_threshold):
+        raise RelpError(f"--edge-threshold: expected a number, got {edge_threshold}")
+
+
+def clusters_of(asked: str, other: Mapping[str, Any]) -> int | None:
+    """How many clusters (None: as many as there are). other: option → whether it was given, of options for one circuit alone.
+
+    Raises: RelpError for these, and for what is no number of clusters.
+    """
+    from relp_cli.runs.clustering import clusters_asked
+
+    count = clusters_asked(asked)
+    for name in (name for name, given in other.items() if given):
+        raise RelpError(f"{name} is for one circuit; --clusters makes one for each cluster")
+    return count
+
+
+def clustered(
+    spec: ScoreSpec, scores: Scores, count: int | None, how: dict[str, Any], session: Session, folder: Path, json: bool
+) -> None:
+    """A circuit for each cluster of pairs, written into the folder and shown."""
+    from relp_cli.cli.clusters import show_clusters
+    from relp_cli.runs.clustering import cluster_run
+
+    with progress() as bar:
+        made = cluster_run(spec, scores, count, how, session, folder, bar)
+    print_json({"folder": str(made.folder), **made.as_dict()}) if json else show_clusters(made)
+
+
+def note_selection(selection: Mapping[str, Any]) -> None:
+    """What people have to know of how the last units were kept."""
+    if "ties" in selection:
+        note(
+            f"{selection['ties']} more score as much as the last that was kept: --threshold {selection['tau']} keeps all"
+        )
+    if selection.get("connected"):
+        best = "the best there are" if not selection["gap"] else f"within {selection['gap']:.2%} of the best"
+        note(
+            f"connected: of {selection['candidates']} edges, {best}: {selection['share_of_strongest']:.1%} of the total strength "
+            "of the strongest as many, connected or not"
+        )
 
 
 def check_refining(
