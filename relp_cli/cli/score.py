@@ -74,6 +74,7 @@ def command(
     )  # fmt: skip
     from relp_cli.evaluation.behaviour import said
     from relp_cli.runs.cost import describe_cost, expected_time
+    from relp_cli.runs.rehearsal import expected_memory
     from relp_cli.runs.scoring import Prepared, Session, check_request, loaded_params, prepare, score_run, scoring_notes
     from relp_cli.runs.shards import score_shard, shard_of
 
@@ -91,6 +92,9 @@ def command(
         given = loaded_params(spec, prepared, session)
         if took := expected_time(prepared.model, prepared.pairs, spec, given, prepared.metric):
             cost["time"] = took
+        cells = sum(cost["nodes"].values())
+        if needs := expected_memory(prepared.model, prepared.pairs, spec, given, cells, prepared.metric):
+            cost["memory"] = needs
         print_json(cost) if json else print_fields(cost)
         return
 

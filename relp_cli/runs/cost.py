@@ -41,11 +41,6 @@ def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> 
         keep = spec.params.get("positions") == "keep"
         return _edges_cost(model, n_pairs, positions if keep else 1, spec)
     row = METHODS[spec.method.partition("+")[0]]
-    per_value = torch.finfo(model.dtype).bits // 8
-    width = model.shape.d_mlp + 6 * model.shape.d_model + model.shape.n_heads * max(b.n_pos for b in pairs)
-    batch = min(spec.batch_size, max(len(b) for b in pairs))
-    activations = batch * max(b.n_pos for b in pairs) * width * model.shape.n_layers * per_value * 3
-    weights = resident(model.hf)
     forwards = f"{cost_of(spec.method)} per pair ({n_pairs} pairs)"
     if spec.method.endswith("+auto") or spec.params.get("rules") == "auto":
         forwards += "; to choose rules, another such pass per candidate set and 256 exactly patched cells"
@@ -58,8 +53,7 @@ def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> 
         "pairs": n_pairs,
         "nodes": nodes,
         "forwards": forwards,
-        "memory": f"about {(activations + weights) / 2**20:.0f} MiB for weights and activations, "
-        f"{sum(nodes.values()) * 8 * 2 / 2**20:.1f} MiB for scores",
+        "memory": f"{resident(model.hf) / 2**20:.0f} MiB for weights, {sum(nodes.values()) * 8 * 2 / 2**20:.1f} MiB for scores",
     }
 
 

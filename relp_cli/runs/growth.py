@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,12 @@ from relp_cli.errors import RelpError, unknown
 from relp_cli.models.load import _device as usable_device
 from relp_cli.report.canvas import LIGHT, bare, method_colors, new_figure, save_figure, themed
 from relp_cli.runs.bench import BENCHES, SHAPES, Fixture, fixture, one_thread, timed
+from relp_cli.runs.rehearsal import peak
 
 OVER: dict[str, tuple[Any, ...]] = {
     "layers": (4, 8, 12, 24), "positions": (8, 16, 32, 64), "pairs": (1, 4, 8, 32), "shape": tuple(SHAPES),
 }  # fmt: skip
 ROWS = ("relp", "relp, neurons", "ig_inputs, 10 steps", "eap", "act_patch, 1 node")
-MIB = 1 << 20
 
 
 def sizes(over: str, values: Sequence[str]) -> list[Any]:
@@ -62,28 +60,9 @@ def growth(over: str, values: Sequence[Any], rounds: int, device: str | None = N
 
 def _peak(run: Callable[[Fixture], Any], f: Fixture) -> float:
     """Peak memory above what is held before, in MiB."""
-    gc.collect()
-    device = f.batch.original.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    with peak(f.batch.original.device) as found:
         run(f)
-        return (torch.cuda.max_memory_allocated(device) - before) / MIB
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before is no part of what is held
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counts from now on
-    except OSError:
-        return float("nan")
-    before = _status("VmRSS")
-    run(f)
-    return (_status("VmHWM") - before) / 1024
-
-
-def _status(name: str) -> int:
-    """A line of /proc/self/status, in KiB."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0])
+    return found.above
 
 
 def on_device(device: str | None) -> str:
