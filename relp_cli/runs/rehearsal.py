@@ -1,4 +1,4 @@
-"""What a scoring holds at most, measured: its first batch is scored, for some seconds at most, while peak memory is read.
+"""What a scoring holds at most, measured: its first batch is scored, or the first seconds of many passes, while peak memory is read.
 
 Batches are alike and come one after the other, so what one needs above what is held (libraries, model) the whole run needs, and
 single scores that are kept. No formula has to know what each method, node kind and rule keeps.
@@ -24,7 +24,7 @@ from relp_cli.scoring import score
 from relp_cli.spaces.totals import KEEP_LIMIT
 from relp_cli.tasks.pairs import PairBatch
 
-SECONDS, PASSES = 10.0, 12  # after both a rehearsal ends: by then a method has gone through what it repeats
+SECONDS, PASSES = 3.0, 12  # after both a rehearsal ends: by then a method has gone through what it repeats
 MIB = 1 << 20
 
 
