@@ -1,4 +1,4 @@
-"""What a scoring holds at most, measured: its first batch is scored, or the first seconds of many passes, while peak memory is read.
+"""What a scoring holds at most, measured: its first batch is scored, or begun, while peak memory is read.
 
 Batches are alike and come one after the other, so what one needs above what is held (libraries, model) the whole run needs, and
 single scores that are kept. No formula has to know what each method, node kind and rule keeps.
