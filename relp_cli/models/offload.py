@@ -54,7 +54,7 @@ class Fetched(AlignDevicesHook):
             return known
         away, stored = self.away[name], self.weights_map[name]
         assert away is not None
-        value = _room(away, torch.device(self.execution_device)).copy_(stored)
+        value = _room(away, torch.device(self.execution_device), stored.data_ptr() % 64).copy_(stored)
         there = nn.Parameter(value, requires_grad=False)
         at = value.untyped_storage().data_ptr()
         self.last[name] = ref(there)
@@ -73,13 +73,17 @@ class Fetched(AlignDevicesHook):
         return output
 
 
-def _room(like: Tensor, device: torch.device) -> Tensor:
+def _room(like: Tensor, device: torch.device, begins: int) -> Tensor:
     """An empty tensor on the device. In main memory it is pages of its own, which go back to the system with it: blocks of the
     heap, taken and freed for every call, would leave it in pieces.
+
+    begins: how many bytes behind a cache line. A plain model's weights lie where its file has them, and products of few rows
+    are summed in an order that depends on it.
     """
     if device.type != "cpu" or not like.numel():
         return torch.empty(like.shape, dtype=like.dtype, device=device)
-    return torch.frombuffer(mmap(-1, like.numel() * like.element_size()), dtype=like.dtype).view(like.shape)
+    pages = mmap(-1, 64 + like.numel() * like.element_size())
+    return torch.frombuffer(pages, dtype=like.dtype, count=like.numel(), offset=begins).view(like.shape)
 
 
 def _gone(at: Storage, held: ref[Tensor]) -> None:
