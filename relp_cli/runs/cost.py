@@ -31,7 +31,10 @@ TIMED = 8  # pairs at most
 def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> dict[str, Any]:
     """nodes per kind, forward and backward passes over one pair, and the memory that activations and scores need."""
     kinds = [NODE_KINDS[k] for k in spec.nodes if k in NODE_KINDS]
-    positions = max(len(set(b.labels)) for b in pairs)
+    parts = parts_of(pairs)
+    positions = max(len(set(b.labels)) for b in parts)
+    if several := any(b.several for b in pairs):  # an answer's positions and a foil's stand on one axis
+        positions = len({label for b in parts for label in b.labels})
     nodes = {k.name: model.shape.n_layers * positions * units(model, k) for k in kinds}
     if spec.nodes == (SCORED,):
         found = load_dictionaries(str(spec.params.get("dictionary")), model)
@@ -44,6 +47,8 @@ def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> 
     forwards = f"{cost_of(spec.method)} per pair ({n_pairs} pairs)"
     if spec.method.endswith("+auto") or spec.params.get("rules") == "auto":
         forwards += "; to choose rules, another such pass per candidate set and 256 exactly patched cells"
+    if several:
+        forwards += ", for answer and foil each"
     if row.each:
         runs = sum(_patched(model, b, k, spec.baseline) for b in pairs for k in kinds) + 2 * n_pairs
         forwards = f"at most {runs:,} patched runs of one pair, each from its patch on ({n_pairs} pairs)"
@@ -82,9 +87,9 @@ def expected_time(
               **given)  # fmt: skip
         each = (time.perf_counter() - start) / few * n_pairs
         if not steps:
-            return _about(each, f"{few} pairs were timed")
+            return _about(each, f"{few} pair{'s were' if few > 1 else ' was'} timed")
         return _about(
-            each * (1 + 0.75 * (steps - 1)), f"a gradient of {few} pairs was timed"
+            each * (1 + 0.75 * (steps - 1)), f"a gradient of {few} pair{'s' * (few > 1)} was timed"
         )  # and δ: 2 + 1 × 2 passes
     with torch.no_grad():
         model.logits(batch.to(model.device).original)
