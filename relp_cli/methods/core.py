@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from relp_cli.errors import RelpError
 from relp_cli.lrp.context import lrp
@@ -59,8 +60,10 @@ def gradients(setup: Setup, points: Sequence[Point], take: Take | None = None) -
         with lrp(setup.model, first.rules, other) as applied, capture(setup.model, kinds, moves) as values:
             logits = setup.model.logits(setup.run.repeat(k, 1))
         metric = setup.value(logits)  # outside the hooks: kl runs the model for its reference
-        grads = _arriving(values, k, take)
+        grads, handles = _arriving(values, k, take)
         of_leaves = torch.autograd.grad(metric.sum(), leaves, allow_unused=True)
+    for handle in handles:
+        handle.remove()  # a hook holds values, whose graph holds the hook: nothing would ever free them
     if not moved:
         setup.seen["run"] = of_point(metric.detach(), 0, k)
     setup.passes.forward += k
@@ -86,12 +89,15 @@ def gradients(setup: Setup, points: Sequence[Point], take: Take | None = None) -
     ]
 
 
-def _arriving(values: Activations, k: int, take: Take | None) -> dict[str, list[Tensor | None]]:
-    """Kind → per layer its gradient, once a backward pass has arrived there; of rows [point, batch], for k points.
+def _arriving(
+    values: Activations, k: int, take: Take | None
+) -> tuple[dict[str, list[Tensor | None]], list[RemovableHandle]]:
+    """Kind → per layer its gradient, once a backward pass has arrived there; of rows [point, batch], for k points. And the hooks.
 
     take: as in `gradients`; then an empty tensor instead, for values and gradients are let go.
     """
     grads: dict[str, list[Tensor | None]] = {kind: [None] * len(layers) for kind, layers in values.items()}
+    handles: list[RemovableHandle] = []
 
     def arrived(kind: str, layer: int, grad: Tensor) -> None:
         grads[kind][layer] = grad
@@ -104,8 +110,8 @@ def _arriving(values: Activations, k: int, take: Take | None) -> dict[str, list[
     for kind, layers in values.items():
         for layer, value in enumerate(layers):
             if value.requires_grad:
-                value.register_hook(partial(arrived, kind, layer))
-    return grads
+                handles.append(value.register_hook(partial(arrived, kind, layer)))
+    return grads, handles
 
 
 def refuse_metric(setup: Setup, at_run: bool = True) -> None:
