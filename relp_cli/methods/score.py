@@ -72,7 +72,8 @@ def score_share(
     `score_units` with the same arguments then has it all, to the same bits, or computes what is missing.
     Raises: as `score_units`. `check_divisible` says which methods have shares.
     """
-    work, unfinished = _Work.begin(model, pairs, method, nodes, request, None, params), request.unfinished
+    work = _Work.begin(model, pairs, method, nodes, request, None, params)
+    unfinished = work.unfinished
     assert unfinished is not None
     for on, _ in work.results():
         unfinished.write()
@@ -137,7 +138,8 @@ class _Work:
             return result
 
         halving = Halving(compute, lambda part, room: scorer.batch(part, Passes(), room, None), room)
-        return cls(row, parsed, scorer, account, batches, request.unfinished, each, halving)
+        left = request.unfinished and request.unfinished.of_batches([len(part) for part in parts])
+        return cls(row, parsed, scorer, account, batches, left, each, halving)
 
     def results(self) -> Iterator[tuple[Batch, Result]]:
         """What the estimator says of each batch; of one by one, what an interrupted scoring said already.

@@ -8,11 +8,12 @@ Several processes may work at one request, each at its `Shard`: then exact patch
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +55,11 @@ class Unfinished:
     shard: Shard | None = None
     _waiting: dict[Path, tuple[dict[str, Tensor], str]] = field(default_factory=dict)  # not made into bytes in vain
     _next: float = field(default_factory=lambda: time.monotonic() + EVERY)
+
+    def of_batches(self, sizes: Sequence[int]) -> Unfinished:
+        """The same, of batches of so many pairs: what was left with batches of other sizes is of other pairs, and is not read."""
+        of = hashlib.sha256(repr(list(sizes)).encode()).hexdigest()[:8]
+        return replace(self, digest=f"{self.digest}/{of}")
 
     def due(self) -> bool:
         """Whether it is time to write."""

@@ -80,7 +80,7 @@ def load_model(
     if tokenizer is not None:
         raise RelpError(f"tokenizer= goes with a model that is in memory; '{name}' has its own")
     torch_dtype = _dtype("float32" if dtype is None else dtype)
-    target = _device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    target = usable_device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     name, revision = split_revision(str(name), revision)
     local = local_path(name)
     if local is not None and revision is not None:
@@ -105,7 +105,7 @@ def _in_memory(
     places = getattr(model.hf, "hf_device_map", None) if is_placed(model.hf) else None
     if places and device is not None:
         raise RelpError(f"device= cannot move model '{model.name}', whose modules a device map has placed")
-    target = model.device if device is None else _device(device)
+    target = model.device if device is None else usable_device(device)
     adopt(model.hf)
     version = weights_hash(model.hf)
     return wrap(
@@ -114,7 +114,7 @@ def _in_memory(
     )  # fmt: skip
 
 
-def _device(device: str | torch.device) -> torch.device:
+def usable_device(device: str | torch.device) -> torch.device:
     try:
         target = torch.device(device)
         torch.empty(1, device=target)

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from relp_cli.errors import RelpError, unknown
-from relp_cli.models.load import _device as usable_device
+from relp_cli.models.load import usable_device
 from relp_cli.report.canvas import LIGHT, bare, method_colors, new_figure, save_figure, themed
 from relp_cli.runs.bench import BENCHES, SHAPES, Fixture, fixture, one_thread, timed
 from relp_cli.runs.rehearsal import peak

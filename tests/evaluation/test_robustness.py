@@ -80,7 +80,7 @@ def test_the_command(relp, tmp_path):
         done = relp("robustness", "run", option)
         assert done.code == 2
         assert text in done.err
-    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == ["run.json", "scores.safetensors"]
+    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == ["pairs.json", "run.json", "scores.safetensors"]
     grid = ("--methods", "relp,atp", "--ablations", "zero,counterfactual", "--sweep", "counts:4,12", "--resamples", 2,
             "--pairs", 12)  # fmt: skip
     cost = json.loads(relp("robustness", "run", *grid, "--dry-run", "--json").out)

@@ -122,6 +122,16 @@ def test_pieces_with_other_sizes_of_passes_are_not_mixed(tmp_path: Path) -> None
     assert torch.equal(again["mlp_neuron"].examples, whole["mlp_neuron"].examples)
 
 
+def test_batches_of_other_sizes_are_of_other_pairs_and_not_read(tmp_path: Path) -> None:
+    """As where one process has a GPU, whose batches are larger."""
+    request = Request(unfinished=Unfinished(tmp_path, "x", Shard(0, 1)), batch_size=1)
+    assert score_share(case("gpt2").model, BATCHES, "relp", KINDS, request) == []
+    other = Request(unfinished=Unfinished(tmp_path, "x", Shard(1, 2)))
+    assert score_share(case("gpt2").model, BATCHES, "relp", KINDS, other) == [0]
+    again, whole = (scored("relp", Unfinished(tmp_path / name, "x"))[0] for name in ("", "other"))
+    assert torch.equal(again["mlp_neuron"].examples, whole["mlp_neuron"].examples)
+
+
 def test_what_another_request_or_half_a_file_left_is_not_read(tmp_path: Path) -> None:
     whole, every = scored("act_patch", Unfinished(tmp_path, "x"))
     for damage in (None, b"half"):
