@@ -73,7 +73,7 @@ class ScoringOptions(PairOptions):
     settings: Annotated[list[str], typer.Option("--set", help="A parameter of the method: --set steps=20")] = field(
         default_factory=list
     )
-    batch_size: Annotated[int, count_option(1, help="Pairs per pass.")] = BATCH_SIZE
+    batch_size: Annotated[int, count_option(1, help="Pairs per pass (32: cut to what memory is worth).")] = BATCH_SIZE
 
     @property
     def of_spec(self) -> dict[str, Any]:

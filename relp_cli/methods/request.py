@@ -55,9 +55,16 @@ class Request:
         )
 
     def chunks(self, model: Model, pairs: Sequence[PairBatch], tokens: int | None = None) -> list[PairBatch]:
-        """The pairs in batches of at most `batch_size`, and of at most `tokens` tokens, on the model's device."""
-        sizes = [self.batch_size if tokens is None else min(self.batch_size, fitting(b.n_pos, tokens)) for b in pairs]
-        return [chunk for batch, n in zip(pairs, sizes, strict=True) for chunk in in_batches([batch], n, model.device)]
+        """The pairs in batches, on the model's device; see `size`."""
+        return [chunk for batch in pairs for chunk in in_batches([batch], self.size(batch, tokens), model.device)]
+
+    def size(self, batch: PairBatch, tokens: int | None) -> int:
+        """How many of these pairs a batch has: `batch_size`. tokens: what one of the default size has at most; a size that was
+        asked for is kept.
+        """
+        if tokens is None or self.batch_size != BATCH_SIZE:
+            return self.batch_size
+        return min(self.batch_size, fitting(batch.n_pos, tokens))
 
 
 class Account:

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from relp_cli.methods.setup import Room, fitting
+from relp_cli.methods.request import Request
+from relp_cli.methods.setup import Room
 from relp_cli.methods.table import METHODS
 from relp_cli.models.model import Model
 from relp_cli.runs.spec import ScoreSpec
@@ -76,9 +77,9 @@ def expected_memory(
     params: the spec's, dictionaries loaded.
     """
     row = METHODS[spec.method.partition("+")[0]]
-    longest = max(pairs, key=lambda batch: min(len(batch), spec.batch_size) * batch.n_pos)
-    most = fitting(longest.n_pos, Room.on(model.device).graph) if row.graph else len(longest)
-    batch = longest.rows(slice(0, min(most, spec.batch_size)))
+    request, tokens = Request(batch_size=spec.batch_size), Room.on(model.device).graph if row.graph else None
+    longest = max(pairs, key=lambda batch: min(len(batch), request.size(batch, tokens)) * batch.n_pos)
+    batch = longest.rows(slice(0, request.size(longest, tokens)))
     with peak(model.device) as found:
         _rehearse(model, batch, spec, params, metric)
     if found.above != found.above:

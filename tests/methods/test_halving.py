@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles.wrapped import case
+from oracles.wrapped import case, pairs
 
 import relp_cli as relp
 from relp_cli.errors import RunFailed
+from relp_cli.methods.request import Request
 from relp_cli.models.model import Model
 from relp_cli.tasks.pairs import PairBatch
 
@@ -84,3 +85,11 @@ def test_other_errors_are_not_taken_for_it(monkeypatch, batch):
     limited(monkeypatch, 3, RuntimeError("shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         relp.score(case("gpt2").model, [batch], "atp")
+
+
+def test_a_batch_size_that_was_asked_for_is_kept() -> None:
+    """The default is cut to the tokens that memory is worth; another number of pairs is the user's."""
+    batch = pairs(40, 16)
+    for asked, sizes in ((32, [12, 12, 12, 4]), (40, [40]), (30, [30, 10]), (8, [8] * 5)):
+        chunks = Request(batch_size=asked).chunks(case("gpt2").model, [batch], 192)
+        assert [len(chunk) for chunk in chunks] == sizes
