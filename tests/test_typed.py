@@ -24,4 +24,4 @@ def test_axes_of_one_name_must_be_of_one_size():
 def test_functions_are_checked():
     ids = torch.zeros(2, dtype=torch.long)
     with pytest.raises(TypeCheckError):
-        METRICS["logit_diff"].fn(torch.zeros(2, 3, 5), ids, ids)
+        METRICS["logit_diff"].fn(torch.zeros(5), ids, ids)

@@ -62,7 +62,7 @@ def test_measures_are_those_of_the_python_api(data: Path, relp: Callable[..., An
     assert row["n_pairs"] == 6
     assert any("6 discovery pairs exist, 100 were asked" in line for line in found["notes"])
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.*") if path.suffix != ".csv"}
-    assert len(written) == 3  # scores, run.json, circuits
+    assert len(written) == 4  # scores, pairs.json, run.json, circuits
     assert json.loads(relp(*command).out) == found
     assert {path: path.stat().st_mtime_ns for path in written} == written
     (damaged,) = (tmp_path / "out" / "circuits").glob("ioi-relp-*.json")
