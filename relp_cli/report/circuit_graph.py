@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 import torch
 from torch import Tensor
@@ -15,14 +13,14 @@ from torch import Tensor
 from relp_cli.report.graph_grids import GRIDS, SHAPES, TITLES, Grid, Ranked
 from relp_cli.report.graph_places import as_columns, layout, placed
 from relp_cli.report.names import kind_title
-from relp_cli.report.page import script_text
+from relp_cli.report.page import render
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.table import SPACES
 from relp_cli.spaces.top import in_circuit
 from relp_cli.spaces.units import ANY_POSITION
 
-SCRIPTS = ("graph_draw.js", "graph_card.js", "graph_steer.js")  # each uses those before it
+SCRIPTS = ("graph_draw", "graph_card", "graph_steer")  # each uses those before it
 MOST, MOST_LINES = 10_000, 2_000  # units in the page, where these are nodes and where they are edges
 Examples = Mapping[str, Sequence[Sequence[str | None]]]
 
@@ -42,17 +40,8 @@ def graph_section(
     data = graph_data(scores, circuit, evaluation, examples, meanings)
     if not data["units"]["score"]:
         return ""
-    folder = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    script = "\n".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS)
-    return environment.get_template("circuit_graph.html.j2").render(
-        data=script_text(data),
-        script=script,
-        noun=data["noun"],
-        across="positions" if data["positions"] else "heads and kinds",
-    )
+    across = "positions" if data["positions"] else "heads and kinds"
+    return render("circuit_graph.html.j2", data, SCRIPTS, noun=data["noun"], across=across)
 
 
 def graph_data(

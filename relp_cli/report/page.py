@@ -135,14 +135,14 @@ def script_data(sections: Sequence[Section]) -> dict[str, Any]:
     }
 
 
-def render(template: str, data: Mapping[str, Any], **context: Any) -> str:
-    """A page's text; data: what its scripts read."""
+def render(template: str, data: Mapping[str, Any], names: Sequence[str] = SCRIPTS, **context: Any) -> str:
+    """The text of a page, or of a part of one; data: what its scripts read. names: of the scripts, in their order."""
     folder = Path(__file__).parent
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"cell": cell, "kind": kind_title, "json": lambda v: json.dumps(v, indent=1, default=str)}
-    scripts = "\n".join((folder / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
+    scripts = "\n".join((folder / f"{name}.js").read_text(encoding="utf-8") for name in names)
     style = (folder / "style.css").read_text(encoding="utf-8")
     return environment.get_template(template).render(data=script_text(data), script=scripts, style=style, **context)
 
