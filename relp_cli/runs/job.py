@@ -207,6 +207,11 @@ def unloaded_file(job: JobSpec, cell: Cell) -> str:
     return f"unloaded-{cell_hash(job, cell)}.json"
 
 
+def is_finished(path: Path) -> bool:
+    """Whether a cell's file has rows."""
+    return "rows" in (read_cell(path) or {})
+
+
 def read_cell(path: Path) -> dict[str, Any] | None:
     """A cell file's content; None where there is none, or none that can be read (it is then redone)."""
     try:

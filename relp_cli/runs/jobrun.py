@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from relp_cli.files import check_writable, write_atomically
 from relp_cli.runs.claims import MOST_DEATHS, POLL, Claims, counts
-from relp_cli.runs.job import Cell, Group, JobSpec, cell_hash, cells, groups_of, read_cell
+from relp_cli.runs.job import Cell, Group, JobSpec, cell_hash, cells, groups_of, is_finished, read_cell
 from relp_cli.runs.jobgroup import Computed, compute
 from relp_cli.runs.known import Known
 from relp_cli.runs.rundir import provenance
@@ -50,6 +50,13 @@ class Outcome:
     finished: int
     failed: int
     noted: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, states: Mapping[Cell, tuple[Path, str]], noted: Iterable[str]) -> Outcome:
+        """states: every cell's file, and "computed", "finished" or "failed"."""
+        count = Counter(state for _, state in states.values())
+        paths = {cell: path for cell, (path, _) in states.items()}
+        return cls(paths, count["computed"], count["finished"], count["failed"], tuple(sorted(noted)))
 
 
 def run_cells(
@@ -90,10 +97,8 @@ def run_cells(
                 break
             time.sleep(POLL)
     session.forget()
-    seen = [cell for cell in work.cells if cell in work.states]
-    states, paths = [work.states[cell][1] for cell in seen], {cell: work.states[cell][0] for cell in seen}
-    noted = tuple(sorted(work.known.noted))
-    return Outcome(paths, states.count("computed"), states.count("finished"), states.count("failed"), noted)
+    states = {cell: work.states[cell] for cell in work.cells if cell in work.states}
+    return Outcome.of(states, work.known.noted)
 
 
 class _Work:
@@ -139,7 +144,7 @@ class _Work:
     def _state(self, cell: Cell) -> tuple[Path, str] | None:
         """A cell's file where it is finished, or failed elsewhere since the work began: it is not tried by each process."""
         path = self.known.path(cell)
-        if path and "rows" in (read_cell(path) or {}):
+        if path and is_finished(path):
             return path, "finished"
         for tried in filter(None, (path, self.known.unloaded(cell))):
             if self.begun.since(tried) and "error" in (read_cell(tried) or {}):
@@ -160,8 +165,13 @@ def write(known: Known, computed: Computed) -> tuple[Path, str]:
 
 def given_up(known: Known, cell: Cell, deaths: int) -> Computed:
     """The failure of a cell at which processes die."""
-    path = known.path(cell) or known.unloaded(cell)
     error = f"{deaths} processes died while they computed this group (out of memory?); the same command tries it again"
+    return failure(known, cell, error)
+
+
+def failure(known: Known, cell: Cell, error: str) -> Computed:
+    """A cell that was not computed, and why."""
+    path = known.path(cell) or known.unloaded(cell)
     return Computed(cell, path.name, {"cell": cell.label, "error": error, "provenance": provenance()}, {})
 
 
@@ -174,4 +184,4 @@ def finished_files(wanted: Sequence[Cell], known: Known) -> set[str]:
     """Names of finished cells' files, if there are cells whose file is not known before their model is loaded."""
     if all(known.path(cell) for cell in wanted):
         return set()
-    return {path.name for path in (known.folder / "cells").glob("*.json") if "rows" in (read_cell(path) or {})}
+    return {path.name for path in (known.folder / "cells").glob("*.json") if is_finished(path)}

@@ -22,12 +22,11 @@ from relp_cli import __version__
 from relp_cli.errors import RelpError, RunFailed, visible
 from relp_cli.files import check_writable
 from relp_cli.runs.engine import Options, Say
-from relp_cli.runs.job import Cell, Group, JobSpec, cells, groups_of, read_cell
+from relp_cli.runs.job import Cell, Group, JobSpec, cells, groups_of, is_finished
 from relp_cli.runs.jobgroup import Computed
-from relp_cli.runs.jobrun import Outcome, Report, finished_files, write
+from relp_cli.runs.jobrun import Outcome, Report, failure, finished_files, write
 from relp_cli.runs.known import Known
 from relp_cli.runs.ray_worker import Machine, Parcel, Worker
-from relp_cli.runs.rundir import provenance
 
 RETRIES = 3  # workers that may die at one group and be replaced
 REACHED = 10.0  # seconds in which a cluster's address must answer
@@ -112,9 +111,9 @@ class _Driver:
         self.states: dict[Cell, tuple[Path, str]] = {}
         for cell in self.cells:
             path = self.known.path(cell)
-            if path and "rows" in (read_cell(path) or {}):
+            if path and is_finished(path):
                 self.states[cell] = path, "finished"
-        self.noted = tuple(sorted(self.known.noted))
+        self.noted = set(self.known.noted)
         self.waiting = [group for group in groups_of(job) if self.left(group)]
         self.hired: list[_Hired] = []
         self.deaths: Counter[Group] = Counter()
@@ -138,9 +137,7 @@ class _Driver:
                 self._take(first[call])
 
     def outcome(self) -> Outcome:
-        states = [self.states[cell][1] for cell in self.cells]
-        paths = {cell: self.states[cell][0] for cell in self.cells}
-        return Outcome(paths, states.count("computed"), states.count("finished"), states.count("failed"), self.noted)
+        return Outcome.of({cell: self.states[cell] for cell in self.cells}, self.noted)
 
     def _check_room(self) -> None:
         if self.options.workers is None and not self._room():
@@ -228,8 +225,7 @@ class _Driver:
     def _fail(self, group: Group, error: str) -> None:
         """Every cell of a group that has no result fails."""
         for cell in self.left(group):
-            file = (self.known.path(cell) or self.known.unloaded(cell)).name
-            self._keep(Computed(cell, file, {"cell": cell.label, "error": error, "provenance": provenance()}, {}))
+            self._keep(failure(self.known, cell, error))
 
 
 def _line(error: BaseException, last: bool = False) -> str:

@@ -27,7 +27,7 @@ from relp_cli.files import check_writable
 from relp_cli.models.placement import DEVICE_MAPS
 from relp_cli.runs.claims import MOST_DEATHS, POLL
 from relp_cli.runs.collecting import cell_paths
-from relp_cli.runs.job import Cell, Group, JobSpec, cells, read_cell
+from relp_cli.runs.job import Cell, Group, JobSpec, cells, is_finished
 from relp_cli.runs.jobrun import Begun, Outcome, Report, run_cells
 from relp_cli.runs.known import Known
 from relp_cli.runs.scoring import Session
@@ -135,7 +135,7 @@ class Watched:
         self.left = [cell for cell in self.left if cell not in done]
 
     def finished(self) -> list[Cell]:
-        return [cell for cell, path in self._paths().items() if "rows" in (read_cell(path) or {})]
+        return [cell for cell, path in self._paths().items() if is_finished(path)]
 
     def look(self) -> bool:
         """Whether there are new cells, which are then no longer `left`."""
