@@ -79,10 +79,8 @@ def patch_nodes(
     todo = {at: _moved(setup, source, at) for at in sorted(wanted, key=lambda at: at[1])}
     todo = {at: moved if (mask := wanted[at]) is None else moved & mask.to(moved.device) for at, moved in todo.items()}
     out = {at: value.new_zeros(len(value), n_slots, units(setup.model, NODE_KINDS[at[0]])) for at in wanted}
-    rows, total = (
-        fitting(setup.batch.n_pos, chunk_tokens or Room.on(setup.model.device).patched),
-        sum(int(mask.sum()) for mask in todo.values()),
-    )
+    rows = fitting(setup.batch.n_pos, chunk_tokens or Room.on(setup.model.device).patched)
+    total = sum(int(mask.sum()) for mask in todo.values())
     n_parts = -(-sum(int(mask.any(1).sum()) for mask in todo.values()) // rows)
     known = {step: piece for piece in (unfinished.pieces(rows) if unfinished else []) for step in piece.cost}
     steps = Steps({f"{kind}.{layer}": effect for (kind, layer), effect in out.items()})

@@ -146,12 +146,12 @@ class _Work:
 
         Of a shard, its share.
         """
-        row, params, unfinished = self.row, self.params, self.unfinished
-        function, _ = row.load()
+        row, unfinished = self.row, self.unfinished
         if row.by == "all":
+            function, _ = row.load()
             every = list(self.batches)
             every[0].unfinished = unfinished.of(0) if unfinished else None
-            yield from zip(every, in_one_go(lambda: function(every, params), row.name), strict=True)
+            yield from zip(every, in_one_go(lambda: function(every, self.params), row.name), strict=True)
             return
         shard = unfinished.shard if unfinished else None
         for number, on in enumerate(self.batches):

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -84,13 +83,20 @@ class Unfinished:
 
     def get(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What was kept under a name; None where there is nothing, or nothing of this request."""
-        path = self.folder / f"{name}.safetensors"
+        return self._read(name, lambda stored: {key: stored.get_tensor(key) for key in stored.keys()})  # noqa: SIM118
+
+    def about(self, name: str) -> dict[str, Any] | None:
+        """The same without its tensors, which are not read."""
+        stored = self._read(name, lambda _: {})
+        return None if stored is None else stored[1]
+
+    def _read(
+        self, name: str, tensors: Callable[[Any], dict[str, Tensor]]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         try:
-            with safe_open(path, framework="pt") as stored:
+            with safe_open(self.folder / f"{name}.safetensors", framework="pt") as stored:
                 head = stored.metadata() or {}
-                if head.get("digest") != self.digest:
-                    return None
-                return {key: stored.get_tensor(key) for key in stored.keys()}, json.loads(head["about"])  # noqa: SIM118
+                return (tensors(stored), json.loads(head["about"])) if head.get("digest") == self.digest else None
         except (OSError, SafetensorError, ValueError, KeyError):
             return None  # not there, or damaged: done again
 
@@ -120,16 +126,6 @@ class Steps:
 
     effects: dict[str, Tensor]
     cost: dict[int, Cost] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, tensors: dict[str, Tensor]) -> Steps:
-        step, *cost = (tensors.pop(name).tolist() for name in ("step", *Cost._fields))
-        return cls(tensors, {int(n): Cost(int(p), c, int(z), s) for n, p, c, z, s in zip(step, *cost, strict=True)})
-
-    def tensors(self) -> dict[str, Tensor]:
-        costs = {name: [getattr(cost, name) for cost in self.cost.values()] for name in Cost._fields}
-        columns = {"step": list(self.cost), **costs}
-        return self.effects | {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
 
 
 @dataclass
@@ -162,29 +158,32 @@ class UnfinishedBatch:
 
     def pieces(self, rows: int) -> list[Steps]:
         """What processes left of exact patching with `rows` rows a pass; what was done with another number is not taken."""
-        return [Steps.of(tensors) for tensors, about in self._pieces() if about["rows"] == rows]
+        names = [name for name, about in self._pieces() if about["rows"] == rows]
+        stored = [kept for name in names if (kept := self.store.get(name))]
+        return [Steps(effects, {int(n): Cost(*cost) for n, cost in about["cost"].items()}) for effects, about in stored]
 
     def keep_piece(self, steps: Steps, rows: int, total: int) -> None:
         """What this process knows of its share of the batch's exact patching, which is `total` patched runs."""
         of = f".{self.shard.index}-of-{self.shard.count}" if self.shard else ""
-        self.store.put(f"{self.name}{of}", steps.tensors(), {"rows": rows, "total": total})
+        self.store.put(f"{self.name}{of}", steps.effects, {"rows": rows, "total": total, "cost": steps.cost})
 
     def complete(self) -> bool:
         """Whether nothing of the batch is left to compute."""
-        stored = self.store.get(self.name)
-        if stored is not None and "applied" in stored[1]:
+        if "applied" in (self.store.about(self.name) or {}):
             return True
-        done: dict[tuple[int, int], dict[int, int]] = {}
-        for tensors, about in self._pieces():
-            runs = dict(zip(tensors["step"].tolist(), tensors["patched"].tolist(), strict=True))
+        done: dict[tuple[int, int], dict[str, int]] = {}
+        for _, about in self._pieces():
+            runs = {step: Cost(*cost).patched for step, cost in about["cost"].items()}
             done.setdefault((about["rows"], about["total"]), {}).update(runs)
         return any(sum(runs.values()) == total for (_, total), runs in done.items())
 
-    def _pieces(self) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+    def _pieces(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Names of the files that hold pieces, and what is said of them."""
         for path in sorted(self.store.folder.glob(f"{self.name}*.safetensors")):
-            stored = self.store.get(path.name.removesuffix(".safetensors"))
-            if stored is not None and "total" in stored[1]:
-                yield stored
+            name = path.name.removesuffix(".safetensors")
+            about = self.store.about(name)
+            if about is not None and "cost" in about:
+                yield name, about
 
     def result(self, setup: Setup) -> Result | None:
         """The batch's result where it is finished; the setup then knows L of its prompts, and its passes."""

@@ -1,8 +1,7 @@
 """Benchmarks: cost of each method as a ratio to plain Hugging Face passes, measured in turns in one run.
 
 Model: GPT-2-small shape with random weights; batch of 8 pairs × 16 tokens; one thread (`growth` has others).
-Each round times the baseline and
-the candidate one after the other; the ratio is of medians over rounds.
+Each round times the baseline and the candidate one after the other; the ratio is of medians over rounds.
 """
 
 from __future__ import annotations
