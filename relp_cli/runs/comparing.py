@@ -35,7 +35,7 @@ from relp_cli.runs.scoring import (
     score_run,
     scoring_notes,
 )
-from relp_cli.runs.spec import ScoreSpec
+from relp_cli.runs.spec import ScoreSpec, method_names
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.table import space_for
 
@@ -139,8 +139,7 @@ def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path, p
         for path, (_, _, scores) in zip(paths, runs, strict=True):
             if scores.meta.get(what) != runs[0][2].meta.get(what):
                 raise RelpError(f"runs {paths[0]} and {path} cannot be compared: they are of different {noun} ({what})")
-    several = len(set(dtypes)) > 1
-    names = [f"{spec.method} {spec.dtype}" if several else spec.method for _, spec, _ in runs]
+    names = method_names([spec for _, spec, _ in runs])
     ranked = [
         (WIDEST.index(spec.dtype), name)
         for name, (_, spec, _) in zip(names, runs, strict=True)

@@ -28,7 +28,7 @@ from relp_cli.runs.made import command_of, read_made, when
 from relp_cli.runs.pairs import read_pairs, token_examples
 from relp_cli.runs.rundir import RunDir
 from relp_cli.runs.scoring import open_run
-from relp_cli.runs.spec import ScoreSpec
+from relp_cli.runs.spec import ScoreSpec, method_names
 from relp_cli.runs.summary import areas_of
 from relp_cli.spaces.scores import SIGN, Scores
 
@@ -254,8 +254,7 @@ def _groups(folder: Path) -> tuple[list[tuple[str, dict[str, Path]]], int]:
 
 def _names(runs: Sequence[tuple[Path, ScoreSpec]]) -> list[str]:
     """A run's method, with its dtype where these are several, and its folder's name where two runs have the same one."""
-    several = len({spec.dtype for _, spec in runs}) > 1
-    methods = [f"{spec.method} {spec.dtype}" if several else spec.method for _, spec in runs]
+    methods = method_names([spec for _, spec in runs])
     return [m if methods.count(m) == 1 else f"{m} ({path.name})" for m, (path, _) in zip(methods, runs, strict=True)]
 
 

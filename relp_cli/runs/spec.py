@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import (
@@ -81,3 +82,9 @@ class ScoreSpec(Common):
         """Content hash of the spec and of what its names stand for (task hash, model revision, package version)."""
         content = self.model_dump(mode="json") | more
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def method_names(specs: Sequence[ScoreSpec]) -> list[str]:
+    """What runs that stand beside each other are called: their methods, with their dtypes where these are several."""
+    several = len({spec.dtype for spec in specs}) > 1
+    return [f"{spec.method} {spec.dtype}" if several else spec.method for spec in specs]
