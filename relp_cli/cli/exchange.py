@@ -63,13 +63,14 @@ def export(
         form = "table" if file.suffix.lower() in TABLES else "eap-ig"
     if form not in FORMATS:
         raise unknown("format", form, FORMATS)
+    place = placed(device, device_map)
     if form == "mib":
-        _submit(run, file, as_, placed(device, device_map), json)
+        _submit(run, file, as_, place, json)
         return
     if as_ is not None:
         raise RelpError("--as names a folder of a submission; it goes with --format mib")
     if form == "circuit-tracer":
-        _graph(run, file, device, json)
+        _graph(run, file, place, json)
         return
     if form == "table":
         _table(run, file, json)
@@ -113,12 +114,12 @@ def _table(run: Path, file: Path, json: bool) -> None:
     log.print(f"{file}: {done.rows} rows" + ("" if done.kept is None else f", {done.kept} in the circuit"))
 
 
-def _graph(run: Path, file: Path, device: str | None, json: bool) -> None:
+def _graph(run: Path, file: Path, place: str | None, json: bool) -> None:
     if file.suffix.lower() != ".json":
         raise RelpError(f"{file}: expected a name that ends in .json")
     from relp_cli.runs.exporting import export_graph
 
-    done = export_graph(run, file, device)
+    done = export_graph(run, file, place)
     if json:
         about = {"nodes": done.nodes, "links": done.links, "left_out": done.lost, "prompt": done.prompt}
         print_json({"file": str(file), **about})

@@ -64,7 +64,7 @@ class Drawn:
     prompt: str
 
 
-def export_graph(run: Path, file: Path, device: str | None = None, annotations: Path | None = None) -> Drawn:
+def export_graph(run: Path, file: Path, place: str | None = None, annotations: Path | None = None) -> Drawn:
     """Write the run's circuit as an attribution graph, over the first of its prompts that has most of its units' positions.
 
     Raises: RelpError for circuits without edges or positions, for a file that cannot be written, and a model that has changed.
@@ -75,7 +75,7 @@ def export_graph(run: Path, file: Path, device: str | None = None, annotations: 
         raise RelpError(f"run '{run}' has no circuit; select one: relp circuit {run} --top-k 50")
     circuit = own_circuit(run_dir, scores)
     check_drawable(circuit, str(run))
-    session = Session(device)
+    session = Session(place)
     prepared = prepare_again(spec.model_copy(update={"only_correct": False}), scores, session)
     meanings = {}
     if SCORED in scores:

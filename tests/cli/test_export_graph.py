@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 import relp_cli as relp_api
+from relp_cli.runs.exporting import Drawn
 from relp_cli.spaces.scores import Scores
 
 
@@ -185,3 +186,14 @@ def test_what_has_no_graph_is_refused(relp):
         assert (done.code, done.err.count("\n")) == (2, 1)
         assert expected in done.err
     assert not Path("g.json").exists()
+
+
+def test_a_device_map_is_taken(relp, monkeypatch):
+    places = []
+    monkeypatch.setattr(
+        "relp_cli.runs.exporting.export_graph", lambda *given: places.append(given[2]) or Drawn(0, 0, 0, "")
+    )
+    assert relp("export", "run", "g.json", "--format", "circuit-tracer", "--device-map", "offload").code == 0
+    assert places == ["offload"]
+    both = relp("export", "run", "g.json", "--format", "circuit-tracer", "--device-map", "auto", "--device", "cpu")
+    assert (both.code, "give one of them" in both.err) == (2, True)
