@@ -13,7 +13,7 @@ from relp_cli.errors import RelpError
 from relp_cli.methods.auto import score_auto
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import COMPONENTS, resolve_method, score_units
-from relp_cli.methods.table import METHODS, default_nodes
+from relp_cli.methods.table import default_nodes, row_of
 from relp_cli.methods.unfinished import Unfinished
 from relp_cli.models.model import Model, expect_model
 from relp_cli.spaces.scores import Scores
@@ -55,7 +55,7 @@ def score(
     """
     expect_model(model)
     pairs, nodes = batches_of(pairs), _kinds(nodes)
-    METHODS[method.partition("+")[0] if isinstance(method, str) else method]
+    row_of(method)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise RelpError(f"batch_size: expected a number of pairs from 1 up, got {batch_size!r}")
     if tuple(nodes) == COMPONENTS:
@@ -90,7 +90,7 @@ def _kinds(nodes: Any) -> list[str]:
 
 def _check_keywords(method: str, own: dict[str, Any]) -> None:
     """Raises RelpError for a mistyped keyword of `score` itself, which is no parameter of the method."""
-    known = METHODS[method.partition("+")[0]].parameters()
+    known = row_of(method).parameters()
     for key in own:
         close = difflib.get_close_matches(key, inspect.signature(score).parameters, n=1)
         if key not in known and close and not difflib.get_close_matches(key, known, n=1):

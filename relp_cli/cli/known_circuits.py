@@ -104,14 +104,14 @@ def _left_out(
 
 def _show_cost(cases: list[Any], asked: list[tuple[str, str]], json: bool) -> None:
     from relp_cli.files import lines_of
-    from relp_cli.methods.table import METHODS as ROWS
+    from relp_cli.methods.table import row_of
 
     rows = [
         {"case": case.name, "kind": case.kind, "pairs": len(lines_of(case.pairs, "pairs")), "nodes in circuit": len(case.nodes),
          "edges in circuit": None if case.edges is None else len(case.edges), "about": case.about}
         for case in cases
     ]  # fmt: skip
-    costs = [{"of": space, "method": m, "per batch of pairs": ROWS[m.partition("+")[0]].cost} for space, m in asked]
+    costs = [{"of": space, "method": m, "per batch of pairs": row_of(m).cost} for space, m in asked]
     if json:
         print_json({"cases": rows, "methods": costs})
         return

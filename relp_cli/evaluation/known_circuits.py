@@ -27,7 +27,7 @@ from relp_cli.known.case import Case
 from relp_cli.known.program import node_of
 from relp_cli.methods.request import Progress
 from relp_cli.methods.score import resolve_method, shared_params
-from relp_cli.methods.table import METHODS
+from relp_cli.methods.table import row_of
 from relp_cli.models.load import load_model
 from relp_cli.models.model import Model
 from relp_cli.scoring import score
@@ -71,7 +71,7 @@ class Question:
                 raise unknown("sort of components", space, KINDS)
         asked = []
         for space in self.spaces:
-            served = [m for m in self.methods if space in METHODS[m.partition("+")[0]].serves]
+            served = [m for m in self.methods if space in row_of(m).serves]
             given = shared_params(served, {}, SPACES[space])
             asked += [(space, method) for method in given]
         for method in self.methods:

@@ -17,7 +17,7 @@ from relp_cli.methods.halving import Halving, in_one_go
 from relp_cli.methods.request import Account, Progress, Request
 from relp_cli.methods.setup import Passes, Room
 from relp_cli.methods.space import Batch, Scorer
-from relp_cli.methods.table import METHODS, Method, Params, Result, methods_for
+from relp_cli.methods.table import METHODS, Method, Params, Result, methods_for, row_of
 from relp_cli.methods.unfinished import Unfinished
 from relp_cli.models.model import Model
 from relp_cli.spaces.scores import Scores
@@ -237,7 +237,7 @@ def resolve_method(
 
 def shared_params(methods: Sequence[str], params: Mapping[str, Any], space: SpaceRow) -> dict[str, dict[str, Any]]:
     """Method → those of `params` that it, or the space, has. Raises RelpError for a parameter that no method has."""
-    known = {m: {*METHODS[m.partition("+")[0]].parameters(), *space.options} for m in methods}
+    known = {m: {*row_of(m).parameters(), *space.options} for m in methods}
     for key in params:
         every = sorted(set().union(*known.values()))
         if key not in every:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -41,6 +41,19 @@ class Params(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Workload(NamedTuple):
+    """What the gradients that a method takes depend on, besides its parameters.
+
+    sites: what paths of activations are taken at (0: not told). share: of all pairs, those of one batch. learning: steps of
+    learning, by default (0: steps cost another thing than a gradient does).
+    """
+
+    layers: int
+    sites: int
+    share: float
+    learning: int
+
+
 NODES, EDGES = ("nodes",), ("edges",)
 
 
@@ -51,6 +64,7 @@ class Method:
     spaces:    the spaces that it serves (none: all). signed: whether scores have a sign. rules: whether it takes LRP rules.
     baselines: those it is defined for (None: what the space allows). each: one forward pass per unit. additive: the scores of a
     sum of metrics are the sum of their scores, so that parts of L can be scored apart (`tasks.parts`); points always are.
+    gradients: how many forward and backward passes over every pair its steps take (0: not told); None where it has no steps.
     defaults, fixed: of an alias (`alias_of`), parameters that start or stay at another value than the method's own.
     """
 
@@ -68,6 +82,7 @@ class Method:
     each: bool = False
     whole: bool = False
     additive: bool = False
+    gradients: Callable[[Any, Workload], float] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     alias_of: str = ""
@@ -91,6 +106,14 @@ class Method:
         return tuple(name for name in self.load()[1].model_fields if name not in self.fixed)
 
 
+def _steps(params: Any, _: Workload) -> float:
+    return params.steps
+
+
+def _learning(params: Any, on: Workload) -> float:
+    return (params.steps or on.learning) * on.share if on.learning else 0
+
+
 METHODS: Registry[Method] = Registry("method")
 POINTS, BASELINES = "relp_cli.methods.points", "relp_cli.methods.baselines"
 LEARNED = "relp_cli.methods.learned"
@@ -105,25 +128,26 @@ for _row in (
            "noisy gradients of norms, activations and gates", "RelP eq. 3", rules=True),
     Method("ig_inputs", f"{POINTS}:ig_inputs:PathParams",
            "c(n), gradient averaged over embeddings between run and source", ALONG, FLAT,
-           "Sundararajan et al. 2017; Hanna et al. 2024"),
+           "Sundararajan et al. 2017; Hanna et al. 2024", gradients=_steps),
     Method("expected_gradients", f"{POINTS}:expected_gradients:ExpectedParams",
            "c(n), gradient at random points between the embeddings of run and source",
-           "samples × (forward + backward) + 2 forward", FLAT, "Erion et al. 2021"),
+           "samples × (forward + backward) + 2 forward", FLAT, "Erion et al. 2021", gradients=lambda params, _: params.samples),
     Method("relp_ig", f"{POINTS}:relp_ig:RelpIgParams", "c(n), LRP coefficients averaged over the same path", ALONG,
-           "as relp and ig_inputs", "relp (docs/methods.md)", rules=True),
+           "as relp and ig_inputs", "relp (docs/methods.md)", rules=True, gradients=_steps),
     Method("ig_activations", f"{POINTS}:ig_activations:IgActivationsParams",
            "c(n), gradient averaged while the unit's site moves from run to source",
            "steps × (forward + backward) per site (layer and kind) + 2 forward", FLAT,
-           "Marks et al. 2025; IG blog (IGact); edges: Hanna et al. 2024 (code)"),
+           "Marks et al. 2025; IG blog (IGact); edges: Hanna et al. 2024 (code)",
+           gradients=lambda params, on: 0 if getattr(params, "exact", ()) else params.steps * on.sites),
     Method("conductance", "relp_cli.methods.conductance:conductance:ConductanceParams",
            "the unit's share of L(source) − L(run) along the path of embeddings",
            "(steps + 1) × (forward + backward) + 2 forward", "zero-gradient regions", "Dhamdhere et al. 2018", by="batch",
-           additive=True),
+           additive=True, gradients=lambda params, _: params.steps + 1),
     Method("atp_star", "relp_cli.methods.atp_star:atp_star:AtpStarParams",
            "|c(n)|, averaged over dropped layers (grad_drop=false: c(n), exact up to the pattern for queries and keys)",
            "2 forward + 1 backward per layer; QK fix: + 2 forward",
            "attention saturation (QK fix), cancellation (GradDrop)",
-           "Kramár et al. 2024", NODES, "batch", signed=False),
+           "Kramár et al. 2024", NODES, "batch", signed=False, gradients=lambda _, on: 1 + on.layers * 2 / 3),
     Method("screened", "relp_cli.methods.screened:screened:ScreenedParams",
            "c(n), exactly for the budget's share of nodes that estimates call large; scaled estimates for the rest",
            "atp + relp + relp+secant + 1 forward per node of the budget", "what estimates miss", "relp (docs/rules.md)",
@@ -131,11 +155,11 @@ for _row in (
     Method("learned", f"{LEARNED}:learned:LearnedParams",
            "the place in a ranking whose circuits of every size keep L, unsigned: larger is needed more",
            "steps × (forward + backward) of one batch + 2 forward", "what units do together", "MAttr; relp (docs/learned.md)",
-           by="all", signed=False, whole=True),
+           by="all", signed=False, whole=True, gradients=_learning),
     Method("hard_concrete", f"{LEARNED}:hard_concrete:HardConcreteParams",
            "log α of gates that are pruned to one size at the least loss of L, unsigned",
            "steps × (forward + backward) of one batch + 2 forward", "baseline", "Louizos et al. 2018; Wang et al. 2020",
-           by="all", signed=False, whole=True),
+           by="all", signed=False, whole=True, gradients=_learning),
     Method("eap_gp", "relp_cli.edges.eap_gp:eap_gp:EapGpParams",
            "c(u→v), gradient averaged along a path that follows the gradients",
            "steps × (2 forward + 4 backward) + 5 forward", "saturation along the straight path", "Zhang et al. 2025",
@@ -172,6 +196,11 @@ alias("clean_corrupted", "ig_inputs", "edges", fixed={"steps": 1, "rule": "trape
       cost="4 forward + 2 backward")  # fmt: skip
 
 
+def row_of(method: str) -> Method:
+    """The row of a method that rules may be added to (`relp+ah`). Raises RelpError for an unknown one."""
+    return METHODS[method.partition("+")[0] if isinstance(method, str) else method]
+
+
 def same_method(one: str, other: str) -> bool:
     """Whether two names are of one method: the same, or one an alias without parameters of its own of the other."""
     plain = [METHODS[name] for name in (one, other) if "+" not in name]
@@ -182,7 +211,7 @@ def same_method(one: str, other: str) -> bool:
 
 def default_nodes(method: str, nodes: tuple[str, ...]) -> tuple[str, ...]:
     """What a method scores by default: `nodes`, or what its space is asked for by where it serves no nodes (`eap`: edges)."""
-    row = METHODS[method.partition("+")[0]]
+    row = row_of(method)
     return nodes if "nodes" in row.serves else SPACES[row.serves[0]].kinds[:1]
 
 

@@ -13,7 +13,7 @@ from relp_cli.features.load import load_dictionaries
 from relp_cli.lrp.rules import RULE_SETS
 from relp_cli.methods.nodes import NodeBatch
 from relp_cli.methods.score import resolve_method
-from relp_cli.methods.table import METHODS
+from relp_cli.methods.table import METHODS, Workload, row_of
 from relp_cli.models.model import Model
 from relp_cli.models.offload import resident
 from relp_cli.nodes.access import units
@@ -43,7 +43,7 @@ def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> 
     if spec.nodes == ("edges",):
         keep = spec.params.get("positions") == "keep"
         return _edges_cost(model, n_pairs, positions if keep else 1, spec)
-    row = METHODS[spec.method.partition("+")[0]]
+    row = row_of(spec.method)
     forwards = f"{cost_of(spec.method)} per pair ({n_pairs} pairs)"
     if spec.method.endswith("+auto") or spec.params.get("rules") == "auto":
         forwards += "; to choose rules, another such pass per candidate set and 256 exactly patched cells"
@@ -70,7 +70,7 @@ def expected_time(
 
     params: the spec's, dictionaries loaded. "" for all others (searches, choosing rules): timing takes too long.
     """
-    row = METHODS[spec.method.partition("+")[0]]
+    row = row_of(spec.method)
     steps = _gradients(model, pairs, spec, params)
     auto = spec.method.endswith("+auto") or spec.params.get("rules") == "auto"
     if auto or (row.each and spec.nodes == (SCORED,)) or (row.by == "all" and not steps):
@@ -103,19 +103,15 @@ def expected_time(
 
 def _gradients(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec, params: dict[str, Any]) -> float:
     """How many forward and backward passes over every pair a method of steps takes; 0 for methods of another sort."""
-    row, space = METHODS[spec.method.partition("+")[0]], space_for(spec.nodes)
+    row, space = row_of(spec.method), space_for(spec.nodes)
+    if row.gradients is None:
+        return 0
     own = {name: value for name, value in params.items() if name not in space.options}
     _, parsed = resolve_method(spec.method, own, space.name, model)
-    layers, steps = model.shape.n_layers, int(getattr(parsed, "steps", 0) or getattr(parsed, "samples", 0) or 0)
+    layers, learning = model.shape.n_layers, NodeBatch.learning_steps if space.name == "nodes" else 0
     sites = {"edges": 2 * layers + 1, "nodes": layers * len(spec.nodes)}.get(space.name, 0)
-    ranked = 0.0 if space.name != "nodes" else steps or NodeBatch.learning_steps
-    batch = min(spec.batch_size, max(map(len, pairs))) / sum(map(len, pairs))
-    by_method = {
-        "ig_inputs": steps, "relp_ig": steps, "expected_gradients": steps, "conductance": steps + 1,
-        "ig_activations": 0 if getattr(parsed, "exact", ()) else steps * sites, "atp_star": 1 + layers * 2 / 3,
-        "learned": ranked * batch, "hard_concrete": ranked * batch,
-    }  # fmt: skip
-    return by_method.get(row.alias_of or row.name, 0)
+    share = min(spec.batch_size, max(map(len, pairs))) / sum(map(len, pairs))
+    return row.gradients(parsed, Workload(layers, sites, share, learning))
 
 
 def _about(seconds: float, how: str) -> str:
@@ -150,7 +146,7 @@ def cost_of(method: str) -> str:
 
 def _edges_cost(model: Model, n_pairs: int, positions: int, spec: ScoreSpec) -> dict[str, Any]:
     """The same for edges: exact methods run the model once per edge (and position)."""
-    edges, row = Graph.of(model.shape).n_edges, METHODS[spec.method.partition("+")[0]]
+    edges, row = Graph.of(model.shape).n_edges, row_of(spec.method)
     exact = edges * positions if row.each else None
     return {
         "pairs": n_pairs,

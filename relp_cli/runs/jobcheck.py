@@ -7,7 +7,7 @@ from pathlib import Path
 
 from relp_cli.errors import RelpError, unknown
 from relp_cli.evaluation.ablation_table import ablation_row
-from relp_cli.methods.table import METHODS
+from relp_cli.methods.table import row_of
 from relp_cli.models.folder import local_path, split_revision
 from relp_cli.models.load import DTYPES
 from relp_cli.nodes.kinds import NODE_KINDS
@@ -75,7 +75,7 @@ def by_candidates(job: JobSpec, method: str, kind: str) -> bool:
 
 def cheap_methods(job: JobSpec) -> list[str]:
     """The methods that choose candidates for exact patching. Raises RelpError where there is none."""
-    cheap = [m for m in job.methods if m != "act_patch" and METHODS[m.partition("+")[0]].signed]
+    cheap = [m for m in job.methods if m != "act_patch" and row_of(m).signed]
     if not cheap:
         raise RelpError("exact_candidates needs at least one signed method besides act_patch to choose them")
     return cheap

@@ -18,7 +18,7 @@ import torch
 
 from relp_cli.methods.request import Request
 from relp_cli.methods.setup import Room
-from relp_cli.methods.table import METHODS
+from relp_cli.methods.table import row_of
 from relp_cli.models.model import Model
 from relp_cli.runs.spec import ScoreSpec
 from relp_cli.scoring import score
@@ -76,7 +76,7 @@ def expected_memory(
 
     params: the spec's, dictionaries loaded.
     """
-    row = METHODS[spec.method.partition("+")[0]]
+    row = row_of(spec.method)
     request, tokens = Request(batch_size=spec.batch_size), Room.on(model.device).graph if row.graph else None
     longest = max(pairs, key=lambda batch: min(len(batch), request.size(batch, tokens)) * batch.n_pos)
     batch = longest.rows(slice(0, request.size(longest, tokens)))

@@ -16,7 +16,7 @@ from pathlib import Path
 from relp_cli.errors import RelpError
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import check_divisible, score_share
-from relp_cli.methods.table import METHODS
+from relp_cli.methods.table import row_of
 from relp_cli.methods.unfinished import Shard, Unfinished
 from relp_cli.runs.claims import POLL, Claims
 from relp_cli.runs.rundir import RunDir
@@ -102,7 +102,7 @@ def score_shard(
     Raises: RelpError for bad input, and for a method that needs all pairs at once.
     """
     check_request(spec, folder)
-    check_divisible(METHODS[spec.method.partition("+")[0]], spec.method, spec.params.get("rules"))
+    check_divisible(row_of(spec.method), spec.method, spec.params.get("rules"))
     prepared = prepare(spec, session)
     digest = digest_of(spec, prepared, session)
     run = RunDir(folder or default_folder(spec, digest))

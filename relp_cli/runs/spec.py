@@ -18,7 +18,7 @@ from pydantic import (
 
 from relp_cli import BATCH_SIZE, MOST_SEED
 from relp_cli.errors import RelpError, unknown
-from relp_cli.methods.table import METHODS, SPACES
+from relp_cli.methods.table import SPACES, row_of
 from relp_cli.nodes.kinds import NODE_KINDS
 
 
@@ -60,7 +60,7 @@ class ScoreSpec(Common):
     @field_validator("method")
     @classmethod
     def _known_method(cls, method: str) -> str:
-        METHODS[method.partition("+")[0]]
+        row_of(method)
         return method
 
     @field_validator("nodes")
