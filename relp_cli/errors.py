@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
 
 # What only another name or place mends.
 BAD_PLACE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EROFS,
@@ -23,18 +25,30 @@ class RunFailed(RelpError):
     exit_code = 1
 
 
+def near(name: str, known: Iterable[str]) -> str | None:
+    """The closest known name, if one is close."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest known name, else the list of known names."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean '{close[0]}'?"
+    if meant := near(name, known):
+        return f"; did you mean '{meant}'?"
     return f"; known: {', '.join(known)}" if known else ""
 
 
 def unknown(what: str, name: str, known: Iterable[str], where: str = "") -> RelpError:
     """The error for a name that is not in a table. `where` is a `file:line: key: ` prefix."""
     return RelpError(f"{where}unknown {what} '{name}'{nearest(name, known)}")
+
+
+def check_keywords(function: Callable[..., Any], given: Iterable[str], more: Iterable[str] = ()) -> None:
+    """Raises RelpError for a given keyword that was meant to be one of the function's own, or of `more`."""
+    names = [*inspect.signature(function).parameters, *more]
+    for key in given:
+        if meant := near(key, names):
+            raise RelpError(f"{function.__name__} has no keyword '{key}'; did you mean '{meant}'?")
 
 
 def visible(text: str) -> str:

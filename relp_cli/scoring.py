@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from relp_cli import BATCH_SIZE
-from relp_cli.errors import RelpError
+from relp_cli.errors import RelpError, check_keywords, near
 from relp_cli.methods.auto import score_auto
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import COMPONENTS, resolve_method, score_units
@@ -55,7 +53,7 @@ def score(
     """
     expect_model(model)
     pairs, nodes = batches_of(pairs), _kinds(nodes)
-    row_of(method)
+    of_method = row_of(method).parameters()
     if not isinstance(batch_size, int) or batch_size < 1:
         raise RelpError(f"batch_size: expected a number of pairs from 1 up, got {batch_size!r}")
     if tuple(nodes) == COMPONENTS:
@@ -63,7 +61,7 @@ def score(
     request = Request(metric, direction, baseline, batch_size, keep_examples, progress, unfinished)
     space = space_for(nodes)
     own = {name: value for name, value in params.items() if name not in space.options}
-    _check_keywords(method, own)
+    check_keywords(score, [key for key in own if not near(key, of_method)])
     _, parsed = resolve_method(method, own, space.name, model)
     if getattr(parsed, "rules", None) == ("auto",):
         scores = score_auto(model, pairs, parsed, nodes, replace(request, unfinished=None))  # type: ignore[arg-type]
@@ -86,12 +84,3 @@ def _kinds(nodes: Any) -> list[str]:
     if not kinds:
         raise RelpError("nodes: expected at least one node kind, for example 'mlp_out'; `relp ls nodes` lists them")
     return kinds
-
-
-def _check_keywords(method: str, own: dict[str, Any]) -> None:
-    """Raises RelpError for a mistyped keyword of `score` itself, which is no parameter of the method."""
-    known = row_of(method).parameters()
-    for key in own:
-        close = difflib.get_close_matches(key, inspect.signature(score).parameters, n=1)
-        if key not in known and close and not difflib.get_close_matches(key, known, n=1):
-            raise RelpError(f"score has no keyword '{key}'; did you mean '{close[0]}'?")

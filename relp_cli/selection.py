@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from relp_cli.errors import RelpError
+from relp_cli.errors import RelpError, check_keywords
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.scores import whole_of
 from relp_cli.spaces.table import space_of
@@ -49,10 +47,7 @@ def select(
     options = {"sign": sign, "aggregate": aggregate, "union": union, "from_layer": from_layer}
     if not (hasattr(scores, "whole") or (isinstance(scores, Mapping) and scores)):
         raise RelpError(f"expected scores (relp.score, relp.Scores.load), got a {type(scores).__name__}")
-    for key in more:
-        close = difflib.get_close_matches(key, [*inspect.signature(select).parameters, *MORE], n=1)
-        if close and key not in MORE:
-            raise RelpError(f"select has no keyword '{key}'; did you mean '{close[0]}'?")
+    check_keywords(select, [key for key in more if key not in MORE], MORE)
     for key, value in given.items():
         if not isinstance(value, int | float):
             raise RelpError(f"{key}: expected a number, got {value!r}")
