@@ -22,17 +22,14 @@ from relp_cli.report.tables import write_table
 from relp_cli.runs.checked import distinct, file_label, model_labels, score_spec
 from relp_cli.runs.made import note_made
 from relp_cli.runs.pairs import pair_records
-from relp_cli.runs.rundir import RunDir
 from relp_cli.runs.scoring import (
     Prepared,
     Session,
     check_request,
-    default_folder,
-    digest_of,
     open_run,
     prepare,
     prepare_again,
-    score_run,
+    scored_below,
     scoring_notes,
 )
 from relp_cli.runs.spec import ScoreSpec, method_names
@@ -101,7 +98,8 @@ def compare_tasks(
         prepared = prepare(spec, session)
         label = labels[spec.model]
         notes += [f"{label}, {prepared.task.name}: {line}" for line in prepared.notes]
-        scored = {method: _scored(one, prepared, session, folder, progress) for method, one in specs.items()}
+        root = folder / "scores"
+        scored = {method: scored_below(root, one, prepared, session, progress) for method, one in specs.items()}
         scores = {method: one for method, (_, one) in scored.items()}
         runs = {method: os.path.relpath(run.path, folder) for method, (run, _) in scored.items()}
         made.append({"task": prepared.task.name, "model": label, "runs": runs, "reference": options.reference})
@@ -171,13 +169,6 @@ def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path, p
     cell = {"task": first["task"], "model": prepared.model.name, "runs": at, "reference": reference}
     note_made(path, cells=[cell], notes=prepared.notes)
     return Compared(result.table, (path,), prepared.notes)
-
-
-def _scored(
-    spec: ScoreSpec, prepared: Prepared, session: Session, folder: Path, progress: Progress | None
-) -> tuple[RunDir, Scores]:
-    run_folder = default_folder(spec, digest_of(spec, prepared, session), folder / "scores")
-    return score_run(spec, session, run_folder, progress, prepared=prepared)[:2]
 
 
 def _figure(

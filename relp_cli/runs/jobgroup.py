@@ -18,7 +18,7 @@ from relp_cli.runs.job import COSTS, Cell, Group, JobSpec, cell_file, nodes_of, 
 from relp_cli.runs.jobcheck import by_candidates, cheap_methods
 from relp_cli.runs.known import identity_of
 from relp_cli.runs.rundir import provenance
-from relp_cli.runs.scoring import Prepared, Session, default_folder, digest_of, prepare, score_run
+from relp_cli.runs.scoring import Prepared, Session, prepare, scored_below
 from relp_cli.runs.spec import ScoreSpec
 from relp_cli.spaces.scores import Scores
 
@@ -111,8 +111,7 @@ class GroupRun:
         key = f"{spec.method}/{','.join(kinds)}"
         if key not in self._scores:
             spec = spec.model_copy(update={"nodes": tuple(kinds)})
-            folder = default_folder(spec, digest_of(spec, self.prepared(), self.session), self.runs)
-            self._scores[key] = score_run(spec, self.session, folder, prepared=self.prepared())[1]
+            self._scores[key] = scored_below(self.runs, spec, self.prepared(), self.session)[1]
         return self._scores[key]
 
     def _candidates(self, kind: str) -> Scores:

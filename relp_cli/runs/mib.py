@@ -28,11 +28,9 @@ from relp_cli.runs.scoring import (
     Prepared,
     Session,
     check_request,
-    default_folder,
-    digest_of,
     open_run,
     prepare,
-    score_run,
+    scored_below,
     scoring_notes,
 )
 from relp_cli.runs.spec import ScoreSpec
@@ -121,8 +119,7 @@ class _Work:
         if entry.scores is not None:
             return entry.scores, []
         prepared = self.prepared(entry.spec)
-        run = default_folder(entry.spec, digest_of(entry.spec, prepared, self.session), self.folder / "scores")
-        scores = score_run(entry.spec, self.session, run, self.progress, prepared=prepared)[1]
+        _, scores = scored_below(self.folder / "scores", entry.spec, prepared, self.session, self.progress)
         return scores, [*prepared.notes, *scoring_notes(scores)]
 
     def values(self, entry: _Entry, name: str, scores: Scores) -> tuple[MibValues, list[str]]:

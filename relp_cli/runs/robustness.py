@@ -34,12 +34,10 @@ from relp_cli.runs.scoring import (
     Prepared,
     Session,
     check_request,
-    default_folder,
-    digest_of,
     open_run,
     prepare,
     prepare_again,
-    score_run,
+    scored_below,
 )
 from relp_cli.runs.spec import ScoreSpec
 from relp_cli.selection import select
@@ -203,7 +201,8 @@ def _values(
         circuits = []
         for m in specs.values():
             one = m.model_copy(update={"task": part.task, "pairs": part.pairs})
-            for c in _resampled(_scores(one, prepared, session, root, progress), grid, exclude, n_points):
+            _, scores = scored_below(root, one, prepared, session, progress)
+            for c in _resampled(scores, grid, exclude, n_points):
                 circuits += c
         sizes[:, t] = np.reshape([c.counted(exclude) for c in circuits], (len(specs), grid.resamples, n_points))
         everything += circuits
@@ -212,11 +211,6 @@ def _values(
             found = _faithfulness(held, circuits, ablation, grid, exclude, part.params.get("dictionary"), progress)
             values[:, t, :, :, a] = found.reshape(len(specs), grid.resamples, n_points)
     return values, sizes, everything
-
-
-def _scores(spec: ScoreSpec, prepared: Prepared, session: Session, root: Path, progress: Progress | None) -> Scores:
-    folder = default_folder(spec, digest_of(spec, prepared, session), root)
-    return score_run(spec, session, folder, progress, prepared=prepared)[1]
 
 
 def _resampled(scores: Scores, grid: Grid, exclude: int, n_points: int) -> Iterator[list[Circuit]]:
@@ -267,7 +261,7 @@ def _transfer(
     for task in grid.tasks:
         one = spec.model_copy(update={"task": task, "metric": None})
         prepared = prepare(one, session, at_most=True)
-        scores = _scores(one, prepared, session, root, progress)
+        _, scores = scored_below(root, one, prepared, session, progress)
         count = math.ceil(grid.keep * int(scores.units.counted(exclude).sum()))
         aggregate = {} if scores.axis == "all" else {"aggregate": "sum"}
         found[prepared.task.name] = select(scores, top_k=count, from_layer=exclude, **aggregate)  # type: ignore[arg-type]

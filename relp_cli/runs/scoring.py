@@ -210,6 +210,14 @@ def score_run(
     return run, scores, False
 
 
+def scored_below(
+    root: Path, spec: ScoreSpec, prepared: Prepared, session: Session, progress: Progress | None = None
+) -> tuple[RunDir, Scores]:
+    """`score_run` of pairs that are drawn already, in a folder of its own below `root`: the next one takes it from there."""
+    folder = default_folder(spec, digest_of(spec, prepared, session), root)
+    return score_run(spec, session, folder, progress, prepared=prepared)[:2]
+
+
 def loaded_params(spec: ScoreSpec, prepared: Prepared, session: Session) -> dict[str, Any]:
     """The spec's parameters as `score` takes them: dictionaries loaded."""
     params = dict(spec.params)
