@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from relp_cli.errors import RelpError
+from relp_cli.errors import RelpError, RunFailed
 from relp_cli.files import write_atomically
 from relp_cli.report.names import kind_title, need, varying
 from relp_cli.report.terminal import Column, print_table
@@ -74,6 +74,19 @@ def write_table(table: pd.DataFrame, path: str | Path, digits: int = 3) -> None:
     if writer is None:
         raise RelpError(f"table {path}: unknown file ending '{path.suffix}'; expected one of {', '.join(writers)}")
     write_atomically(path, writer(table, digits))
+
+
+def read_table(path: Path, may_be_empty: bool = False) -> pd.DataFrame:
+    """A CSV that `write_table` wrote. Raises RunFailed for one that cannot be read, or has no rows, unless it may be so."""
+    try:
+        table = pd.read_csv(path, dtype={"circuit": str})
+    except pd.errors.EmptyDataError:  # no columns either
+        table = pd.DataFrame()
+    except (OSError, ValueError) as error:
+        raise RunFailed(f"{path} cannot be read ({error}); compute it again to replace it") from error
+    if table.empty and not may_be_empty:
+        raise RunFailed(f"{path} has no rows; compute it again to replace it")
+    return table
 
 
 def markdown(table: pd.DataFrame, digits: int = 3) -> str:

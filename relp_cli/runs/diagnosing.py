@@ -10,10 +10,10 @@ from typing import Any
 
 import pandas as pd
 
-from relp_cli.errors import RelpError, RunFailed
+from relp_cli.errors import RunFailed
 from relp_cli.evaluation.diagnose import Diagnosis
 from relp_cli.files import read_object, write_atomically
-from relp_cli.report.tables import write_table
+from relp_cli.report.tables import read_table, write_table
 from relp_cli.runs.made import note_made
 from relp_cli.runs.rundir import checksum
 
@@ -52,8 +52,5 @@ def read_diagnosis(folder: Path) -> Diagnosed:
         files = about.get("files")
         if not isinstance(files, dict) or not path.is_file() or files.get(path.name) != checksum(path):
             raise RunFailed(f"{path} is not the file that this diagnosis wrote; diagnose again to replace it")
-        try:
-            tables[name] = pd.read_csv(path, keep_default_na=True)
-        except (ValueError, pd.errors.ParserError) as error:
-            raise RelpError(f"{path} cannot be read ({error})") from error
+        tables[name] = read_table(path, may_be_empty=True)
     return Diagnosed(about, tables)

@@ -8,18 +8,17 @@ from typing import Any
 
 import pandas as pd
 
-from relp_cli.errors import RunFailed
+from relp_cli.report.tables import read_table
 
 ENOUGH = 0.8  # faithfulness that a suggested circuit has
 
 
 def read_evaluation(path: Path) -> pd.DataFrame | None:
     """An evaluation.csv; None where there is none. Raises RunFailed for one that cannot be read."""
-    try:
-        table = pd.read_csv(path, dtype={"circuit": str}) if path.is_file() else None
-    except (ValueError, pd.errors.ParserError) as error:
-        raise RunFailed(f"{path} cannot be read ({error}); evaluate again to replace it") from error
-    if table is not None and "note" in table:
+    if not path.is_file():
+        return None
+    table = read_table(path)
+    if "note" in table:
         table["note"] = table["note"].fillna("")
     return table
 

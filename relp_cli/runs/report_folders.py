@@ -19,6 +19,7 @@ from relp_cli.report.names import kind_title, model_title, varying
 from relp_cli.report.page import Page, Picture, Section, Sheet, script_data, script_text
 from relp_cli.report.published import beside
 from relp_cli.report.side import side_by_side
+from relp_cli.report.tables import read_table
 from relp_cli.runs.checked import score_spec
 from relp_cli.runs.comparing import shared_tokens
 from relp_cli.runs.diagnosing import RECORD, read_diagnosis
@@ -87,7 +88,7 @@ _COSTS = ("forwards_per_pair", "backwards_per_pair", "seconds", "rules")
 def comparison_page(folder: Path) -> Page:
     """compare.csv, and below it every task × model with its methods side by side."""
     file = folder / "compare.csv"
-    table = _csv(file)
+    table = read_table(file)
     first = table.iloc[0]
     rows = tuple(dict.fromkeys(zip(table.task, table.model, strict=True)))
     note = f"PCC over {first.axis}; [lo, hi]: 95 % bootstrap over pairs; topk: overlap of the {first.k} strongest."
@@ -118,7 +119,7 @@ def comparison_page(folder: Path) -> Page:
 def job_page(folder: Path) -> Page:
     """results.csv of a batch job: agreement, curves, failed cells, and the scores of each of its groups."""
     file = folder / "results.csv"
-    table, made = _csv(file), read_made(file) or {}
+    table, made = read_table(file), read_made(file) or {}
     job = made.get("job", {})
     sections = []
     agreement, circuits = (table[table.what == part].dropna(axis=1, how="all") for part in ("agreement", "evaluation"))
@@ -282,13 +283,3 @@ def _pcc(table: pd.DataFrame) -> pd.DataFrame:
 def _bars(table: pd.DataFrame) -> tuple[Picture, ...]:
     caption = "PCC with exact patching, with 95 % bootstrap over pairs."
     return (in_both("agreement", caption, lambda theme: agreement_figure(table, theme)),)
-
-
-def _csv(path: Path) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path)
-    except (OSError, ValueError, pd.errors.ParserError) as error:
-        raise RelpError(f"{path} cannot be read ({error})") from error
-    if table.empty:
-        raise RelpError(f"{path} has no rows")
-    return table

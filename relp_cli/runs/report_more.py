@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from relp_cli.errors import RunFailed
 from relp_cli.report.dots import in_both, strips_figure
 from relp_cli.report.page import Section, Sheet
+from relp_cli.report.tables import read_table
 from relp_cli.runs.evaluated import read_evaluation
 from relp_cli.runs.made import command_of, read_made
 from relp_cli.runs.robustness import FACTORS
@@ -39,7 +39,7 @@ def more_sections(folder: Path, circuit: str | None) -> list[Section]:
     for path in sorted(folder.glob("minimality*.csv")):
         noted = (read_made(path) or {}).get("circuit", "")
         text = [*_other(noted, circuit), "Every unit of the circuit dropped alone; loss: of faithfulness."]
-        parts.append(_section(path, "Minimality" + _of(path, "minimality"), _read(path), text))
+        parts.append(_section(path, "Minimality" + _of(path, "minimality"), read_table(path, may_be_empty=True), text))
     for path in sorted(folder.glob("tests*.csv")):
         if not path.stem.startswith("tests-units"):
             parts.append(_tests(path, circuit))
@@ -49,12 +49,12 @@ def more_sections(folder: Path, circuit: str | None) -> list[Section]:
 
 
 def _tests(path: Path, circuit: str | None) -> Section:
-    table, units = _read(path), path.with_name(path.name.replace("tests", "tests-units", 1))
+    table, units = read_table(path), path.with_name(path.name.replace("tests", "tests-units", 1))
     first = [c for c in ORDER if c in table.columns]
     table = table[[*first, *(c for c in table.columns if c not in first)]]
     said = [f"{row['test']}: {row['verdict']}. H0: {row['null']}." for row in table.to_dict("records")]
     sheets = [Sheet(path.stem, table.drop(columns=["verdict", "null"], errors="ignore"), "Tests", fold=True)]
-    if units.is_file() and len(of_units := _read(units)):
+    if units.is_file() and len(of_units := read_table(units, may_be_empty=True)):
         sheets.append(Sheet(units.stem, of_units, "Units", fold=True))
     return Section(
         path.stem, "Hypothesis tests" + _of(path, "tests"), (*_of_other(table, circuit), *said), sheets=tuple(sheets),
@@ -64,7 +64,7 @@ def _tests(path: Path, circuit: str | None) -> Section:
 
 def _robustness(folder: Path) -> Section:
     path = folder / "robustness.csv"
-    settings = _read(path)
+    settings = read_table(path)
     factors = [f for f in FACTORS if f in settings and settings[f].nunique() > 1]
     f = settings.faithfulness
     text = f"Faithfulness {f.mean():.3f} on average over {len(f)} settings, from {f.min():.3f} to {f.max():.3f}."
@@ -73,7 +73,7 @@ def _robustness(folder: Path) -> Section:
     titles = {"robustness-variance": "Share of the variance by factor", "robustness-transfer": "Faithfulness of a row's circuit "
               "on a column's task"}  # fmt: skip
     more = [(folder / f"{name}.csv", title) for name, title in titles.items()]
-    sheets = [Sheet(p.stem, _read(p), title) for p, title in more if p.is_file()]
+    sheets = [Sheet(p.stem, read_table(p), title) for p, title in more if p.is_file()]
     return Section(
         "robustness", "Robustness", (text,), pictures=tuple(pictures) if factors else (),
         sheets=(*sheets, Sheet("robustness", settings, "Settings", by="faithfulness", fold=True)), commands=(command_of(path),),
@@ -102,12 +102,3 @@ def _of(path: Path, name: str) -> str:
     """On another task: its name."""
     other = path.stem.removeprefix(name).strip("-")
     return f" on {other}" if other else ""
-
-
-def _read(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path, dtype={"circuit": str})
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame()
-    except (OSError, ValueError, pd.errors.ParserError) as error:
-        raise RunFailed(f"{path} cannot be read ({error}); compute it again to replace it") from error

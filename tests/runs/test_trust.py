@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import relp_cli
-from relp_cli.errors import RelpError
+from relp_cli.errors import RelpError, RunFailed
 from relp_cli.runs.evaluated import read_evaluation
 from relp_cli.runs.rundir import checksum
 from relp_cli.spaces.scores import KindScores, Scores, whole_of
@@ -169,6 +169,16 @@ def test_a_circuits_hash_of_digits_stays_text(tmp_path):
     table = read_evaluation(tmp_path / "evaluation.csv")
     assert table is not None
     assert table["circuit"].tolist() == ["456640645983"]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"), [('a\n"', "cannot be read"), ("\udce9", "cannot be read"), ("", "has no rows")]
+)
+def test_a_table_that_is_damaged_is_computed_again(tmp_path, text, why):
+    path = tmp_path / "evaluation.csv"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(RunFailed, match=rf"evaluation.csv {why}.*; compute it again to replace it"):
+        read_evaluation(path)
 
 
 def test_one_damaged_record_does_not_hide_the_others(relp, work):
