@@ -83,40 +83,64 @@ def patch_nodes(
     total = sum(int(mask.sum()) for mask in todo.values())
     n_parts = -(-sum(int(mask.any(1).sum()) for mask in todo.values()) // rows)
     known = {step: piece for piece in (unfinished.pieces(rows) if unfinished else []) for step in piece.cost}
-    steps = Steps({f"{kind}.{layer}": effect for (kind, layer), effect in out.items()})
+    walk = _Walk(setup, source, out, known)
     computed, done = passes.computed, 0
     for number, part in enumerate(_parts(todo, rows)):
         if unfinished and unfinished.shard and not unfinished.shard.has(unfinished.number * n_parts + number):
             continue
-        slots = [slot for slot in range(n_slots) if any(cells.slots[:, slot].any() for cells in part)]
-        left = [slot for slot in slots if number * n_slots + slot not in known]
+        for patched, anew in walk.steps_of(part, number * n_slots):
+            done += patched
+            if tick and anew:
+                tick(done, total, "patched runs")
+            if unfinished and unfinished.store.due():
+                unfinished.keep_piece(walk.done, rows, total)
+    passes.computed = computed + sum(cost.computed for cost in walk.done.cost.values())
+    if unfinished and unfinished.shard:
+        unfinished.keep_piece(walk.done, rows, total)
+    return out
+
+
+class _Walk:
+    """The steps of exact patching, each one pass: the nodes of one part at one slot. Steps that are `known` (number → what an
+    earlier walk left of it) are copied, with what they took then. Effects go into `out`; `done` has all steps so far.
+    """
+
+    def __init__(self, setup: Setup, source: Activations, out: Mapping[At, Tensor], known: Mapping[int, Steps]) -> None:
+        self.setup, self.source, self.out, self.known = setup, source, out, known
+        self.done = Steps({f"{kind}.{layer}": effect for (kind, layer), effect in out.items()})
+
+    def steps_of(self, part: Sequence[Cells], first: int) -> Iterator[tuple[int, bool]]:
+        """The steps of one part, whose slot 0 is step `first`: how many patched runs each is, and whether it was taken anew."""
+        passes = self.setup.passes
+        slots = [i for i in range(len(self.setup.labels)) if any(cells.slots[:, i].any() for cells in part)]
+        left = {slot for slot in slots if first + slot not in self.known}
         passes.computed = 0.0
         if left:
-            part = _written(setup, source, part)
+            part = _written(self.setup, self.source, part)
         if len(left) < len(slots):
             passes.computed = 0.0  # what the part's layers write was counted with its first slot
         for slot in slots:
-            step, cells = number * n_slots + slot, [c.of(c.slots[:, slot]) for c in part if c.slots[:, slot].any()]
-            n, no_effect, started = sum(len(c.pair) for c in cells), passes.no_effect, time.perf_counter()
-            if slot in left:
-                _patch_slot(setup, source, slot, cells, out)
-                steps.cost[step] = Cost(n, passes.computed, passes.no_effect - no_effect, time.perf_counter() - started)
-            else:
-                for c in cells:
-                    at = c.pair, slot, c.unit
-                    out[c.at][at] = known[step].effects[f"{c.at[0]}.{c.at[1]}"].to(value.device)[at]
-                cost = steps.cost[step] = known[step].cost[step]
-                passes.patched, passes.no_effect = passes.patched + n, no_effect + cost.no_effect
-                passes.seconds += cost.seconds
-            passes.computed, done = 0.0, done + n
-            if tick and slot in left:
-                tick(done, total, "patched runs")
-            if unfinished and unfinished.store.due():
-                unfinished.keep_piece(steps, rows, total)
-    passes.computed = computed + sum(cost.computed for cost in steps.cost.values())
-    if unfinished and unfinished.shard:
-        unfinished.keep_piece(steps, rows, total)
-    return out
+            at_slot = [cells.of(cells.slots[:, slot]) for cells in part if cells.slots[:, slot].any()]
+            n = sum(len(cells.pair) for cells in at_slot)
+            (self._take if slot in left else self._copy)(first + slot, slot, at_slot, n)
+            passes.computed = 0.0
+            yield n, slot in left
+
+    def _take(self, step: int, slot: int, part: Sequence[Cells], n: int) -> None:
+        passes, started = self.setup.passes, time.perf_counter()
+        before = passes.no_effect
+        _patch_slot(self.setup, self.source, slot, part, self.out)
+        self.done.cost[step] = Cost(n, passes.computed, passes.no_effect - before, time.perf_counter() - started)
+
+    def _copy(self, step: int, slot: int, part: Sequence[Cells], n: int) -> None:
+        passes, earlier = self.setup.passes, self.known[step]
+        for cells in part:
+            out, at = self.out[cells.at], (cells.pair, slot, cells.unit)
+            out[at] = earlier.effects[f"{cells.at[0]}.{cells.at[1]}"].to(out.device)[at]
+        cost = self.done.cost[step] = earlier.cost[step]
+        passes.patched += n
+        passes.no_effect += cost.no_effect
+        passes.seconds += cost.seconds
 
 
 def _patch_slot(setup: Setup, source: Activations, slot: int, cells: Sequence[Cells], out: Mapping[At, Tensor]) -> None:
