@@ -67,31 +67,41 @@ def local(
     by_queries = weighed_softmax(slope * (q @ k_run.transpose(-2, -1)) * scale, m) @ v_run
 
     d, slope = moved(q_run @ k_other.transpose(-2, -1) * scale)
-    change, per_score, top, mean_without_top = one_key_at_a_time(s, d, v_run)
+    change, per_score, top, without_top = one_key_at_a_time(s, d)
     by_key = per_score * (slope * (q_run @ k.transpose(-2, -1)) * scale)
     # Of each key t: V̄_t − the other keys' mean of V. Others than the top one have P ≤ ½, so that their rest can be divided by.
     rest = torch.where(top, 0, by_key / torch.where(top, torch.ones_like(p), 1 - p))
     others = rest.sum(-1, keepdim=True) * (p @ v_run) - (rest * p) @ v_run
-    others = others + (by_key * top).sum(-1, keepdim=True) * mean_without_top
+    others = others + (by_key * top).sum(-1, keepdim=True) * (without_top @ v_run)
     by_keys = by_key @ (0.5 * (v_run + v_other)) - others
     return by_queries + by_keys + (p + 0.5 * change) @ v
 
 
-def one_key_at_a_time(s: Tensor, d: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What moving the score of one key t by d_t does, while the others stay: P_t = 1 − σ(a), a = logsumexp of the others − s_t.
+def without_each_key(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of scores Float[…, query, key]: for each key the logsumexp of the other scores (−inf for a query's only key), which key is
+    the top one of its query, and the pattern without that one (0 for an only key).
 
-    Returns P'_t − P_t = σ(a) − σ(a − d); the same per unit of score (at d = 0 the slope); which key is the top one of its query;
-    and the mean of V without it. In these forms nothing is 0/0 where a pattern is saturated (P = 1 to the last bit).
+    The top one is left out of its sum before it is formed; of all others P ≤ ½, so that what is left out is no more than half.
     """
     all_keys = s.logsumexp(-1, keepdim=True)
     top = torch.zeros_like(s, dtype=torch.bool).scatter_(-1, s.argmax(-1, keepdim=True), True)
     without_top = s.masked_fill(top, -torch.inf)
-    alone = without_top.amax(-1, keepdim=True) == -torch.inf  # a query's only key: nothing to be moved from
+    alone = without_top.amax(-1, keepdim=True) == -torch.inf
     below = torch.where(alone, 0, without_top)
     others = torch.where(
         top, below.logsumexp(-1, keepdim=True), all_keys + torch.log1p(-torch.exp(s - all_keys).masked_fill(top, 0))
     )
-    a = torch.where(top & alone, -torch.inf, others - s)
+    return torch.where(top & alone, -torch.inf, others), top, torch.where(alone, 0, below.softmax(-1))
+
+
+def one_key_at_a_time(s: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What moving the score of one key t by d_t does, while the others stay: P_t = 1 − σ(a), a = logsumexp of the others − s_t.
+
+    Returns P'_t − P_t = σ(a) − σ(a − d); the same per unit of score (at d = 0 the slope); and of `without_each_key` which key is
+    the top one, and the pattern without it. Nothing is 0/0 in these forms where a pattern is saturated (P = 1 to the last bit).
+    """
+    others, top, without_top = without_each_key(s)
+    a = others - s
     b = a - d
     change = torch.where(
         d >= 0,
@@ -101,4 +111,4 @@ def one_key_at_a_time(s: Tensor, d: Tensor, v: Tensor) -> tuple[Tensor, Tensor, 
     per_score = torch.where(
         d == 0, torch.sigmoid(a) * torch.sigmoid(-a), change / torch.where(d == 0, torch.ones_like(d), d)
     )
-    return change, per_score, top, torch.where(alone, 0, below.softmax(-1) @ v)
+    return change, per_score, top, without_top

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from relp_cli.errors import RelpError
+from relp_cli.lrp.local import without_each_key
 from relp_cli.methods.core import Gradients, PerExample, differences, must_reach, products, refuse_metric
 from relp_cli.methods.setup import Setup
 from relp_cli.methods.space import Batch
@@ -179,32 +180,9 @@ def key_effects(before: Tensor, after: Tensor, grad: Tensor) -> Float[Tensor, "b
     lowest = torch.finfo(wide(before).dtype).min / 4  # of masked keys; differences stay finite
     before, after = (wide(s).clamp_min(lowest) for s in (before, after))
     grad = wide(grad)
-    others, mean = _without_each(before, grad)
+    others, top, without_top = without_each_key(before)
+    p = before.softmax(-1)
+    mass = p * grad
+    rest = (mass.sum(-1, keepdim=True) - mass) / torch.where(top, 1, 1 - p)  # others than the top one have P ≤ ½
+    mean = torch.where(top, (without_top * grad).sum(-1, keepdim=True), rest)
     return ((torch.sigmoid(after - others) - torch.sigmoid(before - others)) * (grad - mean)).sum(-2)
-
-
-def _without_each(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """For each t: logsumexp of the other scores, and the mean of the other values under their softmax. O(T), stable.
-
-    Sums that leave out the largest score are formed relative to the second largest; all others relative to the largest,
-    which is in them. What is left out is never subtracted.
-    """
-    best = scores.argmax(-1, keepdim=True)
-    is_best = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
-    largest = scores.gather(-1, best)
-    runners = scores.masked_fill(is_best, torch.finfo(scores.dtype).min / 4)
-    second = runners.amax(-1, keepdim=True)
-    weight = torch.exp(scores - largest)
-    runner_weight = torch.exp(runners - second).masked_fill(is_best, 0)
-    total = torch.where(is_best, runner_weight.sum(-1, keepdim=True), _sum_of_others(weight))
-    mass = torch.where(is_best, (runner_weight * values).sum(-1, keepdim=True), _sum_of_others(weight * values))
-    total = total.clamp_min(torch.finfo(scores.dtype).tiny)  # 0 where there is no other key at all
-    return torch.where(is_best, second, largest) + total.log(), mass / total
-
-
-def _sum_of_others(p: Tensor) -> Tensor:
-    """Σ_{j ≠ t} p_j: what stands left of t plus what stands right of it."""
-    zero = torch.zeros_like(p[..., :1])
-    left = torch.cat([zero, p[..., :-1].cumsum(-1)], -1)
-    right = torch.cat([p[..., 1:].flip(-1).cumsum(-1).flip(-1), zero], -1)
-    return left + right
