@@ -15,7 +15,8 @@ from torch import Tensor
 from relp_cli.edges.reads import project, projections, reads
 from relp_cli.edges.stream import ungrouped
 from relp_cli.methods.patching import effects, every_pair
-from relp_cli.methods.setup import Setup, fitting
+from relp_cli.methods.room import fitting
+from relp_cli.methods.setup import Setup
 from relp_cli.models.model import Hook
 from relp_cli.spaces.graph import QKV, Graph
 

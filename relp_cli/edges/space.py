@@ -19,8 +19,9 @@ from relp_cli.edges.run import edge_logits
 from relp_cli.edges.stream import Recorder, Written, keeping, mean_written, ungrouped, written
 from relp_cli.errors import RelpError, unknown
 from relp_cli.methods.request import Progress, Request
+from relp_cli.methods.room import Room
 from relp_cli.methods.score import position_axis
-from relp_cli.methods.setup import Passes, Room, Setup
+from relp_cli.methods.setup import Passes, Setup
 from relp_cli.methods.share import Streams
 from relp_cli.methods.space import Batch, Place, Point, added, of_point, together
 from relp_cli.methods.table import Result

@@ -24,8 +24,9 @@ from torch import Tensor
 from relp_cli import BATCH_SIZE
 from relp_cli.errors import RelpError
 from relp_cli.methods.patching import every_pair, patch_sets
+from relp_cli.methods.room import Room, fitting
 from relp_cli.methods.score import position_axis
-from relp_cli.methods.setup import Room, Setup, fitting
+from relp_cli.methods.setup import Setup
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import units
 from relp_cli.nodes.kinds import NODE_KINDS

@@ -40,7 +40,7 @@ from relp_cli.spaces.feature_graph import FeatureEdges, FeatureNode
 from relp_cli.spaces.features import feature_nodes
 from relp_cli.spaces.sites import Site
 from relp_cli.spaces.totals import moments
-from relp_cli.tasks.pairs import PairBatch
+from relp_cli.tasks.pairs import PairBatch, in_batches
 
 MAX_NODES = 10_000  # one backward pass each, and a matrix of all pairs
 
@@ -91,7 +91,7 @@ def feature_edges(
             f"this circuit has {len(nodes)} nodes; edges are scored among at most {MAX_NODES}: select fewer of them"
         )
     totals = _Totals(nodes, circuit.labels)
-    chunks = request.chunks(model, pairs)
+    chunks = in_batches(pairs, batch_size, model.device)
     steps, applied = len(nodes) + 1, dict[str, int]()
     for done, chunk in enumerate(chunks):
         on = FeatureBatch(feature_setup(model, found, chunk, request, Passes()), found)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from relp_cli.features.dictionary import Dictionary
 from relp_cli.methods.patching import effects
-from relp_cli.methods.setup import Setup, fitting
+from relp_cli.methods.room import fitting
+from relp_cli.methods.setup import Setup
 from relp_cli.methods.space import added
 from relp_cli.precision import wide
 from relp_cli.spaces.sites import Site

@@ -27,8 +27,9 @@ from relp_cli.features.patching import patch_features
 from relp_cli.methods.core import Gradients
 from relp_cli.methods.nodes import NodeBatch, NodesAt
 from relp_cli.methods.request import Progress, Request
+from relp_cli.methods.room import Room
 from relp_cli.methods.score import position_axis
-from relp_cli.methods.setup import Passes, Room, Setup
+from relp_cli.methods.setup import Passes, Setup
 from relp_cli.methods.share import share_of
 from relp_cli.methods.space import Part, Place, Point, of_part
 from relp_cli.methods.table import Result

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from relp_cli.errors import RunFailed
-from relp_cli.methods.setup import Passes, Room
+from relp_cli.methods.room import Room
+from relp_cli.methods.setup import Passes
 from relp_cli.methods.space import Batch
 from relp_cli.methods.table import Result
 from relp_cli.tasks.pairs import PairBatch
@@ -28,8 +29,12 @@ class Halving:
     def __init__(
         self, compute: Callable[[Batch], Result], make: Callable[[PairBatch, Room], Batch], room: Room
     ) -> None:
-        self.compute, self.make, self.room = compute, make, room
-        self.most: int | None = None
+        self.compute, self.make = compute, make
+        self.first = self.room = room
+
+    @property
+    def most(self) -> int | None:
+        return None if self.room is self.first else self.room.pairs
 
     @property
     def about(self) -> dict[str, int]:
@@ -53,13 +58,12 @@ class Halving:
                     f"out of memory with one pair of {on.setup.batch.n_pos} tokens at a time: use a smaller model or --dtype "
                     "bfloat16, fewer node kinds at once, or a device with more memory"
                 )
-            self.most, self.room = -(-len(on) // 2), self.room.halved()
+            self.room = self.room.halved(len(on))
         return _joined(on, self._parts(on))
 
     def _parts(self, on: Batch) -> list[tuple[int, Result, Batch]]:
         parts = []
-        assert self.most is not None
-        for pairs in on.setup.batch.split(self.most):
+        for pairs in on.setup.batch.split(self.room.pairs):
             part = self.make(pairs, self.room)
             parts.append((len(part), self(part), part))
             _let_go(part)

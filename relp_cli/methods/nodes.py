@@ -16,8 +16,9 @@ from relp_cli.methods.core import Gradients, differences, gradients, products
 from relp_cli.methods.means import mean_activations
 from relp_cli.methods.patching import patch_nodes
 from relp_cli.methods.request import Progress, Request
+from relp_cli.methods.room import Room
 from relp_cli.methods.score import position_axis
-from relp_cli.methods.setup import Passes, Room
+from relp_cli.methods.setup import Passes
 from relp_cli.methods.space import Batch, Place, Point, added, of_part, of_point, together
 from relp_cli.methods.table import Result
 from relp_cli.models.model import Model

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from relp_cli.methods.setup import Room, Setup, fitting
+from relp_cli.methods.room import Room, fitting
+from relp_cli.methods.setup import Setup
 from relp_cli.methods.unfinished import Cost, Steps, UnfinishedBatch
 from relp_cli.models.model import Hook
 from relp_cli.models.resume import Rows, putting

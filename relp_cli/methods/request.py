@@ -12,13 +12,13 @@ from torch import Tensor
 
 from relp_cli import BATCH_SIZE
 from relp_cli.errors import unknown
-from relp_cli.methods.setup import Means, Passes, Setup, fitting
+from relp_cli.methods.setup import Means, Passes, Setup
 from relp_cli.methods.table import Method, Params
 from relp_cli.methods.unfinished import Unfinished
 from relp_cli.models.model import Model
 from relp_cli.nodes.kinds import NodeKind
 from relp_cli.tasks.metrics import Metric, metric_of
-from relp_cli.tasks.pairs import PairBatch, in_batches
+from relp_cli.tasks.pairs import PairBatch
 
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, what)
 DIRECTIONS = ("noising", "denoising")
@@ -53,18 +53,6 @@ class Request:
         return Setup(
             model.reading(batch.read), batch, metric_of(self.metric), kinds, direction, baseline, means, passes
         )
-
-    def chunks(self, model: Model, pairs: Sequence[PairBatch], tokens: int | None = None) -> list[PairBatch]:
-        """The pairs in batches, on the model's device; see `size`."""
-        return [chunk for batch in pairs for chunk in in_batches([batch], self.size(batch, tokens), model.device)]
-
-    def size(self, batch: PairBatch, tokens: int | None) -> int:
-        """How many of these pairs a batch has: `batch_size`. tokens: what one of the default size has at most; a size that was
-        asked for is kept.
-        """
-        if tokens is None or self.batch_size != BATCH_SIZE:
-            return self.batch_size
-        return min(self.batch_size, fitting(batch.n_pos, tokens))
 
 
 class Account:

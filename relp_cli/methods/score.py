@@ -15,7 +15,8 @@ from relp_cli.errors import RelpError, nearest, unknown
 from relp_cli.lrp.rules import RULE_SETS, RULES, Rule, parse_rules
 from relp_cli.methods.halving import Halving, in_one_go
 from relp_cli.methods.request import Account, Progress, Request
-from relp_cli.methods.setup import Passes, Room
+from relp_cli.methods.room import Room
+from relp_cli.methods.setup import Passes
 from relp_cli.methods.space import Batch, Scorer
 from relp_cli.methods.table import METHODS, Method, Params, Result, methods_for, row_of
 from relp_cli.methods.unfinished import Unfinished
@@ -119,8 +120,8 @@ class _Work:
         row, parsed = resolve_method(method, params, space.name, model)
         check_baseline(row, space, request)
         scorer: Scorer = space.load_scorer()(model, parts_of(pairs), nodes, request, options)
-        room = Room.on(model.device, getattr(parsed, "chunk_tokens", None))
-        chunks = request.chunks(model, pairs, Room.on(model.device).graph if row.graph else None)
+        room = Room.on(model.device, getattr(parsed, "chunk_tokens", None), request.batch_size, row.graph)
+        chunks = room.batches(pairs, model.device)
         parts = parts_of(chunks)
         check_metric(row, request, parts)
         account = Account(request, model, chunks, method)

@@ -25,33 +25,6 @@ Baseline = Literal["patch", "zero", "mean"]
 Means = Mapping[str, list[Tensor]]  # node kind → one Float[pos, width] per layer
 
 
-@dataclass(frozen=True)
-class Room:
-    """How many tokens one pass may hold: `graph`, with the graph that leads back through them; `patched`, of runs with a patch.
-
-    On a CPU 192 tokens with a graph take 2 to 3 % longer than 1,024, and a fifth of the memory; patched runs take as long at
-    1,024 as at 16,384 (docs/memory.md).
-    """
-
-    graph: int = 192
-    patched: int = 2048
-
-    @classmethod
-    def on(cls, device: torch.device, chunk_tokens: int | None = None) -> Room:
-        """By default on a device; chunk_tokens: what a method was asked for instead."""
-        if chunk_tokens is not None:
-            return cls(chunk_tokens, chunk_tokens)
-        return cls() if device.type == "cpu" else cls(8192, 16384)
-
-    def halved(self) -> Room:
-        return Room(max(1, self.graph // 2), max(1, self.patched // 2))
-
-
-def fitting(tokens: int, chunk_tokens: int) -> int:
-    """How many copies of `tokens` tokens one pass of at most `chunk_tokens` holds; at least one."""
-    return max(1, chunk_tokens // tokens)
-
-
 @dataclass
 class Passes:
     """Forward and backward passes spent on a batch, in units of one pass over one pair.

@@ -22,7 +22,8 @@ from relp_cli.errors import RelpError
 from relp_cli.lrp.context import Recorded, recording
 from relp_cli.lrp.rules import parse_rules
 from relp_cli.methods.request import Progress
-from relp_cli.methods.setup import Passes, Room, Setup, fitting
+from relp_cli.methods.room import Room, fitting
+from relp_cli.methods.setup import Passes, Setup
 from relp_cli.methods.share import Streams
 from relp_cli.methods.table import Result
 from relp_cli.methods.unfinished import UnfinishedBatch

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from relp_cli.methods.request import Request
-from relp_cli.methods.setup import Room
+from relp_cli.methods.room import Room
 from relp_cli.methods.table import row_of
 from relp_cli.models.model import Model
 from relp_cli.runs.spec import ScoreSpec
@@ -77,9 +76,9 @@ def expected_memory(
     params: the spec's, dictionaries loaded.
     """
     row = row_of(spec.method)
-    request, tokens = Request(batch_size=spec.batch_size), Room.on(model.device).graph if row.graph else None
-    longest = max(pairs, key=lambda batch: min(len(batch), request.size(batch, tokens)) * batch.n_pos)
-    batch = longest.rows(slice(0, request.size(longest, tokens)))
+    room = Room.on(model.device, None, spec.batch_size, row.graph)
+    longest = max(pairs, key=lambda batch: min(len(batch), room.size(batch)) * batch.n_pos)
+    batch = longest.rows(slice(0, room.size(longest)))
     with peak(model.device) as found:
         _rehearse(model, batch, spec, params, metric)
     if found.above != found.above:

@@ -10,7 +10,7 @@ from oracles.wrapped import case, pairs
 
 import relp_cli as relp
 from relp_cli.errors import RunFailed
-from relp_cli.methods.request import Request
+from relp_cli.methods.room import Room
 from relp_cli.models.model import Model
 from relp_cli.tasks.pairs import PairBatch
 
@@ -91,5 +91,5 @@ def test_a_batch_size_that_was_asked_for_is_kept() -> None:
     """The default is cut to the tokens that memory is worth; another number of pairs is the user's."""
     batch = pairs(40, 16)
     for asked, sizes in ((32, [12, 12, 12, 4]), (40, [40]), (30, [30, 10]), (8, [8] * 5)):
-        chunks = Request(batch_size=asked).chunks(case("gpt2").model, [batch], 192)
+        chunks = Room.on(torch.device("cpu"), pairs=asked, small=True).batches([batch], "cpu")
         assert [len(chunk) for chunk in chunks] == sizes
