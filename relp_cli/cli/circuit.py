@@ -28,6 +28,7 @@ from relp_cli.cli.listing import list_of, listed, show_list, undecided_threshold
 from relp_cli.errors import RelpError
 from relp_cli.files import check_file_writable
 from relp_cli.models.placement import placed
+from relp_cli.nodes.kinds import mixed_warning
 from relp_cli.report.terminal import Column, print_table
 from relp_cli.spaces.table import SPACES
 
@@ -157,9 +158,11 @@ def command(
     for line in source.notes:
         note(line)
     options = {"sign": source.sign, "aggregate": source.aggregate, "union": union, **more}
+    evaluated_from = 0
     if undecided:
-        plain = not (average or stable_signs is not None or nodes or union or more or (sign, aggregate) != DEFAULTS)
-        how = {"threshold": undecided_threshold(run_dir, source.scores, options, plain, json)}
+        plain = not (average or stable_signs is not None or union or more or (sign, aggregate) != DEFAULTS)
+        suggestion = undecided_threshold(run_dir, source.scores, options, plain, json)
+        how, evaluated_from = {"threshold": suggestion.tau}, suggestion.from_layer
     circuit = select(source.scores, **how, **options)
     circuit = source.recorded(circuit)
     path = output or run_dir.circuit
@@ -168,6 +171,8 @@ def command(
     check_file_writable(path)
     selection = circuit.meta["selection"]
     note_selection(selection)
+    if mixed := mixed_warning(circuit.units.kinds):
+        note(mixed)
     if edge_threshold is not None and circuit.units.space != "features":
         raise RelpError("--edge-threshold is for feature circuits; edges of heads and MLPs: relp score --nodes edges")
     if resamples:
@@ -203,12 +208,13 @@ def command(
             about |= {"units": list_of(scores, circuit)}
         print_json(about if edge_threshold is None else {**about, "edges": circuit.edges.columns()})
         return
-    title = f"{circuit.n_nodes} of {circuit.n_possible} {SPACES[circuit.units.space].noun} (τ = {selection['tau']:g})"
-    print_table(out, (_sites_table if circuit.units.space == "features" else _layers_table)(circuit), title=title)
+    title = _title(circuit, evaluated_from)
+    if listing:
+        show_list(scores, replace(circuit, edges=None), path, title=title)  # edges follow
+    else:
+        print_table(out, (_sites_table if circuit.units.space == "features" else _layers_table)(circuit), title=title)
     if edge_threshold is not None:
         show_edges(spec, prepared, session, circuit, annotations, out)
-    if listing:
-        show_list(scores, replace(circuit, edges=None), path)  # edges were shown
     log.print(str(path))
 
 
@@ -259,7 +265,8 @@ def note_selection(selection: Mapping[str, Any]) -> None:
     """What people have to know of how the last units were kept."""
     if "ties" in selection:
         note(
-            f"{selection['ties']} more score as much as the last that was kept: --threshold {selection['tau']} keeps all"
+            f"{selection['ties']} more score {selection['tied_at']:g}, as the last that was kept: no τ keeps just these, "
+            f"--threshold {selection['tau']} all of them"
         )
     if selection.get("connected"):
         best = "the best there are" if not selection["gap"] else f"within {selection['gap']:.2%} of the best"
@@ -292,6 +299,17 @@ def check_refining(
         raise RelpError("--verify with --average needs --confirm: the threshold is one of ranks, not of effects")
     if stable_signs is not None and not 0.5 < stable_signs <= 1:
         raise RelpError(f"--stable-signs: expected a share above 0.5 and up to 1, got {stable_signs:g}")
+
+
+def _title(circuit: Any, evaluated_from: int) -> str:
+    """How many units are kept, of how many; where an evaluation chose them and left out lower layers, of what it counted too."""
+    from relp_cli.evaluation.ratios import tau_of
+
+    title, tau = f"{circuit.n_nodes} of {circuit.n_possible} {SPACES[circuit.units.space].noun}", tau_of(circuit.meta)
+    if evaluated_from:
+        upper = f"{circuit.counted(evaluated_from)} of {circuit.possible(evaluated_from)}"
+        title += f" of all layers ({upper} from layer {evaluated_from} up)"
+    return title if tau is None else f"{title}, τ = {tau:g}"
 
 
 def _layers_table(circuit):  # type: ignore[no-untyped-def]

@@ -15,6 +15,7 @@ from relp_cli.cli.common import (
     DryRunFlag,
     JsonFlag,
     ShardOption,
+    comma,
     count_option,
     log,
     note,
@@ -38,6 +39,9 @@ def command(
     sweep: Annotated[
         str | None,
         typer.Option(help="log:1e-4:1:15 (thresholds), or counts:1,10,100. Default: circuit.json, else log:1e-4:1:15."),
+    ] = None,
+    nodes: Annotated[
+        str | None, typer.Option(help="A sweep's kinds (default: all that were scored, together).")
     ] = None,
     circuit: Annotated[Path | None, typer.Option(help="Evaluate this circuit file instead.")] = None,
     task: Annotated[
@@ -110,10 +114,11 @@ def command(
         return
     of_runs = {str(parameter.name) for parameter in context.command.params} - ONLY_JOBS
     refuse_typed(context, of_runs, f"is for jobs; '{target}' is a run")
+    kinds = comma(nodes, "--nodes") if nodes is not None else ()
     if dry_run:
         from relp_cli.runs.evaluating import evaluation_cost
 
-        cost = evaluation_cost(Path(target), sweep, circuit, pairs, random)
+        cost = evaluation_cost(Path(target), sweep, circuit, pairs, random, kinds)
         print_json(cost) if json else print_fields(cost)
         return
     from relp_cli.cli.tables import show_evaluation
@@ -122,8 +127,8 @@ def command(
     from relp_cli.runs.scoring import Session
 
     asked = Evaluation(
-        sweep=sweep, circuit=circuit, task=task, metric=metric, pairs=pairs, seed=seed, errors=errors, ablation=ablation,
-        corpus=corpus, exclude_layers=exclude_layers, batch_size=batch_size or BATCH_SIZE,
+        sweep=sweep, kinds=kinds, circuit=circuit, task=task, metric=metric, pairs=pairs, seed=seed, errors=errors,
+        ablation=ablation, corpus=corpus, exclude_layers=exclude_layers, batch_size=batch_size or BATCH_SIZE,
         alone="drop nodes of" if minimality else "",
     )  # fmt: skip
     at = ready(Path(target), asked, Session(place), output)

@@ -9,6 +9,7 @@ from relp_cli.cli.common import note, out, print_json
 from relp_cli.errors import RelpError
 
 if TYPE_CHECKING:
+    from relp_cli.runs.evaluated import Suggestion
     from relp_cli.runs.rundir import RunDir
     from relp_cli.spaces.circuit import Circuit
     from relp_cli.spaces.scores import Scores
@@ -32,8 +33,8 @@ def list_of(scores: Scores, circuit: Circuit) -> list[dict[str, Any]]:
     return [{str(k): v for k, v in row.items()} for row in circuit_table(scores, circuit).to_dict("records")]
 
 
-def show_list(scores: Scores, circuit: Circuit, path: Path, json: bool = False) -> None:
-    """Print every kept unit with its score, and the edges between features where they were scored."""
+def show_list(scores: Scores, circuit: Circuit, path: Path, json: bool = False, title: str = "") -> None:
+    """Print every kept unit with its score, and the edges between features where they were scored. title: what it is called."""
     import pandas as pd
 
     from relp_cli.report.tables import show
@@ -48,7 +49,7 @@ def show_list(scores: Scores, circuit: Circuit, path: Path, json: bool = False) 
     if table.empty:
         out.print(f"{path}: no {noun}")
         return
-    title = f"{path}: {circuit.n_nodes} of {circuit.n_possible} {noun}, strongest first"
+    title = f"{title or f'{path}: {circuit.n_nodes} of {circuit.n_possible} {noun}'}; strongest first"
     empty = {"unit": None, "position": "*", "se": None}  # of vector nodes; of edges of all positions; of sums
     table = table.drop(columns=[n for n, v in empty.items() if (table[n].isna() if v is None else table[n] == v).all()])
     show(table, out, title, digits=4)
@@ -60,22 +61,26 @@ def show_list(scores: Scores, circuit: Circuit, path: Path, json: bool = False) 
         show(edges, out, f"{len(edges)} edges between them and to the metric", digits=4)
 
 
-def undecided_threshold(run: RunDir, scores: Scores, options: dict[str, Any], plain: bool, json: bool) -> float:
+def undecided_threshold(run: RunDir, scores: Scores, options: dict[str, Any], plain: bool, json: bool) -> Suggestion:
     """The threshold that the run's evaluated sweep suggests for a plain selection, said on stderr.
 
     Raises: RelpError where there is none, after a table of what thresholds would keep.
     """
     from relp_cli.report.tables import show
     from relp_cli.runs.choosing import choices, of_curve
+    from relp_cli.spaces.table import SPACES
 
-    suggestion = of_curve(run) if plain else None
+    units = scores.units
+    suggestion = of_curve(run, SPACES[units.space].called(units.kinds)) if plain else None
     if suggestion is not None:
         note(f"no threshold was given; {suggestion}")
-        return suggestion.tau
+        return suggestion
     table = choices(scores, options)
     if json:
         print_json({"choices": table.to_dict("records")})
     else:
         show(table, out, "what thresholds would keep", digits=4)
-    hint = f", or evaluate a sweep, which suggests one: relp evaluate {run.path} --sweep counts:log:15" if plain else ""
+    kinds = f" --nodes {','.join(units.kinds)}" if units.space == "nodes" else ""
+    command = f"relp evaluate {run.path}{kinds} --sweep counts:log:15"
+    hint = f", or evaluate a sweep of these, which suggests one: {command}" if plain else ""
     raise RelpError(f"choose by --threshold, --fraction, --top-k or --top-p{hint}")

@@ -30,7 +30,7 @@ def show_evaluation(df: pd.DataFrame, title: str) -> None:
     """`evaluate`'s rows, intervals in the cells, one line per circuit."""
     rows = [
         {
-            "τ": "—" if r["tau"] is None else f"{r['tau']:.3g}",
+            "τ": "—" if pd.isna(r["tau"]) else f"{r['tau']:.6g}",
             "edges" if r.get("kind") == "edges" else "nodes": f"{r['n_nodes']}/{r['n_possible']}",
             **{
                 n: f"{cell(r[n], 2)} [{r[n + '_lo']:.2f}, {r[n + '_hi']:.2f}]" for n in ("faithfulness", "completeness")
@@ -41,7 +41,11 @@ def show_evaluation(df: pd.DataFrame, title: str) -> None:
         }
         for r in df.to_dict("records")
     ]
-    show(pd.DataFrame(rows), out, title)
+    table = pd.DataFrame(rows)
+    if len(table) > 1 and table["note"].nunique() == 1:  # said once
+        table.attrs["notes"] = [note for note in (table["note"].iloc[0],) if note]
+        table = table.drop(columns="note")
+    show(table, out, title)
 
 
 def show_agreement(df: pd.DataFrame) -> None:

@@ -24,7 +24,7 @@ from relp_cli import BATCH_SIZE
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.ablation_table import ABLATIONS, ablation_row
 from relp_cli.evaluation.donors import with_donors
-from relp_cli.evaluation.ratios import Values, ratio_table, tau_of
+from relp_cli.evaluation.ratios import Values, ratio_table, tau_of, ties_note
 from relp_cli.methods.request import Progress
 from relp_cli.models.model import Model, expect_model
 from relp_cli.registry import load
@@ -177,13 +177,18 @@ def _table(
             "tau": tau_of(c.meta),
             "ablation": how.ablation,
         }
-        | {"metric": row.name, "exclude_layers": exclude, "note": space_of(c.units).note(c, how.ablation)}
+        | {"metric": row.name, "exclude_layers": exclude, "note": _note(c, how)}
         for c in circuits
     ]
     table = ratio_table(values, about, random_circuits, seed, bootstrap)
     for name, column in space_of(circuits[0].units).about(circuits).items():
         table.insert(list(table.columns).index("ablation") + 1, name, column)
     return table
+
+
+def _note(circuit: Circuit, how: Ablating) -> str:
+    said = ties_note(circuit.meta), space_of(circuit.units).note(circuit, how.ablation)
+    return "; ".join(note for note in said if note)
 
 
 def measured(

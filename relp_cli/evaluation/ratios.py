@@ -42,9 +42,22 @@ def ratio_table(
 
 
 def tau_of(meta: Mapping[str, Any]) -> float | None:
-    """The threshold that a circuit's selection amounted to."""
-    tau: float | None = meta.get("selection", {}).get("tau")
+    """The threshold that keeps a circuit's units and no others of these scores; None where there is none."""
+    selection = meta.get("selection", {})
+    by_count = selection.get("greedy") and selection.get("threshold") is None
+    if "ties" in selection or selection.get("connected") or by_count:
+        return None
+    tau: float | None = selection.get("tau")
     return tau
+
+
+def ties_note(meta: Mapping[str, Any]) -> str:
+    """Why a circuit has no threshold, where units that were left out score as much as the last that was kept."""
+    selection = meta.get("selection", {})
+    if "ties" not in selection:
+        return ""
+    at = f" {selection['tied_at']:g}" if "tied_at" in selection else ""  # older files do not say it
+    return f"no τ keeps just these: {selection['ties']} more score{at} too"
 
 
 class Values:

@@ -6,6 +6,7 @@ the whole vector at a position ("vector"), one head's slice of it ("head", "kv_h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,7 @@ class NodeKind:
     width:          of units, the field of the model's `Shape` that says how many there are.
     attended:       the attention of its own layer carries it to later positions.
     between_layers: no layer contains it, as the residual stream (`atp_star` drops layers without dropping it).
+    carries:        all that lower layers wrote flows through it (the residual stream): where it is ablated, so is all of that.
     """
 
     name: str
@@ -30,6 +32,7 @@ class NodeKind:
     width: str = "d_model"
     attended: bool = False
     between_layers: bool = False
+    carries: bool = False
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -51,6 +54,7 @@ for _row in (
         "residual stream entering the block",
         attended=True,
         between_layers=True,
+        carries=True,
     ),
     NodeKind(
         "attn_out", "blocks.{l}.hook_attn_out", "vector", "what attention adds to the residual (after any post-norm)"
@@ -77,6 +81,36 @@ for _row in (
         "unit",
         "one dimension of the residual leaving the block (Marks et al.)",
         between_layers=True,
+        carries=True,
     ),
 ):
     NODE_KINDS.add(_row.name, _row)
+
+
+def mixed_kinds(kinds: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """Of kinds that stand in one circuit, those that carry the others, and the others; None where there are not both.
+
+    Kinds that are no rows (edges, features) are left out.
+    """
+    rows = [NODE_KINDS[kind] for kind in kinds if kind in NODE_KINDS]
+    carrying, carried = (tuple(row.name for row in rows if row.carries is which) for which in (True, False))
+    return (carrying, carried) if carrying and carried else None
+
+
+def mixed_note(kinds: Sequence[str]) -> str:
+    """For tables and files: which kinds of a circuit carry which, or ""."""
+    mixed = mixed_kinds(kinds)
+    return "" if mixed is None else f"mixed kinds: {', '.join(mixed[0])} carries {', '.join(mixed[1])}"
+
+
+def mixed_warning(kinds: Sequence[str]) -> str:
+    """What that means for a circuit's figures, and what to do; "" where no kind carries others."""
+    mixed = mixed_kinds(kinds)
+    if mixed is None:
+        return ""
+    carrying, carried = (", ".join(part) for part in mixed)
+    return (
+        f"WARNING: {carrying} carries all that {carried} of lower layers write, and cutting it in one layer cuts them: "
+        "completeness and random circuits are near 0 for nearly any selection, and faithfulness needs the stream of every layer; "
+        f"for a circuit of the others alone: --nodes {','.join(mixed[1])}"
+    )

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from relp_cli.report.digest import of_all_kinds
 from relp_cli.report.graph_grids import GRIDS, SHAPES, TITLES, Grid, Ranked
 from relp_cli.report.graph_places import as_columns, layout, placed
 from relp_cli.report.names import kind_title
@@ -179,7 +180,7 @@ def _curve(
     table: pd.DataFrame | None, scores: Scores, mean: Tensor | None, circuit: Circuit | None
 ) -> list[dict[str, Any]]:
     """Evaluated circuits, largest τ first. kept: how many units have |score| > τ; None where that is not what was evaluated (a
-    circuit, other positions, ties that a count cut, error terms that were removed): the counted ones are then not `n_nodes`.
+    circuit, some kinds alone, other positions, ties that a count cut, error terms that were removed).
 
     own: whether the row is of the run's circuit, which a table says that is of one.
     """
@@ -187,7 +188,7 @@ def _curve(
              "completeness_lo", "completeness_hi", "n_pairs", "exclude_layers")  # fmt: skip
     if table is None or not {"n_nodes", "n_possible", "faithfulness", "completeness"} <= {*table.columns}:
         return []
-    strengths = None if mean is None or "circuit" in table else mean.abs()
+    strengths = None if mean is None or "circuit" in table or not of_all_kinds(table, scores.units) else mean.abs()
     rows = []
     for row in table.to_dict("records"):
         entry: dict[str, Any] = {name: _plain(row.get(name)) for name in names}

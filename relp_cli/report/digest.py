@@ -7,8 +7,9 @@ import pandas as pd
 from relp_cli.report.names import SITE_TITLES
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.scores import Scores
-from relp_cli.spaces.table import space_of
+from relp_cli.spaces.table import SPACES, space_of
 from relp_cli.spaces.top import top_units
+from relp_cli.spaces.units import Units
 
 
 def top_nodes(scores: Scores, k: int = 10) -> pd.DataFrame:
@@ -25,3 +26,9 @@ def circuit_counts(circuit: Circuit) -> dict[str, tuple[pd.DataFrame, int]]:
     found = space_of(circuit.units).counts(circuit)
     title = {kind: f"{name}: features and error terms" for kind, name in SITE_TITLES.items()}
     return {title.get(kind, kind): (pd.DataFrame(n.numpy(), columns=labels), of) for kind, (n, of) in found.items()}
+
+
+def of_all_kinds(evaluation: pd.DataFrame, units: Units) -> bool:
+    """Whether an evaluation's circuits were selected from all of these units, not from some of their kinds alone."""
+    kinds = set(evaluation["kind"]) if "kind" in evaluation else set()
+    return kinds <= {SPACES[units.space].called(units.kinds)}

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from relp_cli.report.digest import of_all_kinds
 from relp_cli.report.maps import short
 from relp_cli.report.page import plain
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.top import top_units
+from relp_cli.spaces.units import Units
 
 MOST = 10_000  # rows of the table
 STEPS = 160  # thresholds of the slider
@@ -24,7 +26,7 @@ def explorer(
 
     rows:  the `most` strongest units: kind, layer, position, unit, score, standard error, n. of: how many units there are.
     steps: (τ, how many units have |score| > τ), from the largest τ down. curve: τ, nodes, faithfulness with its interval, and
-    completeness of every evaluated circuit.
+    completeness of every evaluated circuit, where those are of all kinds, as the threshold is.
     """
     table = top_units(scores, most)
     strengths = np.sort(np.abs(scores.mean.double().numpy()))
@@ -35,7 +37,7 @@ def explorer(
         "rows": [[plain(value) for value in row] for row in table.itertuples(index=False, name=None)],
         "of": scores.n_nodes,
         "steps": _steps(strengths),
-        "curve": _curve(evaluation),
+        "curve": _curve(evaluation, scores.units),
     }
 
 
@@ -53,9 +55,9 @@ def _steps(strengths: np.ndarray) -> list[list[float | int]]:
     return steps
 
 
-def _curve(table: pd.DataFrame | None) -> list[dict[str, Any]]:
+def _curve(table: pd.DataFrame | None, units: Units) -> list[dict[str, Any]]:
     names = ("tau", "n_nodes", "n_possible", "faithfulness", "faithfulness_lo", "faithfulness_hi", "completeness")
-    if table is None or not {*names} <= {*table.columns}:
+    if table is None or not {*names} <= {*table.columns} or not of_all_kinds(table, units):
         return []
     rows = [{name: plain(row[name]) for name in names} for row in table.to_dict("records")]
     return [row for row in rows if row["tau"] is not None]

@@ -10,6 +10,7 @@ import pandas as pd
 
 from relp_cli.errors import RelpError
 from relp_cli.files import write_atomically
+from relp_cli.nodes.kinds import mixed_warning
 from relp_cli.report.canvas import LIGHT, save_figure
 from relp_cli.report.circuit_graph import Examples, graph_section
 from relp_cli.report.curve_data import curve_panels
@@ -202,9 +203,10 @@ def _top_tables(scores: Scores, top: int) -> list[dict[str, Any]]:
 def _circuit(circuit: Circuit) -> dict[str, Any]:
     counts = circuit_counts(circuit)
     selection = {k: v for k, v in (circuit.meta.get("selection") or {}).items() if v not in (None, False, "none", 0)}
-    if selection.get("tau") == selection.get("threshold"):
+    if "ties" in selection or selection.get("tau") == selection.get("threshold"):
         selection.pop("tau", None)
     return {
+        "warning": mixed_warning(circuit.units.kinds),
         "n_nodes": circuit.n_nodes,
         "noun": SPACES[circuit.units.space].noun,
         "n_possible": circuit.n_possible,
@@ -226,6 +228,7 @@ def _circuit(circuit: Circuit) -> dict[str, Any]:
 def _evaluation(table: pd.DataFrame) -> dict[str, Any]:
     """The columns that differ between rows, as text; what is the same for all rows is said once."""
     noun = counted(table.get("kind", ()))
+    warning = "".join(mixed_warning(str(kinds).split("+")) for kinds in dict.fromkeys(table.get("kind", ())))
     hidden = {"task", "model", "method", "kind", "direction", "circuit"}
     table = table.drop(columns=[c for c in table.columns if c in hidden])
     if "note" in table.columns and not table["note"].fillna("").astype(str).str.strip().any():
@@ -249,6 +252,7 @@ def _evaluation(table: pd.DataFrame) -> dict[str, Any]:
         "exclude_layers": "first layers not evaluated",
     }
     return {
+        "warning": warning,
         "same": [(names.get(k, k.replace("_", " ")), v) for k, v in same.items()],
         "head": [(names.get(k, k.replace("_", " ")), numeric) for k, (_, numeric) in shown.items()],
         "rows": [list(row) for row in zip(*(column for column, _ in shown.values()), strict=True)],

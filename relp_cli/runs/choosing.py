@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from relp_cli.errors import RelpError
-from relp_cli.runs.evaluated import Suggestion, read_evaluation, suggested
+from relp_cli.runs.evaluated import Suggestion, read_evaluation, suggested, swept_kinds
 from relp_cli.runs.rundir import RunDir
 from relp_cli.selection import select
 from relp_cli.spaces.circuit import Circuit
@@ -17,9 +17,12 @@ from relp_cli.spaces.scores import Scores
 SHARES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)  # of the largest strength
 
 
-def of_curve(run: RunDir) -> Suggestion | None:
-    """The threshold that the run's evaluated sweep suggests. The sweep selects by |score|, from all kinds, at every position."""
-    return suggested(read_evaluation(run.path / "evaluation.csv"))
+def of_curve(run: RunDir, kinds: str) -> Suggestion | None:
+    """The threshold that the run's evaluated sweep suggests, where that is of these kinds (as tables call them). A sweep selects
+    by |score|, at every position.
+    """
+    table = read_evaluation(run.path / "evaluation.csv")
+    return None if swept_kinds(table) not in (None, kinds) else suggested(table)
 
 
 def choices(scores: Scores, options: dict[str, Any]) -> pd.DataFrame:

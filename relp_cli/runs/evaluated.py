@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from relp_cli.report.names import counted
 from relp_cli.report.tables import read_table
 
 ENOUGH = 0.8  # faithfulness that a suggested circuit has
@@ -30,26 +31,37 @@ class Suggestion:
     tau: float
     row: dict[str, Any]
 
+    @property
+    def from_layer(self) -> int:
+        """Lower layers were neither ablated nor counted."""
+        return int(self.row["exclude_layers"])
+
     def __str__(self) -> str:
         r = self.row
+        where = f" from layer {self.from_layer} up" if self.from_layer else ""
         return (
-            f"τ = {self.tau:g}: the smallest circuit of {self.row['points']} in evaluation.csv that, like all larger ones, is at "
-            f"least {ENOUGH:g} faithful: {r['n_nodes']} of {r['n_possible']}, faithfulness {r['faithfulness']:.2f} on "
-            f"{r['n_pairs']} held-out pairs ({r['ablation']} ablation from layer {r['exclude_layers']} up)"
+            f"τ = {self.tau:g}: the smallest circuit of the {r['points']} in evaluation.csv that, like all larger ones, has a "
+            f"faithfulness of at least {ENOUGH:g} ({r['faithfulness']:.2f} on {r['n_pairs']} held-out pairs, {r['ablation']} "
+            f"ablation): {r['n_nodes']} of the {r['n_possible']} {counted([str(r.get('kind'))])}{where}"
         )
 
 
 def suggested(table: pd.DataFrame | None) -> Suggestion | None:
-    """The smallest circuit of a sweep that, like all larger ones, reaches `ENOUGH`; None where there is no sweep over τ (or over
-    counts, which have a τ too), or where already the largest circuit is below.
+    """The smallest circuit of a sweep that, like all larger ones, reaches `ENOUGH`, of those that a τ keeps; None where there is
+    no sweep, or where already the largest circuit is below.
     """
     need = {"tau", "n_nodes", "n_possible", "faithfulness", "n_pairs", "ablation", "exclude_layers"}
     if table is None or "circuit" in table or not need <= set(table):
         return None
-    rows = table[table.tau.notna()].sort_values(["n_nodes", "tau"], ascending=[False, True], kind="stable")
+    rows = table.sort_values(["n_nodes", "tau"], ascending=[False, True], kind="stable")
     reached = (rows.faithfulness >= ENOUGH).cummin()
-    chosen = rows[reached & (rows.n_nodes > 0)]
+    chosen = rows[reached & (rows.n_nodes > 0) & rows.tau.notna()]
     if chosen.empty:
         return None
     row = {str(name): value for name, value in chosen.iloc[-1].items()}
     return Suggestion(float(row["tau"]), {**row, "points": len(table)})
+
+
+def swept_kinds(table: pd.DataFrame | None) -> str | None:
+    """The kinds that an evaluation is of, as tables call them; None where there is none, or an old one that does not say."""
+    return None if table is None or "kind" not in table or table.empty else str(table["kind"].iloc[0])

@@ -21,6 +21,7 @@ from relp_cli.features.kinds import SCORED
 from relp_cli.files import check_writable, lines_of
 from relp_cli.methods.request import Progress
 from relp_cli.models.model import Model
+from relp_cli.nodes.kinds import mixed_warning
 from relp_cli.report.tables import write_table
 from relp_cli.runs.checked import file_label, score_spec
 from relp_cli.runs.made import note_made
@@ -102,10 +103,13 @@ def held_out(spec: ScoreSpec, pairs: int, seed: int, metric: str | None = None) 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `relp evaluate RUN` was asked for. task: another than the run's (transfer); the rest is `evaluate`'s."""
+    """What `relp evaluate RUN` was asked for. kinds: what a sweep selects from (none: all that were scored). task: another than
+    the run's (transfer); the rest is `evaluate`'s.
+    """
 
     sweep: str | None = None
     circuit: Path | None = None
+    kinds: tuple[str, ...] = ()
     task: str | None = None
     metric: str | None = None
     pairs: int = 100
@@ -121,6 +125,8 @@ class Evaluation:
         """Raises RelpError for what can be known to be wrong before a model is loaded."""
         if self.sweep is not None and self.circuit is not None:
             raise RelpError("give --sweep or --circuit, not both")
+        if self.kinds:
+            scores.only(self.kinds)
         if self.errors is not None and SCORED not in scores:
             raise RelpError("--errors is for feature circuits; this run scored " + ", ".join(scores))
         if self.errors is not None and self.errors not in ERRORS:
@@ -179,6 +185,8 @@ class Ready:
                 f"{below} of the circuit's {self.circuits[0].n_nodes} nodes lie in the first {self.exclude} layers, "
                 "which are not ablated"
             )
+        if mixed := mixed_warning(self.circuits[0].units.kinds):
+            notes.append(mixed)
         return tuple(notes)
 
 
@@ -193,6 +201,11 @@ def ready(path: Path, asked: Evaluation, session: Session, output: Path | None =
         raise RelpError(f"--output {output}: expected the name of a .csv file for a run's evaluation")
     check_writable(output or run.path)
     file = asked.circuit or (run.circuit if run.circuit.is_file() and asked.sweep is None else None)
+    if asked.kinds and file:
+        raise RelpError(
+            f"--nodes is for sweeps, {file} has its own kinds: give --sweep, or select it again: relp circuit {path} --nodes "
+            f"{','.join(asked.kinds)} …"
+        )
     if asked.alone and not (file and file.is_file()):
         why = "a sweep has none" if asked.sweep else f"run `relp circuit {path} --threshold …`"
         raise RelpError(f"run '{path}' has no circuit to {asked.alone}; {why}")
@@ -212,7 +225,8 @@ def ready(path: Path, asked: Evaluation, session: Session, output: Path | None =
         ]
     else:
         more = {"errors": asked.errors} if asked.errors else {}
-        circuits = circuits_of(scores, asked.sweep or DEFAULT_SWEEP, exclude, **more)
+        swept = scores.only(asked.kinds) if asked.kinds else scores
+        circuits = circuits_of(swept, asked.sweep or DEFAULT_SWEEP, exclude, **more)
     for what in ("dictionary_hash",) if asked.task is not None else ("task", "dictionary_hash"):
         theirs = circuits[0].meta.get(what)
         if theirs is not None and theirs != scores.meta.get(what):
@@ -254,11 +268,15 @@ def minimality_of_run(at: Ready, progress: Progress | None = None) -> tuple[Path
     return out, table
 
 
-def evaluation_cost(path: Path, sweep: str | None, circuit: Path | None, pairs: int, random: int) -> dict[str, Any]:
+def evaluation_cost(
+    path: Path, sweep: str | None, circuit: Path | None, pairs: int, random: int, kinds: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """What an evaluation would cost: circuits (a sweep's points), and forward passes per pair: F(M), F(∅), and F(C) and
     F(M∖C) of every circuit and random circuit. Passes for ablation values (one or two) come on top.
     """
-    run, *_ = open_run(path)
+    run, _, scores = open_run(path)
+    if kinds:
+        scores.only(kinds)
     alone = circuit is not None or (sweep is None and run.circuit.is_file())
     count = 1 if alone else len(sweep_points(sweep or DEFAULT_SWEEP))
     return {

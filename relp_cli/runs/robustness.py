@@ -26,6 +26,7 @@ from relp_cli.evaluation.robustness import consensus, variance_table
 from relp_cli.files import check_writable
 from relp_cli.methods.request import Progress
 from relp_cli.methods.score import shared_params
+from relp_cli.nodes.kinds import mixed_warning
 from relp_cli.report.tables import write_table
 from relp_cli.runs.checked import distinct, score_spec
 from relp_cli.runs.evaluating import circuits_of, held_out, sweep_points
@@ -143,6 +144,8 @@ def robustness_of_run(path: Path, grid: Grid, session: Session, progress: Progre
     variance = variance_table(values, levels)
     write_table(variance, files[2])
     transfer = None
+    if mixed := mixed_warning(agreed.units.kinds):
+        notes.append(mixed)
     if tasks:
         transfer, said = _transfer(spec, grid, exclude, session, root, progress)
         notes += said

@@ -9,9 +9,10 @@ from typing import Any
 import pandas as pd
 
 from relp_cli.errors import RelpError
+from relp_cli.nodes.kinds import mixed_warning
 from relp_cli.report.characters import Strongest, strongest
 from relp_cli.report.digest import top_nodes
-from relp_cli.runs.evaluated import read_evaluation, suggested
+from relp_cli.runs.evaluated import read_evaluation, suggested, swept_kinds
 from relp_cli.runs.evaluating import own_circuit
 from relp_cli.runs.rundir import RunDir
 from relp_cli.runs.scoring import open_run
@@ -48,6 +49,7 @@ class RunView:
         lines = list(self.problems)
         if self.circuit is not None:
             lines.append(_of_circuit(self.circuit))
+            lines += [warning] if (warning := mixed_warning(self.circuit.units.kinds)) else []
         elif not self.run.circuit.is_file():
             lines.append(f"circuit: none yet (relp circuit {self.run.path} --threshold τ)")
         if self.evaluation is not None:
@@ -103,7 +105,7 @@ def _of_circuit(circuit: Circuit) -> str:
     said = {
         k: v
         for k, v in selection.items()
-        if v and v not in ("none", "absolute") and (k != "tau" or "threshold" not in selection)
+        if v and v not in ("none", "absolute") and (k != "tau" or not {"threshold", "ties"} & {*selection})
     }
     how = ", ".join(f"{k} = {v:g}" if isinstance(v, int | float) else f"{k} = {v}" for k, v in said.items())
     kept = f"{circuit.n_nodes} of {circuit.n_possible} {SPACES[circuit.units.space].noun}"
@@ -116,9 +118,9 @@ def _of_evaluation(table: pd.DataFrame) -> str:
     if "circuit" not in table:
         sizes = f"{table.n_nodes.min()} to {table.n_nodes.max()} of {first.n_possible}"
         best = suggested(table)
-        return f"evaluation: a sweep of {len(table)} circuits ({sizes}), {about}" + (
-            "" if best is None else f"; {best}"
-        )
+        kinds = swept_kinds(table)
+        what = f"{len(table)} circuits" + (f" of {kinds}" if kinds else "")
+        return f"evaluation: a sweep of {what} ({sizes}), {about}" + ("" if best is None else f"; {best}")
     parts = [
         f"{name} {first[name]:.2f} [{first[f'{name}_lo']:.2f}, {first[f'{name}_hi']:.2f}]"
         for name in ("faithfulness", "completeness")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from relp_cli.errors import RelpError, unknown
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import units as units_per_layer
-from relp_cli.nodes.kinds import NODE_KINDS
+from relp_cli.nodes.kinds import NODE_KINDS, mixed_note
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.files import expect, validated
 from relp_cli.spaces.paths import layer_path
@@ -172,7 +173,9 @@ class _Nodes:
     def select(self, scores: Scores, how: Mapping[str, float], options: Mapping[str, Any], **more: Any) -> Circuit:
         if more:
             raise RelpError(f"only edge and feature circuits can be selected with {', '.join(more)}")
-        return circuit_of(scores, choose(scores, how, **options), how, **options)
+        circuit = circuit_of(scores, choose(scores, how, **options), how, **options)
+        mixed = mixed_note(circuit.units.kinds)
+        return replace(circuit, meta={**circuit.meta, "note": mixed}) if mixed else circuit
 
     def row(self, units: Units, unit: int, position: str) -> dict[str, Any]:
         block, number = units.block_of(unit)
@@ -185,7 +188,7 @@ class _Nodes:
         return int((upper != 0).sum()) if "n_candidates" in scores.meta else upper.numel()
 
     def note(self, circuit: Circuit, ablation: str) -> str:
-        return ""
+        return mixed_note(circuit.units.kinds)
 
     def about(self, circuits: Sequence[Circuit]) -> dict[str, list[Any]]:
         return {}

@@ -29,7 +29,7 @@ class Chosen:
     """mask: Bool[pos, unit]. strengths: what was compared with τ.
 
     amounts: `tau`, with which `threshold` keeps the same units; and `ties`, where there are: how many units more that would
-    be, which score as much as the last that top-k or top-p kept.
+    be, which score as much as the last that top-k or top-p kept, `tied_at`.
     """
 
     mask: Bool[Tensor, "pos unit"]
@@ -60,7 +60,7 @@ def _as_threshold(strengths: Tensor, last: float, keep: int) -> dict[str, Any]:
     middle = lower + (last - lower) / 2
     rounded = (float(f"{middle:.{digits}g}") for digits in range(1, 18))
     tau = next((value for value in rounded if lower <= value < last), lower)
-    return {"tau": tau, "ties": ties} if ties else {"tau": tau}
+    return {"tau": tau, "ties": ties, "tied_at": last} if ties else {"tau": tau}
 
 
 def circuit_of(scores: Scores, chosen: Chosen, how: Mapping[str, Any], **options: Any) -> Circuit:
