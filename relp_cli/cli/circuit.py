@@ -308,8 +308,8 @@ def _title(circuit: Any, evaluated_from: int) -> str:
     title, tau = f"{circuit.n_nodes} of {circuit.n_possible} {SPACES[circuit.units.space].noun}", tau_of(circuit.meta)
     if evaluated_from:
         upper = f"{circuit.counted(evaluated_from)} of {circuit.possible(evaluated_from)}"
-        title += f" of all layers ({upper} from layer {evaluated_from} up)"
-    return title if tau is None else f"{title}, τ = {tau:g}"
+        title += f" of all layers, {upper} of those from layer {evaluated_from} up"
+    return title if tau is None else f"{title} (τ = {tau:g})"
 
 
 def _layers_table(circuit):  # type: ignore[no-untyped-def]

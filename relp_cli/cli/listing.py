@@ -49,7 +49,7 @@ def show_list(scores: Scores, circuit: Circuit, path: Path, json: bool = False, 
     if table.empty:
         out.print(f"{path}: no {noun}")
         return
-    title = f"{title or f'{path}: {circuit.n_nodes} of {circuit.n_possible} {noun}'}; strongest first"
+    title = f"{title or f'{path}: {circuit.n_nodes} of {circuit.n_possible} {noun}'}, strongest first"
     empty = {"unit": None, "position": "*", "se": None}  # of vector nodes; of edges of all positions; of sums
     table = table.drop(columns=[n for n, v in empty.items() if (table[n].isna() if v is None else table[n] == v).all()])
     show(table, out, title, digits=4)
