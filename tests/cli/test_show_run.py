@@ -50,7 +50,7 @@ def test_it_follows_the_circuit_and_its_evaluation(relp):
     relp("circuit", "run", "--top-k", 6)
     assert "evaluation.csv is of another circuit" in relp("show", "run").out.replace("\n", " ")
     relp("evaluate", "run", "--pairs", 4, "--random", 0, "--sweep", "counts:2,50")
-    assert "a sweep of 2 circuits (2 to 50 of 240)" in relp("show", "run").out
+    assert "a sweep of 2 circuits of mlp_out+head (2 to 50 of 240)" in relp("show", "run").out
     Path("run/circuit.json").write_text("{}")
     shown = relp("show", "run")
     assert shown.code == 0

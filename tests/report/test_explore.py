@@ -78,7 +78,9 @@ def own() -> Scores:
 
 
 def test_numbers_are_those_of_the_scores(own: Scores) -> None:
-    data = explorer(own, evaluation(points={1: 0.0, 10: 0.5}), None)
+    points = {1: 0.0, 10: 0.5}
+    assert explorer(own, evaluation(points=points, kind="head"), None)["curve"] == []  # not what the slider keeps
+    data = explorer(own, evaluation(points=points, kind="mlp_out+head"), None)
     maps = map_set({"relp": own})
     panels = {row["kind"]: row["panels"][0] for row in maps["rows"]}  # type: ignore[index]
     np.testing.assert_allclose(panels["mlp_out"]["mean"], own["mlp_out"].mean, rtol=1e-5)
@@ -108,7 +110,7 @@ def test_many_units_are_cut_to_the_strongest_and_text_cannot_end_the_script() ->
 @in_browser
 def test_in_a_browser(own: Scores, tmp_path: Path) -> None:
     shared = ["<bos>", "a", "b<i>", "c", ""]
-    (page, *_) = write_html(tmp_path, {}, {"relp": own}, None, evaluation(), shared, pairs=PAIRS)
+    (page, *_) = write_html(tmp_path, {}, {"relp": own}, None, evaluation(kind="mlp_out+head"), shared, pairs=PAIRS)
     said = told(page, DRIVER)
     mean = own["mlp_out"].mean
     assert said["tips"]["mlp_out"] == f"MLP, layer 2, S2 ‘c’: {mean[2, 3]:.4f} ± 0.2500 (n = 4)"
