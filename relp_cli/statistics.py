@@ -18,9 +18,17 @@ def pearson(a: np.ndarray, b: np.ndarray, weight: np.ndarray | None = None) -> n
         return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
 
 
-def resample_counts(n: int, draws: int, seed: int) -> Int[np.ndarray, "draws n"]:
-    """How often each of n examples is in each resample of n."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
+def resample_counts(
+    n: int, draws: int, seed: int, clusters: Int[np.ndarray, " n"] | None = None
+) -> Int[np.ndarray, "draws n"]:
+    """How often each of n examples is in each resample of n. clusters: which one each example is of, where examples of one are not
+    independent; then whole clusters are drawn, as many as there are (cluster bootstrap, Davison and Hinkley 1997, section 3.8).
+    """
+    if clusters is not None:
+        names, clusters = np.unique(clusters, return_inverse=True)
+        n = len(names)
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
+    return drawn if clusters is None else drawn[:, clusters]
 
 
 def resample_picks(n: int, draws: int, seed: int) -> Int[np.ndarray, "draws n"]:

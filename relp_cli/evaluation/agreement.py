@@ -10,12 +10,14 @@ from scipy import stats
 from relp_cli.errors import RelpError
 from relp_cli.spaces.scores import KindScores
 from relp_cli.statistics import interval, pearson, resample_counts
+from relp_cli.tasks.shared import distinct
 
 
 @dataclass(frozen=True)
 class Agreement:
     """pcc, spearman, topk: over all nodes (layer × position × unit) of pair-averaged scores; `_lo`, `_hi`: 95 % bootstrap
-    over pairs; pcc_per_pair: mean over pairs of each pair's own PCC. NaN, with a note, where an array is constant.
+    over pairs, those that share a prompt together; pcc_per_pair: mean over pairs of each pair's own PCC. NaN, with a note, where
+    an array is constant.
     """
 
     pcc: float
@@ -26,6 +28,7 @@ class Agreement:
     topk: float
     k: int
     n_pairs: int
+    n_prompts: int
     n_nodes: int
     axis: str
     note: str
@@ -59,6 +62,7 @@ def agreement(
         topk=nan if notes else len(set(top(a, k)) & set(top(b, k))) / k,
         k=k,
         n_pairs=int(exact.n.max()),
+        n_prompts=int(exact.n.max()) if exact.prompts is None else distinct(exact.prompts),
         n_nodes=len(a),
         axis="layer × " + exact.axis + (" × unit" if exact.mean.ndim == 3 else ""),
         note="; ".join(notes),
@@ -95,7 +99,7 @@ def _over_pairs(
     w = here.reshape(n, -1).numpy().astype(np.float32)
     with np.errstate(invalid="ignore"):
         own = pearson(x, np.abs(y) if unsigned else y, w)
-    draws = resample_counts(n, bootstrap, seed).astype(np.float32)
+    draws = resample_counts(n, bootstrap, seed, exact.prompts).astype(np.float32)
     resampled = []
     for part in np.array_split(draws, max(1, bootstrap * x.shape[1] // (1 << 24))):
         count = part @ w

@@ -17,6 +17,7 @@ from relp_cli.tasks.formulas import NotFinite
 from relp_cli.tasks.metrics import METRICS, Metric
 from relp_cli.tasks.pairs import PairBatch
 from relp_cli.tasks.parts import parts_of
+from relp_cli.tasks.shared import counted, distinct, effective, prompts_of
 
 LEVEL = 0.01  # of the tests against chance
 NEAR = 2 / 3  # an accuracy that counts as chance at most
@@ -27,6 +28,8 @@ class Behaviour:
     """accuracy: share of originals with answer above foil; metric_original, metric_patch: means of the task's metric.
 
     correct:  per batch Bool[batch]. original, patch: per batch the metric, Float64[batch] (patch: empty for single prompts).
+    n, n_prompts: pairs, and distinct originals among them. Where these are fewer, interval and verdict are those of fewer pairs,
+              `tasks.shared.effective` (Korn and Graubard 1998).
     interval: of the accuracy, 95 % (Clopper and Pearson 1934, exact).
     verdict:  `against_chance`; "" where a pair has no foil.
     """
@@ -35,6 +38,7 @@ class Behaviour:
     metric_original: float
     metric_patch: float | None
     n: int
+    n_prompts: int
     correct: tuple[Tensor, ...]
     original: tuple[Tensor, ...]
     patch: tuple[Tensor, ...]
@@ -55,6 +59,7 @@ class Behaviour:
             "metric_original": self.metric_original,
             "metric_patch": self.metric_patch,
             "n": self.n,
+            "n_prompts": self.n_prompts,
             "at_chance": self.at_chance,
             "against_chance": self.verdict,
         }
@@ -62,32 +67,47 @@ class Behaviour:
     def note(self, model: str, task: str) -> str:
         """What people have to know of it, or ""."""
         low, high = self.interval
-        about = f"accuracy {self.accuracy:.2f} [{low:.2f}, {high:.2f}], n = {self.n}"
+        pairs = counted(self.n, self.n_prompts)
+        n = f"n = {self.n}" if self.n_prompts == self.n else pairs
+        about = f"accuracy {self.accuracy:.2f} [{low:.2f}, {high:.2f}], {n}"
         return {
             "below": f"WARNING: {model} is below chance on {task} ({about}): it prefers the foils, and scores explain that",
             "at": f"WARNING: {model} is at chance on {task} ({about}); scores explain no behaviour here",
-            "undecided": f"{self.n} pairs are too few to tell {model}'s behaviour on {task} from chance ({about})",
+            "undecided": f"{pairs} are too few to tell {model}'s behaviour on {task} from chance ({about})",
         }.get(self.verdict, "")
 
 
 def said(does: Mapping[str, Any], metric: str) -> str:
     """`Behaviour.as_dict`, new or of a run's record, for people: accuracy with its interval and n, and the metric's means."""
     sure = f" [{does['accuracy_lo']:.2f}, {does['accuracy_hi']:.2f}]" if "accuracy_lo" in does else ""
-    pairs = f"{does['n']} pair{'s' * (does['n'] != 1)}"
+    pairs = counted(does["n"], does.get("n_prompts"))
     patch = "" if does.get("metric_patch") is None else f", on patches {does['metric_patch']:+.3f}"
     return f"accuracy {does['accuracy']:.2f}{sure} over {pairs}; mean {metric} on originals {does['metric_original']:+.3f}{patch}"
 
 
-def against_chance(hits: int, n: int) -> str:
+def against_chance(hits: float, n: float) -> str:
     """Binomial tests at 1 %: "above" or "below", where ½ is rejected; "at", where 2/3 or more is; else "undecided".
 
-    With fewer than 7 pairs nothing is "above", whatever the model does.
+    With fewer than 7 pairs nothing is "above", whatever the model does. Numbers that are not whole, of pairs that share prompts,
+    go into the same tails (P(K ≥ k) = I_p(k, n − k + 1)).
     """
-    if stats.binomtest(hits, n, 0.5, alternative="greater").pvalue <= LEVEL:
+    if not hits < n:  # all right: I_p(n, 1)
+        return "above" if 0.5**n <= LEVEL else "undecided"
+    if hits > 0 and stats.beta.cdf(0.5, hits, n - hits + 1) <= LEVEL:
         return "above"
-    if stats.binomtest(hits, n, 0.5, alternative="less").pvalue <= LEVEL:
+    if stats.beta.sf(0.5, hits + 1, n - hits) <= LEVEL:
         return "below"
-    return "at" if stats.binomtest(hits, n, NEAR, alternative="less").pvalue <= LEVEL else "undecided"
+    return "at" if stats.beta.sf(NEAR, hits + 1, n - hits) <= LEVEL else "undecided"
+
+
+def _interval(hits: int, n: int, worth: float) -> tuple[float, float]:
+    """Of hits/n, 95 %; worth: how many independent pairs the n are worth."""
+    if worth == n:
+        bounds = stats.binomtest(hits, n).proportion_ci(0.95, "exact")
+        return float(bounds.low), float(bounds.high)
+    k = hits / n * worth
+    low = stats.beta.ppf(0.025, k, worth - k + 1) if hits else 0.0
+    return float(low), float(stats.beta.ppf(0.975, k + 1, worth - k) if hits < n else 1.0)
 
 
 @torch.no_grad()
@@ -109,17 +129,19 @@ def behaviour(model: Model, pairs: Sequence[PairBatch], metric: str) -> Behaviou
             patch.append(_values(model, batch, batch.patch, row, model.logits(batch.patch), logits))
     hits, n = int(torch.cat(correct).sum()), sum(len(b) for b in pairs)
     has_foil = all((b.foil >= 0).flatten(1).any(-1).all() for b in pairs)
-    bounds = stats.binomtest(hits, n).proportion_ci(0.95, "exact")
+    prompts = prompts_of(pairs)
+    worth = effective(prompts)
     return Behaviour(
         accuracy=hits / n,
         metric_original=torch.cat(original).mean().item(),
         metric_patch=torch.cat(patch).mean().item() if patch else None,
         n=n,
+        n_prompts=distinct(prompts),
         correct=tuple(correct),
         original=tuple(original),
         patch=tuple(patch),
-        interval=(float(bounds.low), float(bounds.high)),
-        verdict=against_chance(hits, n) if has_foil else "",
+        interval=_interval(hits, n, worth),
+        verdict=against_chance(hits / n * worth, worth) if has_foil else "",
     )
 
 

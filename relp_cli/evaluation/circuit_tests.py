@@ -3,7 +3,7 @@
 1. s(M), s(C) and s(M∖C) of the circuit, and of random circuits of its size (`Circuit.random_like`, the evaluator's baseline).
 2. s of the circuit with a random path added ("inflated"), and of that less one of the path's units.
 3. s of the circuit less each of its units.
-4. The tests, their nulls and their verdicts: `verdicts`.
+4. The tests, their nulls and their verdicts: `verdicts`. Pairs that share their original prompt count as one, by their mean.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def circuit_tests(
     values = measured(
         run, model, row, [c for part in parts for c in part], sum(map(len, pairs)), progress, 1 + len(references)
     )
-    starts = np.cumsum([0, *map(len, parts)])
+    n_pairs, n_prompts, starts = values.n, values.n_prompts, np.cumsum([0, *map(len, parts)])
+    values.of_prompts()  # the tests count independent observations
 
     def of(side: str, part: int) -> np.ndarray:
         found = [values.get(side, i) for i in range(starts[part], starts[part + 1])]
@@ -79,6 +80,7 @@ def circuit_tests(
     at = Measured(
         values.get("full"), of("circuit", 0)[0], of("complement", 0)[0], of("circuit", 1), of("complement", 1),
         of("circuit", 2), of("circuit", 3), of("circuit", 4), row.zero_grad_at_original,
+        "pairs" if n_prompts == n_pairs else "prompts",
     )  # fmt: skip
     space = space_of(circuit.units)
     names = [space.row(circuit.units, unit, circuit.labels[position]) for position, unit in tested]
@@ -91,7 +93,8 @@ def circuit_tests(
         "ablation": ablation,
         "metric": row.name,
         "exclude_layers": exclude,
-        "n_pairs": values.n,
+        "n_pairs": n_pairs,
+        "n_prompts": n_prompts,
         "seed": seed,
     }
     about |= {"n_nodes": circuit.counted(exclude), "n_possible": circuit.possible(exclude)}

@@ -4,7 +4,7 @@
 2. F(M): nothing ablated; F(∅): every unit ablated, in the layers that are not excluded.
 3. F(C), F(M∖C): every unit outside, inside the circuit ablated, exactly at its site; everything downstream recomputes.
 4. faithfulness = (F(C) − F(∅)) / (F(M) − F(∅)), completeness = the same of the complement: ratios of means over prompts,
-   with bootstrap intervals over prompts.
+   with bootstrap intervals over prompts (pairs that share their original are drawn together, `tasks.shared`).
 What is ablated how is the space's own affair (`SpaceRow.ablator`).
 """
 
@@ -118,7 +118,7 @@ def evaluate(
     dictionary:      for feature circuits, where it is not the one they were found with.
 
     Returns one row per circuit: n_nodes, n_possible, tau, faithfulness, completeness with `_lo`/`_hi` (95 % bootstrap),
-    F_M, F_C, F_complement, F_empty, n_pairs, note; of feature circuits also `errors`. An ill-posed ratio (F(M) ≈ F(∅)) is
+    F_M, F_C, F_complement, F_empty, n_pairs, n_prompts, note; of feature circuits also `errors`. An ill-posed ratio (F(M) ≈ F(∅)) is
     NaN and says so in `note`.
     Raises: RelpError for circuits of another model, of another shape, or with positions that the pairs do not have.
     """
@@ -200,7 +200,7 @@ def measured(
     progress: Progress | None = None,
     complements: int | None = None,
 ) -> Values:
-    """Per prompt F(M), F(∅) and, of every circuit, F(C) and F(M∖C): the latter of the first `complements` (None: of all)."""
+    """Per pair F(M), F(∅) and, of every circuit, F(C) and F(M∖C): the latter of the first `complements` (None: of all)."""
     values, done, parts = Values(len(circuits)), 0, list[PairBatch]()
     for batch, ablated in run.batches():
         parts.append(batch)

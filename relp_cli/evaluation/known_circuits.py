@@ -127,7 +127,7 @@ def _judge_one(
     examples = component_scores(scores).numpy()
     if question.over_pairs == "absolute":
         examples = np.abs(examples)
-    counts = resample_counts(len(examples), question.bootstrap, question.seed)
+    counts = resample_counts(len(examples), question.bootstrap, question.seed, scores.prompts)
     point = measures(largest(np.abs(examples.mean(0))[None], parts), truth)[0]
     drawn = measures(largest(np.abs(counts @ examples) / len(examples), parts), truth)
     one_sided = truth.all() or not truth.any()

@@ -34,6 +34,7 @@ from relp_cli.spaces.units import ANY_POSITION
 from relp_cli.statistics import interval, resample_counts
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
+from relp_cli.tasks.shared import distinct, prompts_of
 
 SPACES_OF_MIB = ("edges", "nodes")
 RANKINGS = ("signed", "absolute")
@@ -57,7 +58,8 @@ class Curve:
 class MibValues:
     """What MIB's measures of one method are made of, pair by pair. full, empty: m(M), m(∅); correct: of M; n_units: n.
 
-    curves: of both rankings; of scores without sign the one by size, which serves both.
+    curves: of both rankings; of scores without sign the one by size, which serves both. prompts: each pair's original prompt, by
+    which pairs are resampled (None: each has its own, or a file of an older version).
     """
 
     fractions: list[float]
@@ -66,6 +68,7 @@ class MibValues:
     empty: list[float]
     correct: list[float]
     curves: list[Curve]
+    prompts: list[int] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -128,7 +131,7 @@ def mib_values(
     row, right = METRICS[metric], METRICS["accuracy"]
     different = {_key(c): c for c in circuits if c.mask.any() and not c.mask.all()}
     found: dict[str, list[Float[Tensor, "2 batch"]]] = {key: [] for key in ("all", "none", *different)}
-    done, total = 0, sum(map(len, pairs))
+    done, total, batches = 0, sum(map(len, pairs)), list[PairBatch]()
     for batch, ablated in run.batches():
         with torch.no_grad():
             plain = model.logits(batch.original)
@@ -144,6 +147,7 @@ def mib_values(
         done += len(batch)
         if progress:
             progress(done, total, "MIB's circuits")
+        batches.append(batch)
     values = {key: torch.cat(parts, 1).tolist() for key, parts in found.items()}
     curves = [
         Curve(
@@ -156,7 +160,7 @@ def mib_values(
         for ranking, chosen in rankings.items()
     ]
     (full, correct), (empty, _) = values["all"], values["none"]
-    return MibValues(list(fractions), len(scores.units), full, empty, correct, curves)
+    return MibValues(list(fractions), len(scores.units), full, empty, correct, curves, prompts_of(batches).tolist())
 
 
 def _key(circuit: Circuit) -> str:
@@ -170,8 +174,9 @@ def mib_measures(values: MibValues, seed: int = 0, bootstrap: int = 1000) -> tup
     and the curves: a row per ranking and fraction. Ratios are NaN where m(M) = m(∅).
     """
     full, empty = np.array(values.full), np.array(values.empty)
-    n, p = len(full), np.array(values.fractions)
-    draws = np.vstack([np.ones(n), resample_counts(n, bootstrap, seed)]) / n  # the first is the pairs as they are
+    n, p, prompts = len(full), np.array(values.fractions), np.array(values.prompts or range(len(full)))
+    draws = np.vstack([np.ones(n), resample_counts(n, bootstrap, seed, prompts)])
+    draws = draws / draws.sum(1, keepdims=True)  # the first is the pairs as they are
     gaps, note = draws @ (full - empty), ""
     if abs(gaps[0]) <= 1e-6 * max(abs(full.mean()), abs(empty.mean()), 1e-12):
         gaps, note = np.full_like(gaps, np.nan), "ill-posed: m(M) = m(∅)"
@@ -203,6 +208,7 @@ def mib_measures(values: MibValues, seed: int = 0, bootstrap: int = 1000) -> tup
         low, high = _interval(drawn)
         summary |= {name: float(drawn[0]), f"{name}_lo": float(low), f"{name}_hi": float(high)}
     summary |= {"F_M": full.mean(), "F_empty": empty.mean(), "accuracy": np.mean(values.correct), "n_pairs": n}
+    summary["n_prompts"] = distinct(prompts)
     return summary | {"note": note}, pd.DataFrame(rows)
 
 

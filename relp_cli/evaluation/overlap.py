@@ -67,7 +67,7 @@ def stability(scores: Scores, samples: int = 100, seed: int = 0, **selection: An
         raise RelpError("stability needs per-example scores; score again with --per-example")
     full = select(scores, **selection)
     n = len(scores.present)
-    draws = resample_counts(n, samples, seed)
+    draws = resample_counts(n, samples, seed, scores.prompts)
     kept = {kind: torch.zeros_like(mask, dtype=torch.float64) for kind, mask in full.masks.items()}
     jaccards = []
     for draw in draws:

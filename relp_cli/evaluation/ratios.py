@@ -1,4 +1,4 @@
-"""Faithfulness and completeness as ratios of means over prompts, with bootstrap intervals, for circuits of any sort."""
+"""Faithfulness and completeness as ratios of means over pairs, with intervals that resample prompts, for circuits of any sort."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch import Tensor
 from relp_cli.statistics import interval, resample_counts
 from relp_cli.tasks.pairs import PairBatch
 from relp_cli.tasks.parts import of_pairs
+from relp_cli.tasks.shared import distinct, prompts_of
 
 COLUMNS = (
     "tau", "n_nodes", "n_possible", "faithfulness", "faithfulness_lo", "faithfulness_hi",
     "completeness", "completeness_lo", "completeness_hi", "random_faithfulness", "random_completeness",
-    "F_M", "F_C", "F_complement", "F_empty", "n_pairs", "metric", "ablation", "exclude_layers", "note",
+    "F_M", "F_C", "F_complement", "F_empty", "n_pairs", "n_prompts", "metric", "ablation", "exclude_layers", "note",
 )  # fmt: skip
 
 
@@ -27,7 +28,7 @@ def ratio_table(
     """One row per circuit: its ratios, `about` it, and the mean ratios of its random circuits, which stand in `values`
     after all circuits, `random_circuits` each.
     """
-    draws = resample_counts(values.n, bootstrap, seed)
+    draws = resample_counts(values.n, bootstrap, seed, values.prompts)
     rows = []
     for i, more in enumerate(about):
         out = ratio_row(values, i, draws)
@@ -61,7 +62,12 @@ def ties_note(meta: Mapping[str, Any]) -> str:
 
 
 class Values:
-    """Per-prompt metric values: F(M), F(∅) and, per circuit, F(C) and F(M∖C); each Float[n]."""
+    """Metric values per pair: F(M), F(∅) and, per circuit, F(C) and F(M∖C); each Float[n].
+
+    prompts: Int[n], the pairs' original prompts, by which they are resampled (None: each has its own).
+    """
+
+    prompts: np.ndarray | None = None
 
     def __init__(self, n_circuits: int) -> None:
         self._parts: dict[str, list[list[Tensor]]] = {"full": [[]], "empty": [[]]}
@@ -74,19 +80,35 @@ class Values:
         return torch.cat(self._parts[name][i]).numpy()
 
     def of_pairs(self, parts: Sequence[PairBatch]) -> None:
-        """All values added are of the rows of these parts, in order: from now on they are of pairs."""
+        """All values added are of the rows of these parts, in order: from now on they are of pairs, whose prompts are known."""
+        self.prompts = prompts_of(parts)
         self._parts = {
             name: [[of_pairs(torch.cat(rows), parts)] if rows else rows for rows in lists]
             for name, lists in self._parts.items()
         }
 
+    def of_prompts(self) -> None:
+        """From now on values are means over the pairs of each prompt: as they were, where no two pairs share one."""
+        if self.prompts is None or self.n_prompts == self.n:
+            return
+        of, size = torch.from_numpy(self.prompts), torch.from_numpy(np.bincount(self.prompts))
+        self._parts = {
+            name: [[torch.cat(v).new_zeros(len(size)).index_add_(0, of, torch.cat(v)) / size] if v else v for v in lists]
+            for name, lists in self._parts.items()
+        }
+        self.prompts = None
+
     @property
     def n(self) -> int:
         return len(self.get("full"))
 
+    @property
+    def n_prompts(self) -> int:
+        return self.n if self.prompts is None else distinct(self.prompts)
+
 
 def ratio_row(values: Values, i: int, draws: np.ndarray) -> dict[str, Any]:
-    """F(M), F(∅), F(C), F(M∖C) of circuit i and the two ratios; draws: how often each prompt is in each resample."""
+    """F(M), F(∅), F(C), F(M∖C) of circuit i and the two ratios; draws: how often each pair is in each resample."""
     full, empty = values.get("full"), values.get("empty")
     parts = {"faithfulness": values.get("circuit", i), "completeness": values.get("complement", i)}
     out: dict[str, Any] = {
@@ -95,6 +117,7 @@ def ratio_row(values: Values, i: int, draws: np.ndarray) -> dict[str, Any]:
         "F_C": parts["faithfulness"].mean(),
         "F_complement": parts["completeness"].mean(),
         "n_pairs": len(full),
+        "n_prompts": values.n_prompts,
         "note": "",
     }
     gap = full.mean() - empty.mean()

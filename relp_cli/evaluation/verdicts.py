@@ -55,7 +55,8 @@ class Measured:
 
     model, circuit, complement: s(M), s(C), s(M∖C). references, knocked: of random circuits R, s(R) and s(M∖R).
     inflated, deflated: of C with a random path, and of that less one of the path's units. without: of C less one of its own.
-    against_itself: the score compares with M's own run (kl), so that s(M) is no performance.
+    against_itself: the score compares with M's own run (kl), so that s(M) is no performance. counted: what the observations
+    are, "prompts" where each is the mean over the pairs of a prompt.
     """
 
     model: Float[np.ndarray, " pair"]
@@ -67,6 +68,7 @@ class Measured:
     deflated: Float[np.ndarray, "path pair"]
     without: Float[np.ndarray, "unit pair"]
     against_itself: bool = False
+    counted: str = "pairs"
 
     @property
     def rounding(self) -> float:
@@ -106,58 +108,59 @@ def unit_rows(at: Measured, how: Levels, names: Sequence[Mapping[str, Any]]) -> 
 
 def _equivalence(at: Measured, how: Levels) -> Row:
     """Two-sided, with the null an interval about ½: the circuit's chance to beat the model."""
-    row = {"test": "equivalence", "null": f"|P(s(C) > s(M)) − ½| ≤ {how.epsilon:g}, of pairs where they differ"}
+    row = {"test": "equivalence", "null": f"|P(s(C) > s(M)) − ½| ≤ {how.epsilon:g}, of {at.counted} where they differ"}
     wins, n, ties = _wins(at)
     row |= _of_wins(at, how, wins, n, ties)
     if at.against_itself or not n:
         return row | _not_tested(
-            _NO_PERFORMANCE if at.against_itself else "circuit and model score every pair the same"
+            _NO_PERFORMANCE if at.against_itself else f"circuit and model score every {at.counted[:-1]} the same"
         )
     side = "higher" if wins > n / 2 else "lower"
-    yes = f"not equivalent: the circuit scores {side} than the model on {max(wins, n - wins)} of {n} pairs"
+    yes = f"not equivalent: the circuit scores {side} than the model on {max(wins, n - wins)} of {n} {at.counted}"
     no = f"no difference shown in how often the circuit beats the model ({wins} of {n}); not a proof that they are equivalent"
     best = float(sign_p(0, n, how.epsilon))
-    return row | _decided(float(sign_p(wins, n, how.epsilon)), how.alpha, yes, no, best, n, "pairs", row["note"])
+    p = float(sign_p(wins, n, how.epsilon))
+    return row | _decided(p, how.alpha, yes, no, best, n, at.counted, row["note"])
 
 
 def _shown(at: Measured, how: Levels) -> Row:
     """The reverse, which can show equivalence (ours)."""
     row = {
         "test": "equivalence, reversed",
-        "null": f"|P(s(C) > s(M)) − ½| ≥ {how.epsilon:g}, of pairs where they differ",
+        "null": f"|P(s(C) > s(M)) − ½| ≥ {how.epsilon:g}, of {at.counted} where they differ",
     }
     wins, n, ties = _wins(at)
     row |= _of_wins(at, how, wins, n, ties)
     if at.against_itself or not n or how.epsilon == 0:
-        why = "circuit and model score every pair the same" if n == 0 else "--epsilon 0 leaves nothing to show"
+        why = f"circuit and model score every {at.counted[:-1]} the same" if n == 0 else "--epsilon 0 leaves nothing to show"
         return row | _not_tested(_NO_PERFORMANCE if at.against_itself else why)
     yes = f"as often better as worse than the model, within {how.epsilon:g} (how much better or worse is not tested)"
     no = "equivalence not shown"
     best = float(reversed_sign_p(n // 2, n, how.epsilon))
     return row | _decided(
-        float(reversed_sign_p(wins, n, how.epsilon)), how.alpha, yes, no, best, n, "pairs", row["note"]
+        float(reversed_sign_p(wins, n, how.epsilon)), how.alpha, yes, no, best, n, at.counted, row["note"]
     )
 
 
 def _independence(at: Measured, how: Levels, seed: int) -> Row:
     row: Row = {
         "test": "independence",
-        "null": "s(M∖C) and s(M) are independent over pairs",
+        "null": f"s(M∖C) and s(M) are independent over {at.counted}",
         "n": len(at.model),
-        "of_n": "pairs",
+        "of_n": at.counted,
     }
     row |= {"of_statistic": "HSIC", "of_effect": "HSIC / largest possible"}
     if at.against_itself:
         return row | _not_tested(_NO_PERFORMANCE)
     for name, values in (("the model", at.model), ("the complement", at.complement)):
         if np.ptp(values) <= at.rounding:
-            return row | _not_tested(f"{name} scores every pair the same")
+            return row | _not_tested(f"{name} scores every {at.counted[:-1]} the same")
     statistic, share, p = hsic_p(at.model, at.complement, how.permutations, seed)
     row |= {"statistic": statistic, "effect": share}
     yes = "the model without the circuit still follows the model: what it does on a pair is not all in the circuit"
     no = "no dependence shown between the model without the circuit and the model; not a proof that there is none"
     best = 1 / (1 + how.permutations)
-    return row | _decided(p, how.alpha, yes, no, best, len(at.model), "pairs")
+    return row | _decided(p, how.alpha, yes, no, best, len(at.model), at.counted)
 
 
 def _minimality(at: Measured, how: Levels) -> Row:
@@ -233,7 +236,7 @@ def _decided(p: float, alpha: float, yes: str, no: str, best: float, n: int, of:
 
 
 def _wins(at: Measured) -> tuple[int, int, int]:
-    """Pairs where the circuit scores higher than the model, where they differ at all, and where they do not."""
+    """Pairs (prompts) where the circuit scores higher than the model, where they differ at all, and where they do not."""
     change = at.circuit - at.model
     differ = np.abs(change) > at.rounding
     return int((change > at.rounding).sum()), int(differ.sum()), int((~differ).sum())
@@ -242,12 +245,12 @@ def _wins(at: Measured) -> tuple[int, int, int]:
 def _of_wins(at: Measured, how: Levels, wins: int, n: int, ties: int) -> Row:
     low, high = share_interval(wins, n, how.alpha)
     mean = float((at.circuit - at.model).mean())
-    notes = [f"mean s(C) − s(M) = {mean:.3g}", *([f"{ties} pairs score the same and are left out"] if ties else [])]
+    notes = [f"mean s(C) − s(M) = {mean:.3g}", *([f"{ties} {at.counted} score the same and are left out"] if ties else [])]
     row = {
         "statistic": wins,
-        "of_statistic": "pairs where s(C) > s(M)",
+        "of_statistic": f"{at.counted} where s(C) > s(M)",
         "n": n,
-        "of_n": "pairs",
+        "of_n": at.counted,
         "note": "; ".join(notes),
     }
     return row | {

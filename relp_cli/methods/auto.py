@@ -33,6 +33,7 @@ from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.spaces.scores import KindScores, Scores, whole_of
 from relp_cli.statistics import TAIL, interval, pearson, resample_picks
 from relp_cli.tasks.pairs import PairBatch
+from relp_cli.tasks.shared import PROMPT_OF, about_prompts, prompts_of
 
 Rules = tuple[str, ...]
 Cells = dict[str, np.ndarray]  # node kind → Int[cell, (pair, layer, label, unit)]
@@ -118,6 +119,8 @@ def score_auto(
             ],
         },
     }
+    if PROMPT_OF in (of_all := about_prompts(prompts_of(pairs))):  # examples keep a row for those set aside
+        meta[PROMPT_OF] = of_all[PROMPT_OF]
     scored = {kind: scores for part in parts for kind, scores in part.items()}
     return _with_gaps(whole_of({kind: scored[kind] for kind in nodes}, meta), ~torch.cat(aside))
 

@@ -28,6 +28,7 @@ from relp_cli.tasks.formulas import SEVERAL
 from relp_cli.tasks.metrics import metric_of
 from relp_cli.tasks.pairs import PairBatch
 from relp_cli.tasks.parts import parts_of
+from relp_cli.tasks.shared import about_prompts, prompts_of, together
 
 COMPONENTS = ("resid_pre", "attn_out", "mlp_out")
 
@@ -50,7 +51,9 @@ def score_units(
     """
     work = _Work.begin(model, pairs, method, nodes, request, only, params)
     row, scorer, account = work.row, work.scorer, work.account
-    totals = Totals(scorer.units, scorer.labels, account.n_pairs, request.keep_examples)
+    prompts, order = prompts_of(pairs), work.order
+    shared = None if order is None else prompts[order]
+    totals = Totals(scorer.units, scorer.labels, account.n_pairs, request.keep_examples, shared, order)
     result, parts = Result({}), list[tuple[Batch, Sequence[Tensor]]]()
     for on, result in work.results():
         parts.append((on, scorer.blocks(result.scores)))
@@ -62,7 +65,7 @@ def score_units(
     meta = account.meta(
         row, work.params, result.applied, scorer.axis, **scorer.about, **result.meta, **work.halving.about
     )
-    return totals.finish(scorer.axis, meta)
+    return totals.finish(scorer.axis, meta | about_prompts(prompts))
 
 
 def score_share(
@@ -92,7 +95,7 @@ def check_divisible(row: Method, method: str, rules: Any = None) -> None:
 @dataclass
 class _Work:
     """One estimator over batches of pairs of one space, made ready. parts: how many of the batches each chunk of pairs is in
-    (`tasks.parts`), one after the other.
+    (`tasks.parts`), one after the other. order: which pair each row is, where pairs of a prompt were put together.
     """
 
     row: Method
@@ -103,6 +106,7 @@ class _Work:
     unfinished: Unfinished | None
     parts: int
     halving: Halving
+    order: np.ndarray | None
 
     @classmethod
     def begin(
@@ -115,6 +119,7 @@ class _Work:
         only: Any,
         params: dict[str, Any],
     ) -> _Work:
+        pairs, order = together(pairs)
         space = space_for(nodes)
         options = {"only": only} | {name: params.pop(name, None) for name in space.options}
         row, parsed = resolve_method(method, params, space.name, model)
@@ -140,7 +145,7 @@ class _Work:
 
         halving = Halving(compute, lambda part, room: scorer.batch(part, Passes(), room, None), room)
         left = request.unfinished and request.unfinished.of_batches([len(part) for part in parts])
-        return cls(row, parsed, scorer, account, batches, left, each, halving)
+        return cls(row, parsed, scorer, account, batches, left, each, halving, order)
 
     def results(self) -> Iterator[tuple[Batch, Result]]:
         """What the estimator says of each batch; of one by one, what an interrupted scoring said already.

@@ -220,7 +220,7 @@ def _resampled(scores: Scores, grid: Grid, exclude: int, n_points: int) -> Itera
     """Per resample of the pairs, a circuit per point of the sweep."""
     if scores.examples is None or scores.present is None:
         raise RelpError(f"robustness resamples pairs, and {scores.meta['method']} scores no single ones; leave it out")
-    for draw in resample_counts(len(scores.present), grid.resamples, grid.seed):
+    for draw in resample_counts(len(scores.present), grid.resamples, grid.seed, scores.prompts):
         weights = scores.examples.new_tensor(draw)
         circuits = circuits_of(scores.weighed(weights), grid.sweep, exclude)
         if len(circuits) != n_points:
@@ -243,7 +243,7 @@ def _faithfulness(
     )
     n = sum(map(len, held.pairs))
     values = measured(run, held.model, METRICS[held.metric], circuits, n, progress, complements=0)
-    draws = resample_counts(n, grid.resamples, grid.seed + 1)
+    draws = resample_counts(n, grid.resamples, grid.seed + 1, values.prompts)
     full, empty = draws @ values.get("full"), draws @ values.get("empty")
     out, points = np.empty(len(circuits)), len(sweep_points(grid.sweep))
     for i in range(len(circuits)):

@@ -19,10 +19,11 @@ from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.select import AGGREGATIONS, SIGNS, strengths_of
 from relp_cli.spaces.units import ANY_POSITION
 from relp_cli.statistics import resample_counts
+from relp_cli.tasks.shared import PROMPT_OF
 
 DRAWS = 1000
 MOST_AT_ONCE = 1 << 24  # numbers: as many draws are worked out together as stay below
-OF_ONE_RUN = ("params", "rules", "mean_abs_metric", "scores")
+OF_ONE_RUN = ("params", "rules", "mean_abs_metric", "scores", "n_prompts", PROMPT_OF)
 
 
 def stable_signs(
@@ -51,7 +52,7 @@ def stable_signs(
         return means.sign()
 
     whole = signs(torch.ones(1, len(scores.examples), dtype=torch.float64))[0]
-    drawn = torch.from_numpy(resample_counts(len(scores.examples), draws, seed)).double()
+    drawn = torch.from_numpy(resample_counts(len(scores.examples), draws, seed, scores.prompts)).double()
     agreeing = torch.zeros(len(whole), dtype=torch.long)
     for some in drawn.split(max(1, MOST_AT_ONCE // max(len(whole), 1))):
         agreeing += (signs(some) == whole).sum(0)

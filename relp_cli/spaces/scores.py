@@ -7,17 +7,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from relp_cli.errors import unknown
+from relp_cli.spaces.clusters import of_clusters
 from relp_cli.spaces.files import SIGN, load_scores, save_scores, tensor_hash
 from relp_cli.spaces.shown import Shown, ShownView
 from relp_cli.spaces.table import SPACES, space_of
 from relp_cli.spaces.units import Units
+from relp_cli.tasks.shared import PROMPT_OF, distinct
 
 __all__ = ["SIGN", "KindScores", "Scores"]
+
+
+def shared_prompts(meta: Mapping[str, Any]) -> Int[np.ndarray, " example"] | None:
+    """Which original prompt each example is of, where some share one (`tasks.shared`); None: each has its own."""
+    return np.array(meta[PROMPT_OF]) if PROMPT_OF in meta else None
 
 
 def support_sign(meta: Mapping[str, Any]) -> int:
@@ -29,7 +37,7 @@ def support_sign(meta: Mapping[str, Any]) -> int:
 class KindScores(ShownView):
     """Scores of one kind as a table.
 
-    mean, variance: Float[layer, pos, *unit] over examples (variance unbiased; NaN where n = 1).
+    mean, variance: Float[layer, pos, *unit] over examples (variance as in Scores).
     n:              Int[pos], examples that have this position (roles may differ between templates).
     labels:         one label per position; `axis` is "position" (all pairs share one token length and its roles) or
                     "role" (pairs of several lengths, aligned by role).
@@ -51,6 +59,10 @@ class KindScores(ShownView):
         return self.mean.numel()
 
     @property
+    def prompts(self) -> Int[np.ndarray, " example"] | None:
+        return shared_prompts(self.meta)
+
+    @property
     def whole(self) -> Scores:
         """The same numbers as scores of units."""
         return whole_of({self.kind: self}, self.meta)
@@ -61,7 +73,8 @@ class Scores(Shown, Mapping[str, Any]):
     """Scores of units at positions. A *cell* is one unit at one position: number position · len(units) + unit.
 
     units:          what was scored. labels, axis, n: the positions, as in KindScores (edges without positions: "*", "all").
-    mean, variance: Float[column] over examples (variance unbiased; NaN where n = 1).
+    mean, variance: Float[column] over examples (variance unbiased, NaN where n = 1; where examples share prompts the one whose
+                    n-th part is the squared standard error of the mean, robust to that: `clusters`).
     columns:        Int[column], the cells that are not 0 in every example; None: all of them.
     examples:       Float[example, column], what `mean` averages, or None where it was not kept.
     present:        Bool[example, pos], which examples have which positions.
@@ -93,6 +106,11 @@ class Scores(Shown, Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(space_of(self.units).keys(self.units))
+
+    @property
+    def prompts(self) -> Int[np.ndarray, " example"] | None:
+        """The original prompt of each example, where some share one; None: each has its own."""
+        return shared_prompts(self.meta)
 
     @property
     def whole(self) -> Scores:
@@ -173,7 +191,14 @@ class Scores(Shown, Mapping[str, Any]):
         values = examples.double()
         mean = values.sum(0) / n[at].clamp(min=1)
         variance = ((values - mean).square() * present[:, at]).sum(0) / (n[at] - 1).clamp(min=0)
-        return replace(self, mean=mean, variance=variance, n=n, examples=examples, present=present)
+        meta = self.meta
+        if (prompts := self.prompts) is not None:
+            prompts = np.unique(prompts[rows.numpy()], return_inverse=True)[1]
+            meta = {**{k: v for k, v in meta.items() if k != PROMPT_OF}, "n_prompts": distinct(prompts)}
+            if distinct(prompts) < len(prompts):
+                meta[PROMPT_OF] = prompts.tolist()
+                variance = of_clusters(values, present, at, prompts)
+        return replace(self, mean=mean, variance=variance, n=n, examples=examples, present=present, meta=meta)
 
     @property
     def hash(self) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from relp_cli.errors import RelpError
+from relp_cli.spaces.clusters import ClusterSums
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.table import space_of
 from relp_cli.spaces.units import Units
@@ -22,9 +24,19 @@ class Totals:
 
     keep: whether single examples are kept; None: where there are at most KEEP_LIMIT numbers. Where most units are 0 in most
     examples (`Space.sparse`), single examples are kept, and scores stored, where they are not.
+    prompts, order: of the examples as they are added, which prompt each has, and which it is of all (None, None: each has its own
+    prompt, and they come in order).
     """
 
-    def __init__(self, units: Units, labels: tuple[str, ...], total: int, keep: bool | None) -> None:
+    def __init__(
+        self,
+        units: Units,
+        labels: tuple[str, ...],
+        total: int,
+        keep: bool | None,
+        prompts: Int[np.ndarray, " example"] | None = None,
+        order: Int[np.ndarray, " example"] | None = None,
+    ) -> None:
         self.units, self.labels, self.total = units, labels, total
         self.sparse = sparse = space_of(units).sparse
         self.sum, self.squares = (torch.zeros(len(labels), len(units), dtype=torch.float64) for _ in range(2))
@@ -35,12 +47,14 @@ class Totals:
         self.examples = torch.zeros(total, *self.sum.shape) if self.keep and not sparse else None
         self.entries: list[tuple[Tensor, Tensor]] = []  # (example, cell) of what is not 0, and its value
         self.count = self.row = 0
+        self.order = torch.arange(total) if order is None else torch.from_numpy(order)
+        self.clusters = None if prompts is None else ClusterSums(prompts, *self.sum.shape)
 
     def add(self, blocks: Sequence[Float[Tensor, "batch slot _"]], labels: Sequence[str]) -> None:
         """One batch: per block of units its scores, whose slots carry `labels`. Raises RelpError for what is not finite."""
         index = torch.tensor([self.labels.index(label) for label in labels])
         batch = len(blocks[0])
-        rows = slice(self.row, self.row + batch)
+        rows = self.order[self.row : self.row + batch]
         for values, block, start in zip(blocks, self.units.blocks, self.units.starts, strict=False):
             if not torch.isfinite(values).all():
                 raise RelpError(f"{block.kind} scores are not finite (dtype too narrow?)")
@@ -56,6 +70,9 @@ class Totals:
                 )
             elif self.keep:
                 self._keep(values.to(torch.get_default_dtype()), index, start)
+        for i in range(batch if self.clusters else 0):
+            parts = ((slice(at, at + v.shape[-1]), v[i]) for v, at in zip(blocks, self.units.starts, strict=False))
+            self.clusters.add(index, ((span, v.detach().cpu().double()) for span, v in parts))  # type: ignore[union-attr]
         self.n.index_add_(0, index, torch.full((len(index),), batch))
         self.present[rows] = torch.zeros(batch, len(self.labels), dtype=torch.bool).index_fill_(1, index, True)
         self.row += batch
@@ -63,7 +80,7 @@ class Totals:
     def _keep(self, values: Tensor, index: Tensor, start: int) -> None:
         at = values.nonzero()
         example, slot, unit = at.unbind(1)
-        where = torch.stack([example + self.row, index[slot] * len(self.units) + start + unit], 1)
+        where = torch.stack([self.order[example + self.row], index[slot] * len(self.units) + start + unit], 1)
         self.entries.append((where, values[tuple(at.T)]))
         self.count += len(at)
         if self.limit is not None and self.count > self.limit:
@@ -71,6 +88,8 @@ class Totals:
 
     def finish(self, axis: str, meta: dict[str, Any]) -> Scores:
         mean, variance = moments(self.sum, self.squares, self.n[:, None])
+        if self.clusters:
+            variance = self.clusters.variance(mean, self.n[:, None])
         columns = examples = None
         mean, variance = mean.flatten(), variance.flatten()
         if self.sparse:
