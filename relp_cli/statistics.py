@@ -21,8 +21,9 @@ def pearson(a: np.ndarray, b: np.ndarray, weight: np.ndarray | None = None) -> n
 def resample_counts(
     n: int, draws: int, seed: int, clusters: Int[np.ndarray, " n"] | None = None
 ) -> Int[np.ndarray, "draws n"]:
-    """How often each of n examples is in each resample of n. clusters: which one each example is of, where examples of one are not
-    independent; then whole clusters are drawn, as many as there are (cluster bootstrap, Davison and Hinkley 1997, section 3.8).
+    """How often each of n examples is in each resample of n. clusters: which one each example is of, where examples of one
+    are not independent; then whole clusters are drawn, as many as there are (cluster bootstrap, Davison and Hinkley 1997,
+    section 3.8).
     """
     if clusters is not None:
         names, clusters = np.unique(clusters, return_inverse=True)

@@ -72,16 +72,18 @@ def command(
         "metric": prepared.metric,
     }
     written = [] if output is None else save_diagnosis(
-        output, found, {**about, "pairs": prepared.behaviour.n, "notes": prepared.notes}
+        output, found, {**about, "pairs": prepared.behaviour.n, "prompts": prepared.behaviour.n_prompts, "notes": prepared.notes}
     )  # fmt: skip
     if json:
         rows = {name: table.to_dict("records") for name, (_, table) in tables.items()}
         print_json(about | {"recommended": found.recommended, "summary": found.summary, "floor": found.floor} | rows)
         return
     from relp_cli.report.tables import show as print_table
+    from relp_cli.tasks.counted import pairs_text
 
     where = (
-        f"{prepared.task.name}, {prepared.model.name}, {how.direction}, {prepared.metric}, {prepared.behaviour.n} pairs"
+        f"{prepared.task.name}, {prepared.model.name}, {how.direction}, {prepared.metric}, "
+        f"{pairs_text(prepared.behaviour.n, prepared.behaviour.n_prompts)}"
     )
     out.print(f"{method} on {where}")
     for title, table in tables.values():

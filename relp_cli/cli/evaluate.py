@@ -125,6 +125,7 @@ def command(
     from relp_cli.report.tables import show
     from relp_cli.runs.evaluating import Evaluation, evaluate_run, minimality_of_run, ready
     from relp_cli.runs.scoring import Session
+    from relp_cli.tasks.counted import pairs_text
 
     asked = Evaluation(
         sweep=sweep, kinds=kinds, circuit=circuit, task=task, metric=metric, pairs=pairs, seed=seed, errors=errors,
@@ -146,7 +147,8 @@ def command(
         return
     first = table.iloc[0]
     title = (
-        f"{target}: {first.n_pairs} held-out pairs, {first.ablation} ablation from layer {first.exclude_layers} up, "
+        f"{target}: {pairs_text(first.n_pairs, first.n_prompts, 'held-out pairs')}, "
+        f"{first.ablation} ablation from layer {first.exclude_layers} up, "
         f"F(M) = {first.F_M:.3f}, F(∅) = {first.F_empty:.3f} [95 % bootstrap]"
     )
     show_evaluation(table, title)

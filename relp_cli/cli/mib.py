@@ -96,6 +96,7 @@ def _show(name: str, rows: Any) -> None:
     import pandas as pd
 
     from relp_cli.report.tables import cell, show
+    from relp_cli.tasks.counted import pairs_text
 
     first = rows.iloc[0]
     shown = [
@@ -114,7 +115,8 @@ def _show(name: str, rows: Any) -> None:
         for row in rows.to_dict("records")
     ]
     title = (
-        f"{name}, {first.model}, {'/'.join(dict.fromkeys(rows.kind))}: {first.n_pairs} held-out pairs, accuracy "
+        f"{name}, {first.model}, {'/'.join(dict.fromkeys(rows.kind))}: "
+        f"{pairs_text(first.n_pairs, first.get('n_prompts'), 'held-out pairs')}, accuracy "
         f"{first.accuracy:.2f}, m(M) = {first.F_M:.3f}, m(∅) = {first.F_empty:.3f} [95 % bootstrap over pairs]"
     )
     show(pd.DataFrame(shown), out, title)

@@ -9,6 +9,7 @@ import pandas as pd
 from relp_cli.cli.common import out
 from relp_cli.report.names import kind_title
 from relp_cli.report.tables import cell, show
+from relp_cli.tasks.counted import pairs_text
 
 if TYPE_CHECKING:
     from relp_cli.spaces.scores import Scores
@@ -22,7 +23,7 @@ def show_scores(scores: Scores, k: int = 10) -> None:
     table = top_nodes(scores, k)
     if meta["rules"]:
         table.attrs["notes"] = ["rules applied (layers): " + ", ".join(f"{r}×{n}" for r, n in meta["rules"].items())]
-    where = f"{meta.get('task', '?')}, {meta['model']} ({meta['family']}), {meta['n_pairs']} pairs"
+    where = f"{meta.get('task', '?')}, {meta['model']} ({meta['family']}), {pairs_text(meta['n_pairs'], meta.get('n_prompts'))}"
     show(table, out, f"{meta['method']} on {where}, {meta['direction']}, {meta['metric']}", digits=4)
 
 
@@ -59,7 +60,7 @@ def show_agreement(df: pd.DataFrame) -> None:
             | {str(c.method): _pcc(c, intervals) for c in part.itertuples()}
             for (model, kind), part in rows.groupby(["model", "kind"], sort=False)
         ]
-        about = f"{first.n_pairs} pairs, {first.direction}, {first.metric}"
+        about = f"{pairs_text(first.n_pairs, first.get('n_prompts'))}, {first.direction}, {first.metric}"
         what = "[95 % bootstrap over pairs]" if intervals else "(intervals: compare.csv)"
         reference = str(first.get("reference", "act_patch"))  # a job's table has no such column
         exact = "exact patching" if reference in ("act_patch", "edge_patch") else reference

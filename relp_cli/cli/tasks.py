@@ -103,7 +103,10 @@ def _show_fit(model: str, fits: dict[str, Any]) -> None:
         pieces += f" and {len(words) - MOST_WORDS} more (--json has all)" if len(words) > MOST_WORDS else ""
         out.print(f"not single tokens of {model} where the task needs one, left out of '{name}': {pieces}")
     if fits["pairs"]:
-        out.print(f"pairs drawn (at most 100 a split): {_said(fits['pairs'])}")
+        from relp_cli.tasks.counted import pairs_text
+
+        drawn = (f"{split} {pairs_text(n, fits['prompts'][split])}" for split, n in fits["pairs"].items())
+        out.print(f"drawn (at most 100 a split): {', '.join(drawn)}")
     if fits["lengths"]:
         lengths = ", ".join(f"{n} pairs of {length}" for length, n in fits["lengths"].items())
         out.print(f"tokens without BOS: {lengths}")
@@ -217,6 +220,7 @@ def _show_run(path: Path, top: int, json: bool) -> None:
     from relp_cli.report.characters import KEY, print_map, print_positions
     from relp_cli.report.tables import show as show_table
     from relp_cli.runs.showing import view_run
+    from relp_cli.tasks.counted import pairs_text
 
     seen = view_run(path)
     if json:
@@ -224,8 +228,9 @@ def _show_run(path: Path, top: int, json: bool) -> None:
         return
     spec, meta, does = seen.record["spec"], seen.scores.meta, seen.record.get("behaviour", {})
     out.print(
-        f"{path}: {spec['method']} on {spec['task']}, {meta['model']} ({meta['family']}), {meta['n_pairs']} pairs "
-        f"({spec['split']}), {meta['direction']}, {meta['metric']}; made {seen.made}"
+        f"{path}: {spec['method']} on {spec['task']}, {meta['model']} ({meta['family']}), "
+        f"{pairs_text(meta['n_pairs'], meta.get('n_prompts'))} ({spec['split']}), "
+        f"{meta['direction']}, {meta['metric']}; made {seen.made}"
     )
     if does:
         out.print(f"the model itself: {said(does, meta['metric'])}")

@@ -80,6 +80,7 @@ def command(
     from relp_cli.runs.evaluating import Evaluation, ready
     from relp_cli.runs.scoring import Session
     from relp_cli.runs.testing import run_tests
+    from relp_cli.tasks.counted import pairs_text
 
     asked = Evaluation(
         circuit=circuit, task=task, metric=metric, pairs=pairs, seed=seed, errors=errors, ablation=ablation, corpus=corpus,
@@ -98,7 +99,8 @@ def command(
     _show(
         tests,
         tested,
-        f"{run}: {first.n_nodes} of {first.n_possible} units, {first.n_pairs} held-out pairs, {first.metric}, "
+        f"{run}: {first.n_nodes} of {first.n_possible} units, "
+        f"{pairs_text(first.n_pairs, first.n_prompts, 'held-out pairs')}, {first.metric}, "
         f"{first.ablation} ablation from layer {first.exclude_layers} up, α = {first.alpha:g} per test",
     )
     for file in files:

@@ -10,7 +10,7 @@ from scipy import stats
 from relp_cli.errors import RelpError
 from relp_cli.spaces.scores import KindScores
 from relp_cli.statistics import interval, pearson, resample_counts
-from relp_cli.tasks.shared import distinct
+from relp_cli.tasks.counted import distinct
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError
 from relp_cli.models.model import Model
+from relp_cli.tasks.counted import distinct, effective, pairs_text
 from relp_cli.tasks.formulas import NotFinite
 from relp_cli.tasks.metrics import METRICS, Metric
 from relp_cli.tasks.pairs import PairBatch
 from relp_cli.tasks.parts import parts_of
-from relp_cli.tasks.shared import counted, distinct, effective, prompts_of
+from relp_cli.tasks.shared import prompts_of
 
 LEVEL = 0.01  # of the tests against chance
 NEAR = 2 / 3  # an accuracy that counts as chance at most
@@ -67,7 +68,7 @@ class Behaviour:
     def note(self, model: str, task: str) -> str:
         """What people have to know of it, or ""."""
         low, high = self.interval
-        pairs = counted(self.n, self.n_prompts)
+        pairs = pairs_text(self.n, self.n_prompts)
         n = f"n = {self.n}" if self.n_prompts == self.n else pairs
         about = f"accuracy {self.accuracy:.2f} [{low:.2f}, {high:.2f}], {n}"
         return {
@@ -80,7 +81,7 @@ class Behaviour:
 def said(does: Mapping[str, Any], metric: str) -> str:
     """`Behaviour.as_dict`, new or of a run's record, for people: accuracy with its interval and n, and the metric's means."""
     sure = f" [{does['accuracy_lo']:.2f}, {does['accuracy_hi']:.2f}]" if "accuracy_lo" in does else ""
-    pairs = counted(does["n"], does.get("n_prompts"))
+    pairs = pairs_text(does["n"], does.get("n_prompts"))
     patch = "" if does.get("metric_patch") is None else f", on patches {does['metric_patch']:+.3f}"
     return f"accuracy {does['accuracy']:.2f}{sure} over {pairs}; mean {metric} on originals {does['metric_original']:+.3f}{patch}"
 

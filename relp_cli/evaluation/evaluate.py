@@ -118,8 +118,8 @@ def evaluate(
     dictionary:      for feature circuits, where it is not the one they were found with.
 
     Returns one row per circuit: n_nodes, n_possible, tau, faithfulness, completeness with `_lo`/`_hi` (95 % bootstrap),
-    F_M, F_C, F_complement, F_empty, n_pairs, n_prompts, note; of feature circuits also `errors`. An ill-posed ratio (F(M) ≈ F(∅)) is
-    NaN and says so in `note`.
+    F_M, F_C, F_complement, F_empty, n_pairs, n_prompts, note; of feature circuits also `errors`. An ill-posed ratio
+    (F(M) ≈ F(∅)) is NaN and says so in `note`.
     Raises: RelpError for circuits of another model, of another shape, or with positions that the pairs do not have.
     """
     expect_model(model)

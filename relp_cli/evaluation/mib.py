@@ -32,9 +32,10 @@ from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.units import ANY_POSITION
 from relp_cli.statistics import interval, resample_counts
+from relp_cli.tasks.counted import distinct
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
-from relp_cli.tasks.shared import distinct, prompts_of
+from relp_cli.tasks.shared import prompts_of
 
 SPACES_OF_MIB = ("edges", "nodes")
 RANKINGS = ("signed", "absolute")

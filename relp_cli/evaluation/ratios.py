@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from relp_cli.statistics import interval, resample_counts
+from relp_cli.tasks.counted import distinct
 from relp_cli.tasks.pairs import PairBatch
 from relp_cli.tasks.parts import of_pairs
-from relp_cli.tasks.shared import distinct, prompts_of
+from relp_cli.tasks.shared import prompts_of
 
 COLUMNS = (
     "tau", "n_nodes", "n_possible", "faithfulness", "faithfulness_lo", "faithfulness_hi",
@@ -93,7 +94,9 @@ class Values:
             return
         of, size = torch.from_numpy(self.prompts), torch.from_numpy(np.bincount(self.prompts))
         self._parts = {
-            name: [[torch.cat(v).new_zeros(len(size)).index_add_(0, of, torch.cat(v)) / size] if v else v for v in lists]
+            name: [
+                [torch.cat(v).new_zeros(len(size)).index_add_(0, of, torch.cat(v)) / size] if v else v for v in lists
+            ]
             for name, lists in self._parts.items()
         }
         self.prompts = None

@@ -132,7 +132,11 @@ def _shown(at: Measured, how: Levels) -> Row:
     wins, n, ties = _wins(at)
     row |= _of_wins(at, how, wins, n, ties)
     if at.against_itself or not n or how.epsilon == 0:
-        why = f"circuit and model score every {at.counted[:-1]} the same" if n == 0 else "--epsilon 0 leaves nothing to show"
+        why = (
+            f"circuit and model score every {at.counted[:-1]} the same"
+            if n == 0
+            else "--epsilon 0 leaves nothing to show"
+        )
         return row | _not_tested(_NO_PERFORMANCE if at.against_itself else why)
     yes = f"as often better as worse than the model, within {how.epsilon:g} (how much better or worse is not tested)"
     no = "equivalence not shown"
@@ -245,7 +249,10 @@ def _wins(at: Measured) -> tuple[int, int, int]:
 def _of_wins(at: Measured, how: Levels, wins: int, n: int, ties: int) -> Row:
     low, high = share_interval(wins, n, how.alpha)
     mean = float((at.circuit - at.model).mean())
-    notes = [f"mean s(C) − s(M) = {mean:.3g}", *([f"{ties} {at.counted} score the same and are left out"] if ties else [])]
+    notes = [
+        f"mean s(C) − s(M) = {mean:.3g}",
+        *([f"{ties} {at.counted} score the same and are left out"] if ties else []),
+    ]
     row = {
         "statistic": wins,
         "of_statistic": f"{at.counted} where s(C) > s(M)",

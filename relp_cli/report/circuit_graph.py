@@ -185,7 +185,7 @@ def _curve(
     own: whether the row is of the run's circuit, which a table says that is of one.
     """
     names = ("tau", "n_nodes", "n_possible", "faithfulness", "faithfulness_lo", "faithfulness_hi", "completeness",
-             "completeness_lo", "completeness_hi", "n_pairs", "exclude_layers")  # fmt: skip
+             "completeness_lo", "completeness_hi", "n_pairs", "n_prompts", "exclude_layers")  # fmt: skip
     if table is None or not {"n_nodes", "n_possible", "faithfulness", "completeness"} <= {*table.columns}:
         return []
     strengths = None if mean is None or "circuit" in table or not of_all_kinds(table, scores.units) else mean.abs()

@@ -16,6 +16,7 @@ from relp_cli.errors import RelpError
 from relp_cli.report.canvas import LIGHT, Theme, bare, method_colors, new_figure, save_figure, themed
 from relp_cli.report.curves import curve, mean_curve
 from relp_cli.report.names import counted, kind_title, model_title, need, varying
+from relp_cli.tasks.counted import pairs_text
 
 MEASURES = ("faithfulness", "completeness")
 
@@ -167,7 +168,7 @@ def protocol(rows: pd.DataFrame) -> str:
 
     parts = []
     if (pairs := only("n_pairs")) is not None:
-        parts.append(f"{pairs} held-out pairs")
+        parts.append(pairs_text(pairs, only("n_prompts"), "held-out pairs"))
     if (ablation := only("ablation")) is not None:
         parts.append(f"{ablation} ablation")
     if (layers := only("exclude_layers")) is not None and layers > 0:

@@ -46,7 +46,8 @@ const relpCard = (() => {
     }
     const about = row ?? sweep[0] ?? own, first = about?.exclude_layers;
     const spared = first > 1 ? `; the first ${first} layers run whole and do not count` : first ? "; the first layer runs whole and does not count" : "";
-    if (about) out.push(soft(`${about.n_pairs ?? "?"} pairs, ${about.ablation} ablation${spared}. [95 % bootstrap]`));
+    const prompts = about?.n_prompts < about?.n_pairs ? ` of ${about.n_prompts} prompts` : "";
+    if (about) out.push(soft(`${about.n_pairs ?? "?"} pairs${prompts}, ${about.ablation} ablation${spared}. [95 % bootstrap]`));
     return out;
   };
   const chart = (rows, count, current) => {

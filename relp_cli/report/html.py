@@ -27,6 +27,7 @@ from relp_cli.report.tables import cell, is_numeric
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.scores import SIGN, Scores
 from relp_cli.spaces.table import SPACES
+from relp_cli.tasks.counted import pairs_text
 
 MAX_HEADS = 128
 
@@ -105,6 +106,7 @@ def render_page(
         "page.html.j2",
         data,
         about=about,
+        pairs_said=pairs_text(about["n_pairs"], about.get("n_prompts")) if "n_pairs" in about else "? pairs",
         title=" · ".join(str(about.get(k, "?")) for k in ("task", "model", "method")),
         sign=SIGN,
         record=record,
@@ -249,6 +251,7 @@ def _evaluation(table: pd.DataFrame) -> dict[str, Any]:
         "F_M": "F(M)",
         "F_empty": "F(∅)",
         "n_pairs": "held-out pairs",
+        "n_prompts": "of so many prompts",
         "exclude_layers": "first layers not evaluated",
     }
     return {

@@ -11,6 +11,7 @@ from relp_cli.report.names import kind_title
 from relp_cli.report.page import plain
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.top import COLUMNS, unit_table
+from relp_cli.tasks.counted import pairs_text
 
 NUMBERS = 120_000  # of all pairs' maps together: about a megabyte
 TOP = 15  # strongest units of a pair
@@ -30,7 +31,9 @@ def pair_picker(records: Mapping[str, Any], scores: Scores) -> dict[str, Any] | 
     kinds = list(scores) if mapped else []
     size = sum(view.mean.shape[0] * view.mean.shape[1] for view in map(scores.__getitem__, kinds))
     shown = pairs[: max(1, NUMBERS // max(size, 6 * TOP))]
-    notes = [f"the first {len(shown)} of {of} pairs"] if len(shown) < of else []
+    n_prompts = scores.meta.get("n_prompts")
+    said = pairs_text(of, n_prompts)
+    notes = [f"the first {len(shown)} of {said}"] if len(shown) < of else [said] if "prompt" in said else []
     out: dict[str, Any] = {
         "metric": records.get("metric", "metric"), "roles": records["roles"], "labels": list(scores.labels), "of": of,
         "n": scores.n.tolist(),

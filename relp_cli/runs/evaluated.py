@@ -10,6 +10,7 @@ import pandas as pd
 
 from relp_cli.report.names import counted
 from relp_cli.report.tables import read_table
+from relp_cli.tasks.counted import pairs_text
 
 ENOUGH = 0.8  # faithfulness that a suggested circuit has
 
@@ -39,9 +40,10 @@ class Suggestion:
     def __str__(self) -> str:
         r = self.row
         where = f" from layer {self.from_layer} up" if self.from_layer else ""
+        pairs = pairs_text(r["n_pairs"], r.get("n_prompts"), "held-out pairs")
         return (
             f"τ = {self.tau:g}: the smallest circuit of the {r['points']} in evaluation.csv that, like all larger ones, has a "
-            f"faithfulness of at least {ENOUGH:g} ({r['faithfulness']:.2f} on {r['n_pairs']} held-out pairs, {r['ablation']} "
+            f"faithfulness of at least {ENOUGH:g} ({r['faithfulness']:.2f} on {pairs}, {r['ablation']} "
             f"ablation): {r['n_nodes']} of the {r['n_possible']} {counted([str(r.get('kind'))])}{where}"
         )
 

@@ -27,6 +27,7 @@ from relp_cli.spaces.features import feature_nodes, sites_of
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.sites import Site, parse_site
 from relp_cli.spaces.units import ANY_POSITION
+from relp_cli.tasks.counted import pairs_text
 
 
 def show_features(
@@ -40,7 +41,8 @@ def show_features(
     meta = scores.meta
     if meta["rules"]:
         table.attrs["notes"] = ["rules applied (layers): " + ", ".join(f"{r}×{n}" for r, n in meta["rules"].items())]
-    where = f"{meta.get('task', '?')}, {meta['model']}, dictionary {meta['dictionary']}, {meta['n_pairs']} pairs"
+    where = f"{meta.get('task', '?')}, {meta['model']}, dictionary {meta['dictionary']}, "
+    where += pairs_text(meta["n_pairs"], meta.get("n_prompts"))
     show(
         table.drop(columns=["kind", "n"]),
         console,

@@ -32,6 +32,7 @@ from relp_cli.runs.scoring import open_run
 from relp_cli.runs.spec import ScoreSpec, method_names
 from relp_cli.runs.summary import areas_of
 from relp_cli.spaces.scores import SIGN, Scores
+from relp_cli.tasks.counted import pairs_text
 
 FREE = ("method", "params", "keep_examples", "nodes", "batch_size", "dtype")  # what runs side by side may differ in
 MOST_BYTES = 3_000_000  # of the sections of scores on one page
@@ -56,7 +57,7 @@ def runs_page(paths: Sequence[Path]) -> Page:
     records = [run.read() for run, _, _ in opened]
     return Page(
         f"{meta.get('task', '?')} · {meta['model']}: {len(paths)} runs side by side",
-        f"{', '.join(names)} · {meta['n_pairs']} pairs · {meta['direction']} · {meta['metric']}",
+        f"{', '.join(names)} · {pairs_text(meta['n_pairs'], meta.get('n_prompts'))} · {meta['direction']} · {meta['metric']}",
         (section, Section("cost", "Cost", ("Passes per pair, and seconds in all.",), sheets=(Sheet("cost", costs),))),
         tuple(dict.fromkeys(line for record in records for line in record.get("notes", []))),
         tuple((f"run {path}", f"hash {record['hash']}, {spec.method}") for path, record, (_, spec, _) in
@@ -111,7 +112,8 @@ def comparison_page(folder: Path) -> Page:
             break
     return Page(
         "Comparison: " + (f"{first.task} · {model_title(first.model)}" if len(rows) == 1 else f"{len(rows)} tasks × models"),
-        f"{', '.join(f'{t} on {model_title(m)}' for t, m in rows)} · {first.n_pairs} pairs · {first.direction} · {first.metric}",
+        f"{', '.join(f'{t} on {model_title(m)}' for t, m in rows)} · {pairs_text(first.n_pairs, first.get('n_prompts'))} · "
+        f"{first.direction} · {first.metric}",
         tuple(sections), (*made.get("notes", []), *notes), (("file", str(file)),), (command_of(file),),
     )  # fmt: skip
 
@@ -201,7 +203,8 @@ def diagnosis_page(folder: Path) -> Page:
     keys = ("task", "model", "direction", "metric", "pairs")
     return Page(
         f"Diagnosis of {about['diagnosed']}: {about['task']} · {about['model']}",
-        f"{about['pairs']} pairs · {about['direction']} · {about['metric']} · recommended: {about['recommended']}",
+        f"{pairs_text(about['pairs'], about.get('prompts'))} · {about['direction']} · "
+        f" {about['metric']} · recommended: {about['recommended']}",
         sections, tuple(about.get("notes", [])), tuple((k, str(about[k])) for k in keys), (command_of(folder / RECORD),),
     )  # fmt: skip
 

@@ -25,9 +25,11 @@ from relp_cli.runs.spec import ScoreSpec
 from relp_cli.scoring import score
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.table import space_for
+from relp_cli.tasks.counted import sharing_note
 from relp_cli.tasks.generate import TooFewPairs
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
+from relp_cli.tasks.shared import PROMPT_OF, prompts_of
 from relp_cli.tasks.task import Task, load_task
 
 
@@ -105,6 +107,8 @@ def prepare(spec: ScoreSpec, session: Session, at_most: bool = False) -> Prepare
         kept = keep_correct(pairs, seen)
         notes.append(f"only correct: {sum(len(b) for b in kept)} of {seen.n} pairs kept")
         pairs, seen = kept, behaviour(model, kept, metric)
+    if said := sharing_note(prompts_of(pairs)):
+        notes.append(said)
     return Prepared(model, task, pairs, metric, seen, built.bos, tuple(notes))
 
 
@@ -200,7 +204,7 @@ def score_run(
         {
             "hash": digest,
             "spec": spec.model_dump(mode="json"),
-            "scores": dict(scores.meta),
+            "scores": {key: value for key, value in scores.meta.items() if key != PROMPT_OF},
             "behaviour": prepared.behaviour.as_dict(),
             "notes": [*prepared.notes, *scoring_notes(scores)],
             "provenance": provenance(),

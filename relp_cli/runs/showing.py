@@ -19,6 +19,7 @@ from relp_cli.runs.scoring import open_run
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.table import SPACES
+from relp_cli.tasks.counted import pairs_text
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def _of_circuit(circuit: Circuit) -> str:
 
 def _of_evaluation(table: pd.DataFrame) -> str:
     first = table.iloc[0]
-    about = f"{first.n_pairs} held-out pairs of {first.evaluated_on}, {first.ablation} ablation"
+    pairs = pairs_text(first.n_pairs, first.get("n_prompts"), "held-out pairs")
+    about = f"{pairs} of {first.evaluated_on}, {first.ablation} ablation"
     if "circuit" not in table:
         sizes = f"{table.n_nodes.min()} to {table.n_nodes.max()} of {first.n_possible}"
         best = suggested(table)

@@ -18,7 +18,8 @@ from relp_cli.spaces.files import SIGN, load_scores, save_scores, tensor_hash
 from relp_cli.spaces.shown import Shown, ShownView
 from relp_cli.spaces.table import SPACES, space_of
 from relp_cli.spaces.units import Units
-from relp_cli.tasks.shared import PROMPT_OF, distinct
+from relp_cli.tasks.counted import distinct
+from relp_cli.tasks.shared import PROMPT_OF
 
 __all__ = ["SIGN", "KindScores", "Scores"]
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from relp_cli.errors import visible
 from relp_cli.registry import load
+from relp_cli.tasks.counted import pairs_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,7 +113,7 @@ def title_of(scores: Any) -> str:
     parts = [
         f"{type(scores).__name__}({visible(str(scores.meta.get('method', 'scores')))}{f': {kinds}' if kinds else ''}",
         f"{scores.n_nodes} units ({_positions(scores.labels)})",
-        f"{pairs} pairs",
+        pairs_text(pairs, scores.meta.get("n_prompts")),
         *(visible(str(scores.meta[key])) for key in ("metric", "direction", "model") if key in scores.meta),
     ]
     return f"{', '.join(parts)})"

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from relp_cli.errors import RelpError
+from relp_cli.tasks.counted import distinct, sharing_note
 from relp_cli.tasks.encoder import Encoder
 from relp_cli.tasks.generate import TooFewPairs
 from relp_cli.tasks.metrics import METRICS
+from relp_cli.tasks.shared import prompts_of
 from relp_cli.tasks.task import Task
 from relp_cli.tasks.tokenise import vocabulary
 
@@ -28,12 +30,14 @@ class Bare:
 @dataclass(frozen=True)
 class Fit:
     """several: word list → word → its tokens, of words that the task cannot use.
-    pairs:   split → how many were drawn, at most `MOST`. lengths: token length → how many of these.
+    pairs:   split → how many were drawn, at most `MOST`. prompts: of how many original prompts. lengths: token length → how
+             many of these.
     why:     what is wrong, in one line a problem; an unusable task has no pairs.
     """
 
     several: dict[str, dict[str, str]]
     pairs: dict[str, int]
+    prompts: dict[str, int]
     lengths: dict[int, int]
     why: tuple[str, ...]
 
@@ -42,7 +46,7 @@ def fit(task: Task, bare: Bare) -> Fit:
     """Tokenise the task's words and draw pairs of both splits. Problems are collected, not raised."""
     encoder = Encoder(bare.tokenizer, bare.name, None)
     several: dict[str, dict[str, str]] = {}
-    why, pairs, lengths = list[str](), dict[str, int](), dict[int, int]()
+    why, pairs, prompts, lengths = list[str](), dict[str, int](), dict[str, int](), dict[int, int]()
     try:
         for name, kept in vocabulary(task.text, encoder, METRICS[task.metric].several).rows.items():
             usable = {row.key for row in kept}
@@ -50,19 +54,22 @@ def fit(task: Task, bare: Bare) -> Fit:
             if lost:
                 several[name] = {word: encoder.pieces(encoder.encode(" " + word)[0]) for word in lost}
     except RelpError as error:
-        return Fit(several, pairs, lengths, (str(error),))
+        return Fit(several, pairs, prompts, lengths, (str(error),))
     for split in ("discovery", "heldout"):
         try:
             batches = _drawn(task, bare, split)
         except RelpError as error:
-            pairs[split] = 0
+            pairs[split] = prompts[split] = 0
             if str(error) not in why:
                 why.append(str(error))
             continue
-        pairs[split] = sum(len(batch) for batch in batches)
+        of = prompts_of(batches)
+        pairs[split], prompts[split] = len(of), distinct(of)
+        if said := sharing_note(of):
+            why.append(f"{split}: {said.removeprefix('WARNING: ')}")
         for batch in batches:
             lengths[batch.n_pos] = lengths.get(batch.n_pos, 0) + len(batch)
-    return Fit(several, pairs, dict(sorted(lengths.items())), tuple(why))
+    return Fit(several, pairs, prompts, dict(sorted(lengths.items())), tuple(why))
 
 
 def _drawn(task: Task, bare: Bare, split: str) -> list[Any]:

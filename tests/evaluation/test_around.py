@@ -22,7 +22,6 @@ from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.nodes import node_circuit
 from relp_cli.spaces.units import ANY_POSITION
 from relp_cli.tasks.metrics import METRICS
-from relp_cli.tasks.pairs import PairBatch
 
 
 def some(shape=(3, 6, 4), share=0.2, seed=0):
@@ -170,9 +169,9 @@ def test_behaviour_on_originals_and_patches():
     assert (got.verdict, got.at_chance) == ("undecided", False)  # of 8 pairs
     kept = keep_correct(both, got)
     assert sum(map(len, kept)) == int((values > 0).sum())
-    easy = PairBatch(both[0].original.repeat(10, 1), None, [1] * 30, [2] * 30)
-    logits = c.model.logits(easy.original[:3])
-    best = replace(easy, answer=logits.argmax(-1).repeat(10), foil=logits.argmin(-1).repeat(10))
+    easy = pairs(30, 4, seed=4)
+    logits = c.model.logits(easy.original)
+    best = replace(easy, patch=None, answer=logits.argmax(-1), foil=logits.argmin(-1))
     with exact_float64():
         sure = behaviour(c.model, [best], "logit_diff")
     assert (sure.accuracy, sure.at_chance, sure.metric_patch) == (1, False, None)

@@ -367,7 +367,7 @@ class Simulated:
         part = empty + 0.7 * (full - empty) + rng.normal(0, 0.8, n)
         rest = empty + 0.1 * (full - empty) + rng.normal(0, 0.8, n)
         self.values = {"full": full, "empty": empty, "circuit": part, "complement": rest}
-        self.n = n
+        self.n = self.n_prompts = n
 
     def get(self, name, _=0):
         return self.values[name]
