@@ -204,7 +204,7 @@ def diagnosis_page(folder: Path) -> Page:
     return Page(
         f"Diagnosis of {about['diagnosed']}: {about['task']} · {about['model']}",
         f"{pairs_text(about['pairs'], about.get('prompts'))} · {about['direction']} · "
-        f" {about['metric']} · recommended: {about['recommended']}",
+        f"{about['metric']} · recommended: {about['recommended']}",
         sections, tuple(about.get("notes", [])), tuple((k, str(about[k])) for k in keys), (command_of(folder / RECORD),),
     )  # fmt: skip
 

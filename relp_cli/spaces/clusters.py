@@ -32,7 +32,7 @@ def of_clusters(
     mean, squares = values.sum(0) / n.clamp(min=1), torch.zeros_like(values[0])
     for group in range(groups):
         squares += (values[of == group].sum(0) - sizes[group, positions] * mean).square()
-    return squares / n * count / (count - 1)
+    return squares / n * _correction(count)
 
 
 class ClusterSums:
@@ -68,4 +68,9 @@ class ClusterSums:
     def variance(self, mean: Float[Tensor, "pos unit"], n: Int[Tensor, "pos 1"]) -> Float[Tensor, "pos unit"]:
         """n·V(x̄); NaN where there is one cluster."""
         squares = self.squares - 2 * mean * self.weighted + mean.square() * self.sizes
-        return squares.clamp(min=0) / n * self.count / (self.count - 1)
+        return squares.clamp(min=0) / n * _correction(self.count)
+
+
+def _correction(count: Tensor) -> Tensor:
+    """G/(G − 1); NaN where there is one cluster: rounding would make infinity of its squares."""
+    return (count / (count - 1)).masked_fill(count < 2, torch.nan)
