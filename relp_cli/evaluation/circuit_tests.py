@@ -67,9 +67,7 @@ def circuit_tests(
     cells = cells[circuit.mask[cells[:, 0], cells[:, 1]]]
     tested = cells[torch.randperm(len(cells), generator=generator)[: how.units].sort().values].tolist()
     parts = [[circuit], references, [c for c, _ in paths], [c for _, c in paths], [circuit.without(*c) for c in tested]]
-    values = measured(
-        run, model, row, [c for part in parts for c in part], sum(map(len, pairs)), progress, 1 + len(references)
-    )
+    values = measured(run, model, row, [c for part in parts for c in part], pairs, progress, 1 + len(references))
     n_pairs, n_prompts, starts = values.n, values.n_prompts, np.cumsum([0, *map(len, parts)])
     values.of_prompts()  # the tests count independent observations
 

@@ -113,9 +113,14 @@ def diagnose(
 ) -> Diagnosis:
     """Diagnose the method `cheap` (of CANDIDATES) on these pairs.
 
-    Raises: RelpError for a metric without gradient at the run, and for an unknown method.
+    Raises: RelpError for a metric without gradient at the run, for an unknown method, and for answers of several tokens.
     """
     check_candidate(cheap)
+    if any(batch.several for batch in pairs):
+        raise RelpError(
+            "diagnose takes answers of single tokens: its failure modes and atp_star read one run of a prompt, answers of "
+            "several tokens need two; use relp compare"
+        )
     limits = options or Options()
     if limits.top < 1:
         raise RelpError(f"top: expected at least 1 suspect to patch, got {limits.top}")

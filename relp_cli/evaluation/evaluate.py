@@ -80,9 +80,14 @@ def excluded_layers(space: str, n_layers: int, asked: int | None) -> int:
 
 
 def ablator(model: Model, pairs: Sequence[PairBatch], circuits: Sequence[Circuit], how: Ablating) -> Ablator:
-    """The ablator of the circuits' space. Raises RelpError for an ablation that it does not know, or without the prompts
-    that it needs.
+    """The ablator of the circuits' space; of answers of several tokens, its pairs are their parts. Raises RelpError for an
+    ablation that it does not know, or without the prompts that it needs.
     """
+    if how.ablation == "resample" and any(batch.several for batch in pairs):
+        raise RelpError(
+            "ablation 'resample' draws a donor per run; answers of several tokens are read in two: use another"
+        )
+    pairs = parts_of(pairs)
     space = circuits[0].units.space
     row = ablation_row(how.ablation, space)
     if (how.ablation == "corpus") != (how.corpus is not None):
@@ -136,11 +141,6 @@ def evaluate(
         raise RelpError(
             f"corpus {corpus}: only circuits of nodes are ablated with a corpus, not those of edges or features"
         )
-    if ablation == "resample" and any(batch.several for batch in pairs):
-        raise RelpError(
-            "ablation 'resample' draws a donor per run; answers of several tokens are read in two: use another"
-        )
-    pairs = parts_of(pairs)
     exclude = excluded_layers(circuits[0].units.space, model.shape.n_layers, exclude_layers)
     row = metric_of(metric or str(circuits[0].meta.get("metric", "logit_diff")))
     how = Ablating(ablation, exclude, seed, corpus, dictionary, batch_size)
@@ -169,7 +169,7 @@ def _table(
         *circuits,
         *(c.random_like(seed + i, exclude, run.drawable(c)) for c in circuits for i in range(random_circuits)),
     ]
-    values = measured(run, model, row, everything, sum(map(len, pairs)), progress)
+    values = measured(run, model, row, everything, pairs, progress)
     about = [
         {
             "n_nodes": c.counted(exclude),
@@ -196,12 +196,15 @@ def measured(
     model: Model,
     row: Metric,
     circuits: Sequence[Circuit],
-    n_pairs: int,
+    pairs: Sequence[PairBatch],
     progress: Progress | None = None,
     complements: int | None = None,
 ) -> Values:
-    """Per pair F(M), F(∅) and, of every circuit, F(C) and F(M∖C): the latter of the first `complements` (None: of all)."""
-    values, done, parts = Values(len(circuits)), 0, list[PairBatch]()
+    """Per pair F(M), F(∅) and, of every circuit, F(C) and F(M∖C): the latter of the first `complements` (None: of all).
+
+    pairs: those that `run` was made from.
+    """
+    values, done, parts, rows = Values(len(circuits)), 0, list[PairBatch](), sum(map(len, parts_of(pairs)))
     for batch, ablated in run.batches():
         parts.append(batch)
         with torch.no_grad():
@@ -221,7 +224,7 @@ def measured(
             if complements is None or i < complements:
                 values.add("complement", i, value(~keep))
             if progress:  # a batch of many circuits takes long
-                progress(done + len(batch) * (i + 1) // len(circuits), n_pairs, "evaluate")
+                progress(done + len(batch) * (i + 1) // len(circuits), rows, "evaluate")
         done += len(batch)
     values.of_pairs(parts)
     return values

@@ -124,6 +124,8 @@ def mib_values(
 
     Raises: RelpError for scores of features or of another model, and for pairs without patch prompts.
     """
+    if any(batch.several for batch in pairs):
+        raise RelpError("MIB's metric and accuracy read single tokens; of answers of several tokens use relp.evaluate")
     rankings = mib_circuits(scores, fractions)
     circuits = [circuit for ranking in rankings.values() for circuit in ranking]
     for circuit in circuits:

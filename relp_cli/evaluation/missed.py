@@ -24,14 +24,15 @@ from torch import Tensor
 from relp_cli import BATCH_SIZE
 from relp_cli.errors import RelpError
 from relp_cli.methods.patching import every_pair, patch_sets
+from relp_cli.methods.request import Request
 from relp_cli.methods.room import Room, fitting
 from relp_cli.methods.score import position_axis
-from relp_cli.methods.setup import Setup
+from relp_cli.methods.setup import Passes
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import units
 from relp_cli.nodes.kinds import NODE_KINDS
-from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch, in_batches
+from relp_cli.tasks.parts import parts_of
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def missed_effects(
     """
     if not 0 < share < 1 or not 0.5 < confidence < 1 or subsets < 4:
         raise RelpError("missed effects: expected 0 < share < 1, 0.5 < confidence < 1 and at least 4 subsets")
-    _, labels = position_axis(pairs)
+    _, labels = position_axis(parts_of(pairs))
     open_ = {kind: ~mask for kind, mask in verified.items()}
     for kind, mask in verified.items():
         k = NODE_KINDS[kind]
@@ -161,8 +162,9 @@ def _subset_effects(
     """c(S) of every subset, averaged over pairs: Float64[subset]."""
     n = len(next(iter(masks.values())))
     total, n_pairs = torch.zeros(n, dtype=torch.float64), sum(len(b) for b in pairs)
-    for chunk in in_batches(pairs, BATCH_SIZE, model.device):
-        setup = Setup(model, chunk, METRICS[metric], tuple(NODE_KINDS[k] for k in masks), direction)  # type: ignore[arg-type]
+    request, kinds = Request(metric, direction), tuple(NODE_KINDS[k] for k in masks)
+    for chunk in in_batches(parts_of(pairs), BATCH_SIZE, model.device):
+        setup = request.setup(model, chunk, kinds, Passes())
         source = setup.source_activations()
         at = chunk.index(labels)
         here = {

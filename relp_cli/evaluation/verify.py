@@ -20,8 +20,8 @@ from relp_cli.evaluation.agreement import top
 from relp_cli.features.load import Dictionaries
 from relp_cli.methods.patching import patch_nodes
 from relp_cli.methods.request import Progress, Request
-from relp_cli.methods.score import position_axis, score_units
-from relp_cli.methods.setup import Setup
+from relp_cli.methods.score import position_axis, score_units, summed
+from relp_cli.methods.setup import Passes, Setup
 from relp_cli.models.model import Model
 from relp_cli.nodes.access import Activations
 from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
@@ -30,8 +30,8 @@ from relp_cli.spaces.features import sites_of, with_errors
 from relp_cli.spaces.nodes import node_blocks, units_of
 from relp_cli.spaces.scores import KindScores, Scores
 from relp_cli.spaces.totals import Totals
-from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch, in_batches
+from relp_cli.tasks.parts import parts_of
 
 
 def candidates(cheap: Sequence[KindScores], k: int) -> Tensor:
@@ -73,15 +73,19 @@ def exact_scores(
     batch_size: int = BATCH_SIZE,
 ) -> Scores:
     """Exact scores of the masked nodes (kind → Bool[layer, pos, *unit]), 0 elsewhere; `meta` has metric and direction."""
-    axis, labels = position_axis(pairs)
+    axis, labels = position_axis(parts_of(pairs))
     kinds = tuple(NODE_KINDS[name] for name in masks)
+    request = Request(meta["metric"], meta["direction"])
     chunks = in_batches(pairs, batch_size, model.device)
     totals, done = Totals(units_of(model, list(masks)), labels, sum(map(len, chunks)), keep=None), 0
     for chunk in chunks:
-        setup = Setup(model, chunk, METRICS[meta["metric"]], kinds, meta["direction"])
-        source = setup.source_activations()
-        effects = {k.name: _effects(setup, k, masks[k.name], labels, source) for k in kinds}
-        totals.add(node_blocks(effects, list(masks)), setup.labels)
+        found = []
+        for part in parts_of([chunk]):
+            setup = request.setup(model, part, kinds, Passes())
+            source = setup.source_activations()
+            effects = {k.name: _effects(setup, k, masks[k.name], labels, source) for k in kinds}
+            found.append((setup.labels, node_blocks(effects, list(masks))))
+        totals.add(*summed(found))
         done += len(chunk)
         if progress:
             progress(done, totals.total, "exact patching of candidates")

@@ -15,6 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from heapq import merge
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +44,10 @@ from relp_cli.spaces.features import feature_nodes
 from relp_cli.spaces.sites import Site
 from relp_cli.spaces.totals import moments
 from relp_cli.tasks.pairs import PairBatch, in_batches
+from relp_cli.tasks.parts import parts_of
 
 MAX_NODES = 10_000  # one backward pass each, and a matrix of all pairs
+_ends = itemgetter(0, 1)
 
 
 def feature_edges(
@@ -94,20 +99,24 @@ def feature_edges(
     chunks = in_batches(pairs, batch_size, model.device)
     steps, applied = len(nodes) + 1, dict[str, int]()
     for done, chunk in enumerate(chunks):
-        on = FeatureBatch(feature_setup(model, found, chunk, request, Passes()), found)
-        points = tuple(row.load()[0](on, parsed))
-        if any(point.part != "whole" or isinstance(point.weight, Tensor) for point in points):
-            raise RelpError(
-                "edges between features are scored at one endpoint and without a blend: score with --set endpoints=patch "
-                "--set blend=false"
-            )
-        grads, applied = on.site_gradients(points)
-        slots = circuit.slots(chunk).to(model.device)
-        for target, first, scores in _Batch(on, nodes, circuit.labels, slots, points, grads).edges():
-            totals.add(target, first, scores)
+        batches = []
+        for part in parts_of([chunk]):
+            on = FeatureBatch(feature_setup(model, found, part, request, Passes()), found)
+            points = tuple(row.load()[0](on, parsed))
+            if any(point.part != "whole" or isinstance(point.weight, Tensor) for point in points):
+                raise RelpError(
+                    "edges between features are scored at one endpoint and without a blend: score with --set endpoints=patch "
+                    "--set blend=false"
+                )
+            grads, applied = on.site_gradients(points)
+            slots = circuit.slots(part).to(model.device)
+            batches.append(_Batch(on, nodes, circuit.labels, slots, points, grads))
+        # Each batch's edges come in the order of their ends: a pair's score is the sum over its parts.
+        for (target, first), scores in groupby(merge(*(b.edges() for b in batches), key=_ends), _ends):
+            totals.add(target, first, torch.stack([one for *_, one in scores]).sum(0))
             if progress:
                 progress(done * steps + target + 1, len(chunks) * steps, "edges")
-        totals.count(slots, len(chunk))
+        totals.count(torch.cat([b.slots for b in batches]), len(chunk))
     about = {
         **how,
         "params": parsed.model_dump(mode="json", exclude=set(row.fixed)),
@@ -166,7 +175,7 @@ class _Batch:
         points: Sequence[Point],
         grads: Mapping[Site, Tensor],
     ) -> None:
-        self.on, self.points, self.grads = on, points, grads
+        self.on, self.slots, self.points, self.grads = on, slots, points, grads
         self.sites = tuple(on.dictionaries)
         self.here: dict[Site, _Here] = {}
         of_node = torch.tensor([labels.index(node.position) for node in nodes], device=slots.device)

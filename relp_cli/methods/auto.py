@@ -33,6 +33,7 @@ from relp_cli.nodes.kinds import NODE_KINDS
 from relp_cli.spaces.scores import KindScores, Scores, whole_of
 from relp_cli.statistics import TAIL, interval, pearson, resample_picks
 from relp_cli.tasks.pairs import PairBatch
+from relp_cli.tasks.parts import parts_of
 from relp_cli.tasks.shared import PROMPT_OF, about_prompts, prompts_of
 
 Rules = tuple[str, ...]
@@ -201,20 +202,22 @@ def exact_cells(
     """
     out = {kind: np.zeros(len(c)) for kind, c in cells.items()}
     kinds = tuple(NODE_KINDS[k] for k in cells)
-    means = mean_activations(model, pairs, kinds, request.batch_size) if request.baseline == "mean" else None
-    first, forwards = 0, 0.0 if means is None else float(sum(map(len, pairs)))
-    for batch in (b.to(model.device) for b in pairs):
+    parts = parts_of(pairs)
+    means = mean_activations(model, parts, kinds, request.batch_size) if request.baseline == "mean" else None
+    first, forwards = 0, 0.0 if means is None else float(sum(map(len, parts)))
+    for batch in (b.to(model.device) for b in parts):
+        first = first if batch.pair is None else int(batch.pair[0])
         setup = request.setup(model, batch, kinds, Passes(), None if means is None else means.at(batch))
         source, index = setup.source_activations(setup.traced[1]), {label: i for i, label in enumerate(setup.labels)}
         for kind in kinds:
             pair, layer, label, unit = torch.from_numpy(cells[kind.name]).unbind(1)
             slot = torch.tensor([index.get(label, -1) for label in like[kind.name].labels])[label]
-            here = (pair >= first) & (pair < first + len(batch))
+            here = (pair >= first) & (pair < first + len(batch)) & (slot >= 0)  # a part has not all positions
             where = (layer, pair - first, slot, unit)
             wanted = torch.zeros(model.shape.n_layers, len(batch), len(index), units(model, kind), dtype=torch.bool)
             wanted[tuple(x[here] for x in where)] = True
             found = patch_nodes(setup, source, {(kind.name, n): mask for n, mask in enumerate(wanted)})
-            out[kind.name][here.numpy()] = (
+            out[kind.name][here.numpy()] += (
                 torch.stack(list(found.values())).cpu()[tuple(x[here] for x in where)].numpy()
             )
         forwards += setup.passes.forward * len(batch) + setup.passes.patched

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -60,7 +61,7 @@ def score_units(
         parts.append((on, scorer.blocks(result.scores)))
         on.forget()
         if len(parts) == work.parts:
-            totals.add(*_summed(parts))
+            totals.add(*summed([(on.labels, blocks) for on, blocks in parts]))
             account.done([on.setup for on, _ in parts])
             parts.clear()
     meta = account.meta(
@@ -176,14 +177,16 @@ class _Work:
             yield on, result
 
 
-def _summed(parts: Sequence[tuple[Batch, Sequence[Tensor]]]) -> tuple[Sequence[Tensor], tuple[str, ...]]:
-    """Blocks of one batch and their labels: the sum over its parts, at the positions of any of them."""
+def summed(
+    parts: Sequence[tuple[tuple[str, ...], Sequence[Float[Tensor, "batch slot unit"]]]],
+) -> tuple[Sequence[Tensor], tuple[str, ...]]:
+    """Blocks of one batch and their labels: the sum over its parts (labels, blocks), at the positions of any of them."""
     if len(parts) == 1:
-        return parts[0][1], parts[0][0].labels
-    labels = tuple(dict.fromkeys(label for on, _ in parts for label in on.labels))
+        return parts[0][1], parts[0][0]
+    labels = tuple(dict.fromkeys(label for own, _ in parts for label in own))
     out = [block.new_zeros(len(block), len(labels), *block.shape[2:]) for block in parts[0][1]]
-    for on, blocks in parts:
-        index = torch.tensor([labels.index(label) for label in on.labels])
+    for own, blocks in parts:
+        index = torch.tensor([labels.index(label) for label in own])
         for total, block in zip(out, blocks, strict=True):
             total.index_add_(1, index.to(total.device), block)
     return out, labels

@@ -241,9 +241,8 @@ def _faithfulness(
     run = ablator(
         held.model, held.pairs, circuits, Ablating(ablation, exclude, grid.seed, None, dictionary, grid.batch_size)
     )
-    n = sum(map(len, held.pairs))
-    values = measured(run, held.model, METRICS[held.metric], circuits, n, progress, complements=0)
-    draws = resample_counts(n, grid.resamples, grid.seed + 1, values.prompts)
+    values = measured(run, held.model, METRICS[held.metric], circuits, held.pairs, progress, complements=0)
+    draws = resample_counts(values.n, grid.resamples, grid.seed + 1, values.prompts)
     full, empty = draws @ values.get("full"), draws @ values.get("empty")
     out, points = np.empty(len(circuits)), len(sweep_points(grid.sweep))
     for i in range(len(circuits)):

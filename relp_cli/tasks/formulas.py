@@ -39,7 +39,7 @@ class NotFinite(RelpError):
         self.row = row
 
 
-SEVERAL = "answers of several tokens need metric answer_logprob, and two runs of a prompt: score, compare and evaluate make them"
+SEVERAL = "answers of several tokens need metric answer_logprob, which reads two runs of a prompt (docs/tasks.md lists its verbs)"
 
 
 def checked(name: str, formula: Callable[..., Tensor], several: bool = False) -> MetricFn:
