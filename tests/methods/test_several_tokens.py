@@ -8,7 +8,8 @@ import torch
 from oracles import scores as S
 from oracles.forward import forward
 from oracles.make import exact_float64
-from oracles.wrapped import case, close, run
+from oracles.several import POS, following, logprob, sequences, summed
+from oracles.wrapped import close, run
 
 import relp_cli as relp
 from relp_cli.errors import RelpError
@@ -19,43 +20,6 @@ from relp_cli.tasks.parts import parts_of
 
 KINDS = ("resid_pre", "mlp_out", "key")
 METRIC = "answer_logprob"
-POS = 6
-
-
-def sequences(shape, answer=3, foil=2):
-    """The case's pairs, with answers of 3 tokens and foils of 2, and both as the oracle reads them: (tokens, sign)."""
-    c = case(shape)
-    rng = torch.Generator().manual_seed(5)
-    a, f = (torch.randint(50, (4, k), generator=rng) for k in (answer, foil))
-    roles = ("bos", "a", "b", "c", "d", "end")
-    batch = PairBatch(c.batch.original, c.batch.patch, a[:, None], f[:, None], roles)
-    return c, batch, ((a, 1.0), (f, -1.0))
-
-
-def logprob(tokens, sign):
-    """Σ log p(tokens) of runs of prompt + all tokens but the last."""
-
-    def metric(logits):
-        log_p = logits.log_softmax(-1)
-        return sign * sum(log_p[:, POS - 1 + i].gather(-1, t[:, None])[:, 0] for i, t in enumerate(tokens.T))
-
-    return metric
-
-
-def following(prompts, tokens):
-    return torch.cat([prompts, tokens[:, :-1]], 1)
-
-
-def summed(of_side, sides):
-    """Both sides' oracle scores [batch, layer, pos, *unit] on the axis prompt, answer:1, answer:2, foil:1."""
-    out = {}
-    parts = [of_side(tokens, sign) for tokens, sign in sides]
-    for kind, (one, two) in {k: (parts[0][k], parts[1][k]) for k in parts[0]}.items():
-        both = one.new_zeros(*one.shape[:2], POS + 3, *one.shape[3:])
-        both[:, :, : POS + 2] += one
-        both[:, :, [*range(POS), POS + 2]] += two
-        out[kind] = both
-    return out
 
 
 @pytest.mark.parametrize(("shape", "direction"), [("gpt2", "noising"), ("gemma2", "denoising")])
