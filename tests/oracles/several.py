@@ -1,4 +1,4 @@
-"""Answers of several tokens as the oracle reads them: two runs of a prompt, one that continues with the answer, one with the foil."""
+"""Answers of several tokens as the oracle reads them: a run of prompt and answer, and one of prompt and foil."""
 
 from __future__ import annotations
 
