@@ -113,6 +113,9 @@ def command(
 
     Example: relp circuit runs/ioi --list
     """
+    from relp_cli.runs.rundir import RunDir
+
+    RunDir(run).read()  # what is none is said before torch is imported
     from relp_cli.runs.scoring import Session, open_run, prepare_again
 
     how: dict[str, Any] = {"threshold": threshold, "fraction": fraction, "top_k": top_k, "top_p": top_p}

@@ -25,15 +25,15 @@ def command(
     Example: relp collect runs/table5_tiny
     """
     from relp_cli.runs.collecting import cell_paths, collect, job_of
+    from relp_cli.runs.folders import check_job_name
     from relp_cli.runs.known import Known
 
     if Path(target).is_dir():
         if output or override:
             raise RelpError(f"{'--output' if output else '--override'} is for a JOB.yaml; '{target}' is a folder")
         folder, job = Path(target), job_of(Path(target))
-    elif "/" in target and not target.endswith((".yaml", ".yml")):
-        raise RelpError(f"there is no folder '{target}'; expected a job's folder, a JOB.yaml or a shipped job's name")
     else:
+        check_job_name(target, "a job's folder", "job.json")
         job = named_job(target, override)
         folder = output or Path("runs") / job.name
         if not folder.is_dir():

@@ -47,8 +47,10 @@ def command(
 
     Example: relp compare ioi sva_across_pp --model tiny-gpt2 --methods atp,relp,relp+ah
     """
+    from relp_cli.runs.folders import check_compared
+
+    runs = check_compared(targets)
     from relp_cli.runs.comparing import CompareOptions, compare_runs, compare_tasks
-    from relp_cli.runs.rundir import RunDir
 
     if nodes == COMPONENTS:
         nodes = "feature" if how.dictionary is not None else _served(comma(methods, "--methods"))
@@ -56,7 +58,6 @@ def command(
         models=comma(model, "--model"), methods=comma(methods, "--methods"), nodes=comma(nodes, "--nodes"),
         reference=reference, top_k=top_k, params=how.params, common=how.of_spec,
     )  # fmt: skip
-    runs = all(RunDir(Path(t)).exists() for t in targets)
     if runs:
         refuse_typed(context, OF_RUNS, "is for comparing methods on tasks; runs were scored already")
     if output is None:

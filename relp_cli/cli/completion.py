@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 Names = Callable[[], Iterable[str]]
-DEEP = 3  # folders below the working one that are looked through for runs
 
 
 def tasks() -> Iterable[str]:
@@ -59,19 +57,15 @@ def ablations() -> Iterable[str]:
 
 
 def runs() -> Iterable[str]:
-    return _holding("run.json")
+    from relp_cli.runs.folders import RUN, folders_holding
+
+    return folders_holding(RUN)
 
 
 def reported() -> Iterable[str]:
-    from relp_cli.runs.rundir import FOLDERS
+    from relp_cli.runs.folders import FOLDERS, RUN, folders_holding
 
-    return _holding("run.json", *FOLDERS)
-
-
-def _holding(*files: str) -> list[str]:
-    """The folders below this one that hold one of these files."""
-    patterns = ("/".join(["*"] * depth + [file]) for depth in range(1, DEEP + 1) for file in files)
-    return sorted({str(path.parent) for pattern in patterns for path in Path().glob(pattern)})
+    return folders_holding(RUN, *FOLDERS)
 
 
 def of(*names: Names | tuple[str, ...]) -> Names:

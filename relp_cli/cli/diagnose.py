@@ -48,6 +48,9 @@ def command(
     from relp_cli.runs.checked import score_spec
 
     spec = score_spec(task=task, model=at_revision(model, revision), **how.of_spec)
+    from relp_cli.runs.folders import check_task
+
+    check_task(task)
     from relp_cli.evaluation.diagnose import Options, check_candidate, diagnose
     from relp_cli.files import check_writable
     from relp_cli.runs.diagnosing import RECORD, save_diagnosis

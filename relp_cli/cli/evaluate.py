@@ -105,7 +105,9 @@ def command(
     refuse_misplaced(target)
     if target.endswith((".yaml", ".yml")) or not Path(target).exists():
         from relp_cli.cli.job import Where, named_job, run_job
+        from relp_cli.runs.folders import RUN, check_job_name
 
+        check_job_name(target, "a run's folder", RUN, "job.json")
         size = [] if batch_size is None else [f"batch_size={batch_size}"]
         job = named_job(target, [*override, *size])
         refuse_typed(context, OF_JOBS, f"is for runs; '{target}' is a job, whose keys --override changes")
@@ -115,6 +117,12 @@ def command(
     of_runs = {str(parameter.name) for parameter in context.command.params} - ONLY_JOBS
     refuse_typed(context, of_runs, f"is for jobs; '{target}' is a run")
     kinds = comma(nodes, "--nodes") if nodes is not None else ()
+    from relp_cli.runs.folders import check_task
+    from relp_cli.runs.rundir import RunDir
+
+    RunDir(Path(target)).read()  # what is none is said before torch is imported
+    if task is not None:
+        check_task(task)
     if dry_run:
         from relp_cli.runs.evaluating import evaluation_cost
 

@@ -64,6 +64,9 @@ def export(
     if form not in FORMATS:
         raise unknown("format", form, FORMATS)
     place = placed(device, device_map)
+    from relp_cli.runs.rundir import RunDir
+
+    RunDir(run).read()  # what is none is said before torch is imported
     if form == "mib":
         _submit(run, file, as_, place, json)
         return

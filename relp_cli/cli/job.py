@@ -67,8 +67,6 @@ def named_job(name: str, overrides: list[str]) -> JobSpec:
     """A shipped job, or a file. Raises RelpError for what is neither."""
     from relp_cli.runs.job import load_job
 
-    if not Path(name).exists() and "/" in name and not name.endswith((".yaml", ".yml")):
-        raise RelpError(f"run '{name}' does not exist; `relp ls runs` lists runs, `relp score` makes one")
     return load_job(name, overrides)
 
 

@@ -29,6 +29,9 @@ def command(
 
     Example: relp report runs/relp runs/atp runs/exact
     """
+    from relp_cli.runs.folders import check_reported
+
+    check_reported(folders)  # what is none is said before torch is imported
     from relp_cli.runs.reporting import report
 
     made = report(folders, output, annotations)

@@ -56,6 +56,12 @@ def command(
     Example: relp robustness runs/ioi --methods relp,atp --tasks ioi,ioi_abba,sva_simple
     """
     from relp_cli.methods.table import same_method
+    from relp_cli.runs.folders import check_task
+    from relp_cli.runs.rundir import RunDir
+
+    RunDir(run).read()  # what is none is said before torch is imported
+    for task in comma(tasks, "--tasks") if tasks is not None else ():
+        check_task(task)
     from relp_cli.runs.robustness import Grid, grid_cost, robustness_of_run
     from relp_cli.runs.scoring import Session, open_run
 

@@ -72,6 +72,9 @@ def command(
         task=task, model=at_revision(model, revision), method=method, nodes=comma(nodes, "--nodes"),
         keep_examples=per_example, params=how.params | own, **how.of_spec,
     )  # fmt: skip
+    from relp_cli.runs.folders import check_task
+
+    check_task(task)  # what is wrong without torch is said before it is imported
     from relp_cli.evaluation.behaviour import said
     from relp_cli.runs.cost import describe_cost, expected_time
     from relp_cli.runs.rehearsal import expected_memory

@@ -46,6 +46,7 @@ def validate(
 
     Example: relp validate my_task.yaml --model gpt2
     """
+    from relp_cli.runs.folders import check_valid
     from relp_cli.tasks.source import read_source
 
     if _is_job(task):
@@ -54,6 +55,7 @@ def validate(
         about = _checked_job(task)
         print_json(about) if json else print_fields({**about, "valid": "yes"})
         return
+    check_valid(task)
     source = read_source(task)
     text, spec = source.text, source.text.spec
     about = {
@@ -161,12 +163,14 @@ def show(
 
     Example: relp show runs/ioi
     """
+    from relp_cli.runs.folders import check_task
     from relp_cli.runs.rundir import is_run
 
     if is_run(task):
         refuse_typed(context, OF_RUNS, f"is for tasks; '{task}' is a run, which says itself what was scored")
         _show_run(Path(task), 10 if top is None else top, json)
         return
+    check_task(task, runs=True)
     if top is not None:
         raise RelpError(f"--top is for runs; '{task}' is none")
     from relp_cli.evaluation.behaviour import said

@@ -66,6 +66,12 @@ def command(
 
     Example: relp test runs/ioi --pairs 100 --references 100
     """
+    from relp_cli.runs.folders import check_task
+    from relp_cli.runs.rundir import RunDir
+
+    RunDir(run).read()  # what is none is said before torch is imported
+    if task is not None:
+        check_task(task)
     from relp_cli.evaluation.verdicts import Levels
 
     how = Levels(alpha, epsilon, quantile, permutations, references, units)

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from relp_cli.errors import RelpError
 from relp_cli.files import read_object, write_atomically
+from relp_cli.runs.folders import instead
 from relp_cli.runs.job import Cell, Group, JobSpec, cells, read_cell
 from relp_cli.runs.known import Known
 
@@ -66,7 +67,8 @@ def job_of(folder: Path) -> JobSpec:
     path = folder / "job.json"
     if not path.is_file():
         raise RelpError(
-            f"'{folder}' is not a job's folder (it has no job.json); `relp evaluate JOB -o {folder}` makes one"
+            f"'{folder}' is not a job's folder (it has no job.json)"
+            + (instead(folder) or f"; `relp evaluate JOB -o {folder}` makes one")
         )
     content = read_object(path, "job record")
     try:

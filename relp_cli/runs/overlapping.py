@@ -10,6 +10,7 @@ from relp_cli.errors import RelpError
 from relp_cli.evaluation.agreement import agreement
 from relp_cli.evaluation.overlap import overlap
 from relp_cli.runs.evaluating import own_circuit, read_circuit
+from relp_cli.runs.folders import RUN, folders_holding, meant
 from relp_cli.runs.rundir import RunDir
 from relp_cli.runs.scoring import open_run
 
@@ -33,7 +34,7 @@ def _circuit(where: str) -> Any:
         return own_circuit(run, scores)
     if path.is_file():
         return read_circuit(path)
-    if where in reference_names() or "/" not in where:
+    if where in reference_names():
         return reference_circuit(where)
-    known = ", ".join(reference_names())
-    raise RelpError(f"'{where}' is neither a run, a circuit file nor a published circuit ({known})")
+    like, known = meant(where, folders_holding(RUN), reference_names()), ", ".join(reference_names())
+    raise RelpError(f"'{where}' is neither a run, a circuit file nor a published circuit ({known}){like}")

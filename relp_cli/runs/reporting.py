@@ -19,11 +19,12 @@ from relp_cli.runs.comparing import shared_tokens
 from relp_cli.runs.evaluated import read_evaluation
 from relp_cli.runs.evaluating import own_circuit
 from relp_cli.runs.features import feature_meanings
+from relp_cli.runs.folders import FOLDERS
 from relp_cli.runs.made import command_of
 from relp_cli.runs.pairs import pair_records, read_pairs, token_examples
 from relp_cli.runs.report_folders import comparison_page, diagnosis_page, job_page, runs_page
 from relp_cli.runs.report_more import more_sections
-from relp_cli.runs.rundir import FOLDERS, RunDir
+from relp_cli.runs.rundir import RunDir
 from relp_cli.runs.scoring import Session, open_run, prepare_again
 
 PAGES: dict[str, Callable[[Path], Page]] = {

@@ -19,12 +19,10 @@ from typing import Any
 
 from relp_cli.errors import RelpError, RunFailed
 from relp_cli.files import parse_json, read_text, write_atomically
+from relp_cli.runs.folders import instead, near_runs
 from relp_cli.tasks.spec import list_tasks
 
 PACKAGES = ("relp-cli", "torch", "transformers", "transformer-lens", "numpy")
-
-# A file that only such a folder has → what the folder is, besides a run: what `relp report` takes.
-FOLDERS = {"compare.csv": "a comparison", "diagnosis.json": "a diagnosis", "results.csv": "a job"}
 
 
 @dataclass(frozen=True)
@@ -66,9 +64,11 @@ class RunDir:
         if self.path.is_file():
             raise RelpError(f"'{self.path}' is a file; expected a run directory, which `relp score` makes")
         if not self.path.is_dir():
-            raise RelpError(f"run '{self.path}' does not exist; `relp ls runs` lists runs, `relp score` makes one")
+            also = "`relp ls runs` lists runs, `relp score` makes one"
+            like = near_runs(str(self.path))
+            raise RelpError(f"run '{self.path}' does not exist{like}{'' if like else ';'} {also}")
         if not self.record.is_file():
-            raise RelpError(f"'{self.path}' is not a run directory (it has no run.json)")
+            raise RelpError(f"'{self.path}' is not a run directory (it has no run.json){instead(self.path)}")
         text = read_text(self.record, "run record")
         try:
             content = parse_json(text, f"run record {self.record}")

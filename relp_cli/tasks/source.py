@@ -46,6 +46,19 @@ def read_source(name_or_path: str | Path) -> TaskSource:
     return _with_pairs(TaskText(spec, path, content_hash([path])), path)
 
 
+def check_source(name_or_path: str | Path) -> None:
+    """What `read_source` refuses of a task's text, without reading a file of pairs; for verbs that import torch afterwards.
+
+    Raises: RelpError, as `read_source`.
+    """
+    path = Path(name_or_path)
+    if not name_or_path or not path.is_dir():
+        if path.suffix not in FILE_ENDINGS:
+            read_task(name_or_path)
+        elif not path.is_file():
+            raise RelpError(f"{path}: no such file")
+
+
 def mib_source(data: MibData, heldout: str | None = None) -> TaskSource:
     """A data set of MIB's as a task: `train` (or its first split) is for discovery, and `heldout`, or else the next, held out.
 

@@ -241,7 +241,7 @@ def _check_templates(spec: TaskSpec, source: Source) -> TaskText:
 def _read_into(lists: dict[str, WordList], name: str, source: Source, where: str) -> None:
     if name not in lists:
         try:
-            lists[name] = read_list(name, find_list(name, source.path.parent))
+            lists[name] = read_list(name, find_list(name, source.path.parent, source.path))
         except RelpError as error:
             raise RelpError(f"{where}{error}") from None
 

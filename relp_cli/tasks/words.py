@@ -44,11 +44,13 @@ class WordList:
         return self.rows[0].columns
 
 
-def find_list(name: str, base: Path) -> Path:
-    """The file of a list: a path relative to the folder `base`, or the name of a shipped list.
+def find_list(name: str, base: Path, task: Path | None = None) -> Path:
+    """The file of a list: a path relative to the folder `base`, with its ending, or the name of a shipped list, without.
 
-    Raises: RelpError on an unknown name, with the nearest shipped one, and on a path that leaves the folder: a task that
-    somebody else wrote shows no other files of yours.
+    task: the file that names it, which may be called as a list is.
+    Raises: RelpError on an unknown name, with the nearest shipped one or the file of that name that is there; on a shipped name
+    that a file in the folder has too; and on a path that leaves the folder: a task that somebody else wrote shows no other
+    files of yours.
     """
     if "/" in name or "\\" in name or Path(name).suffix:
         path = base / name
@@ -62,9 +64,27 @@ def find_list(name: str, base: Path) -> Path:
             raise RelpError(f"no such word list: {path}")
         return path
     root = data_root("datasets")
+    beside = [f"{name}{ending}" for ending in _ENDINGS if (base / f"{name}{ending}").is_file()]
+    beside = [file for file in beside if base / file != task]
     for ending in _ENDINGS:
-        if (root / f"{name}{ending}").is_file():
-            return root / f"{name}{ending}"
+        shipped = root / f"{name}{ending}"
+        if not shipped.is_file():
+            continue
+        # Another task may have a list's name; what ends otherwise can only be meant as one.
+        own = next(
+            (file for file in beside if not file.endswith(".yaml") and not (base / file).samefile(shipped)), None
+        )
+        if own is not None:
+            raise RelpError(
+                f"'{name}' is a shipped word list, and {own} is beside the task: write '{own}' for that file, or rename it"
+            )
+        return shipped
+    if beside:
+        lists = [file for file in beside if not file.endswith(".yaml")] or beside
+        written = " or ".join(f"'{file}'" for file in lists)
+        raise RelpError(
+            f"no shipped word list '{name}'; a file beside the task is named with its ending: write {written}"
+        )
     raise unknown("word list", name, [p.stem for p in root.iterdir() if p.suffix in _ENDINGS])
 
 

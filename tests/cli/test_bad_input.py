@@ -59,7 +59,7 @@ def test_an_interrupt_says_that_work_resumes(relp, monkeypatch):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("relp_cli.runs.scoring.open_run", interrupted)
+    monkeypatch.setattr("relp_cli.runs.rundir.RunDir.read", interrupted)
     done = relp("circuit", "run", "-t", "1")
     assert done.code == 130
     assert done.err == "error: interrupted; the same command again resumes what was finished\n"

@@ -9,8 +9,8 @@ import random
 import re
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
+from relp_cli.config.paths import data_root
 from relp_cli.tasks.columns import WordSet
 from relp_cli.tasks.generate import Vocabulary, content_of, generate, side
 from relp_cli.tasks.spec import TaskText, list_tasks, read_task
@@ -78,7 +78,7 @@ def _fill(template: Template, rng: random.Random) -> str:
 
 @cache
 def _rows(name: str) -> tuple[Row, ...]:
-    return read_list(name, find_list(name, Path())).rows
+    return read_list(name, find_list(name, data_root("datasets"))).rows
 
 
 def _held_out_test(task: TaskText) -> Callable[[str], bool]:
