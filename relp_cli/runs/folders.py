@@ -40,15 +40,17 @@ def instead(folder: Path) -> str:
     return f"; it is {what}'s folder{taken_by(folder)}" if (what := what_is(folder)) else ""
 
 
-def meant(name: str, *kinds: Iterable[str]) -> str:
-    """`"; did you mean 'x' or 'y'?"`: of each kind the name that is most like this one, if any is."""
-    found = dict.fromkeys(like for known in kinds if (like := near(name, known)) is not None)
-    return f"; did you mean {' or '.join(repr(one) for one in found)}?" if found else ""
+def meant(name: str, folders: Iterable[str], names: Iterable[str] = ()) -> str:
+    """`"; did you mean 'x' or 'y'?"`: the folder whose last part is most like that of `name`, and the name most like it."""
+    by_last = {Path(folder).name: folder for folder in folders}
+    found = [by_last.get(near(Path(name).name, by_last) or ""), near(name, names)]
+    likely = [repr(one) for one in dict.fromkeys(found) if one is not None]
+    return f"; did you mean {' or '.join(likely)}?" if likely else ""
 
 
 def near_runs(name: str) -> str:
-    """`near` of the runs below the working folder."""
-    return meant(str(Path(name)), folders_holding(RUN))
+    """`meant` of the runs below the working folder."""
+    return meant(name, folders_holding(RUN))
 
 
 def check_job_name(name: str, place: str, *files: str) -> None:
@@ -57,7 +59,7 @@ def check_job_name(name: str, place: str, *files: str) -> None:
     """
     jobs = list_configs("jobs")
     if name not in jobs and not name.endswith((".yaml", ".yml")) and not Path(name).exists():
-        like = meant(str(Path(name)), folders_holding(*files), jobs)
+        like = meant(name, folders_holding(*files), jobs)
         raise RelpError(
             f"'{name}' is neither {place} nor a job{like or '; `relp ls runs` and `relp ls jobs` list them'}"
         )
@@ -73,9 +75,9 @@ def check_task(name: str, runs: bool = False) -> None:
     if name and name not in list_tasks() and (what := what_is(path)):
         raise RelpError(f"'{name}' is {what}'s folder; expected a task, a task YAML or a file of pairs{taken_by(path)}")
     if ("/" in name or runs) and not path.suffix and not path.exists() and name not in list_tasks():
-        known = [list_tasks(), folders_holding(RUN)] if runs else [list_tasks()]
+        like = meant(name, folders_holding(RUN) if runs else (), list_tasks())
         place = "a task, a file of pairs nor a run's folder" if runs else "a task nor a file or folder of pairs"
-        raise RelpError(f"'{name}' is neither {place}{meant(name, *known) or '; `relp ls tasks` lists tasks'}")
+        raise RelpError(f"'{name}' is neither {place}{like or '; `relp ls tasks` lists tasks'}")
     check_source(name)
 
 
@@ -85,7 +87,7 @@ def check_valid(name: str) -> None:
     if name and (what := what_is(path)):
         raise RelpError(f"'{name}' is {what}'s folder; expected a task, a file of pairs or a job{taken_by(path)}")
     if name not in list_tasks() and "/" not in name and not path.suffix and not path.exists():
-        raise RelpError(f"unknown task or job '{name}'{meant(name, list_tasks(), list_configs('jobs'))}")
+        raise RelpError(f"unknown task or job '{name}'{meant(name, (), [*list_tasks(), *list_configs('jobs')])}")
 
 
 def check_compared(names: Sequence[str]) -> bool:

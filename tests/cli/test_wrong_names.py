@@ -70,6 +70,7 @@ def said(tmp_path_factory):
         "runs/alpha/run.json",
         "runs/beta/run.json",
         "runs/job/job.json",
+        "runs/job/results.csv",
         "runs/compared/compare.csv",
         "plain/x",
     ):
