@@ -32,7 +32,7 @@ def pairs_text(n: int, n_prompts: int | None = None, what: str = "pairs") -> str
     said = f"{n} {what if n != 1 else what.removesuffix('s')}"
     if n_prompts is None or not n_prompts < n:  # NaN: a table whose older rows have no such column
         return said
-    return f"{said} of {int(n_prompts)} prompt{'s' * (n_prompts != 1)}"
+    return f"{said} of {int(n_prompts)} prompt{'s' if n_prompts != 1 else ''}"
 
 
 def sharing_note(prompts: Int[np.ndarray, " pair"]) -> str:

@@ -194,14 +194,34 @@ def test_a_worker_needs_nothing_of_the_drivers_disk(cluster: Any, tmp_path: Path
     assert alone.read() == (public / "out/results.csv").read_bytes()
 
 
-def test_a_machine_that_is_lost_loses_nothing(cluster: Any, job: JobSpec) -> None:
+class Stopping(Worker):
+    """A worker that never comes to a group's last cell, unless the file `go` was there when it began."""
+
+    go = ""
+
+    def begin(self, wanted: Any, finished: Any) -> Any:
+        self.left, self.may_end = len(wanted), os.path.exists(self.go)
+        return super().begin(wanted, finished)
+
+    def next(self) -> Any:
+        self.left -= 1
+        while not (self.left or self.may_end):
+            time.sleep(0.1)
+        return super().next()
+
+
+def test_a_machine_that_is_lost_loses_nothing(
+    cluster: Any, job: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A worker that only one machine has room for, which is lost with the first cell; another one comes."""
-    big = {"num_cpus": 5, "object_store_memory": 10**8}
+    go, big = tmp_path / "go", {"num_cpus": 5, "object_store_memory": 10**8}
+    monkeypatch.setattr(ray_engine, "Worker", type("Stops", (Stopping,), {"go": str(go)}))
     lost = cluster.add_node(**big)
 
     def lose(ran: Ran) -> None:
         if len(ran.steps) == 1:
             cluster.remove_node(lost, allow_graceful=False)
+            go.touch()
             cluster.add_node(**big)
 
     ran = Ran(job, "out", during=lose, cpus=5, gpus=0.0)
