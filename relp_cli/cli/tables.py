@@ -52,6 +52,8 @@ def show_evaluation(df: pd.DataFrame, title: str) -> None:
 def show_agreement(df: pd.DataFrame) -> None:
     """Per task, in the form of the paper's Table 5 (rows model × nodes, a column per method): PCC with its interval;
     then per method the other measures and the cost."""
+    if "slope" not in df:  # of an older version
+        df = df.assign(slope=float("nan"))
     for task, rows in df.groupby("task", sort=False):
         first, methods = rows.iloc[0], list(dict.fromkeys(rows.method))
         intervals = len(methods) <= 4  # more do not fit beside each other
@@ -66,8 +68,10 @@ def show_agreement(df: pd.DataFrame) -> None:
         exact = "exact patching" if reference in ("act_patch", "edge_patch") else reference
         title = f"{task}: PCC with {exact} over {first.axis}, {about} {what}"
         show(pd.DataFrame(table), out, title, keys=2)
-        title = f"{task}: per-pair PCC / Spearman / top-{first.k} overlap, and cost per pair"
-        show(_measures(rows), out, title, 2, keys=2)
+        title = f"{task}: per-pair PCC / Spearman / top-{first.k} overlap / slope, and cost per pair"
+        measures = _measures(rows)
+        measures.attrs["notes"] = [f"slope: 1 where scores are as large as those of {exact}, 2 where twice as large"]
+        show(measures, out, title, 2, keys=2)
 
 
 def _pcc(row: Any, interval: bool) -> str:
@@ -82,7 +86,7 @@ def _measures(rows: pd.DataFrame) -> pd.DataFrame:
     table = []
     for (model, method), part in rows.groupby(["model", "method"], sort=False):
         measures = {
-            kind_title(str(c.kind)): " / ".join(cell(v, 2) for v in (c.pcc_per_pair, c.spearman, c.topk))
+            kind_title(str(c.kind)): " / ".join(cell(v, 2) for v in (c.pcc_per_pair, c.spearman, c.topk, c.slope))
             for c in part.itertuples()
         }
         one = part.iloc[0]

@@ -1,4 +1,4 @@
-"""Agreement of estimated scores with exact ones: Pearson, Spearman, top-k overlap, with bootstrap intervals over pairs."""
+"""Agreement of estimated scores with exact ones: Pearson, Spearman, top-k overlap, slope; bootstrap intervals over pairs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from relp_cli.tasks.counted import distinct
 @dataclass(frozen=True)
 class Agreement:
     """pcc, spearman, topk: over all nodes (layer × position × unit) of pair-averaged scores; `_lo`, `_hi`: 95 % bootstrap
-    over pairs, those that share a prompt together; pcc_per_pair: mean over pairs of each pair's own PCC. NaN, with a note, where
-    an array is constant.
+    over pairs, those that share a prompt together; pcc_per_pair: mean over pairs of each pair's own PCC. slope: of the estimate
+    on the exact scores, by least squares through the origin, Σ estimate·exact / Σ exact²: what none of the others sees. 1: as
+    large, 2: twice as large, below 0: of the other sign. NaN, with a note, where an array is constant.
     """
 
     pcc: float
@@ -27,6 +28,7 @@ class Agreement:
     spearman: float
     topk: float
     k: int
+    slope: float
     n_pairs: int
     n_prompts: int
     n_nodes: int
@@ -61,6 +63,7 @@ def agreement(
         spearman=nan if notes else float(stats.spearmanr(a, b).statistic),
         topk=nan if notes else len(set(top(a, k)) & set(top(b, k))) / k,
         k=k,
+        slope=nan if notes else float(a @ b / (b @ b)),
         n_pairs=int(exact.n.max()),
         n_prompts=int(exact.n.max()) if exact.prompts is None else distinct(exact.prompts),
         n_nodes=len(a),

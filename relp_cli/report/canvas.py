@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import FuncNorm, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from relp_cli.errors import RelpError
@@ -50,6 +51,13 @@ LIGHT = Theme("light", "#ffffff", "#1d2129", "#6a7180", "#d5d9e0",
               ("#0b3c7a", "#2f75b8", "#8fbbe0", "#f7f7f7", "#f0a58a", "#c7412f", "#7d0f1e"))  # fmt: skip
 DARK = Theme("dark", "#171a20", "#e4e7ec", "#9aa2b1", "#3a404c",
              ("#b9dcff", "#5ea4e6", "#2b5d94", "#1e2229", "#99392f", "#ea7a5e", "#ffd6c4"))  # fmt: skip
+
+
+def root_scale(limit: float) -> FuncNorm:
+    """Colours from −limit over 0 to limit, in depth the square root of |value|: a hundredth of the limit has a tenth of the
+    colour, so that one dominating value does not leave all others white.
+    """
+    return FuncNorm((lambda v: np.sign(v) * np.sqrt(np.abs(v)), lambda r: np.sign(r) * np.square(r)), -limit, limit)
 
 
 @contextmanager

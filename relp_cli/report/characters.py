@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CELL = 3  # characters of a position: a blank, a sign, a digit
 NOTHING = "·"
-KEY = "digits: tenths of the largest |score|, rounded down; ·: below a tenth"
+KEY = "a digit d: from d² % of the largest |score| up (9: 81 % and more, 1: from 1 %); ·: below 1 %"
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,13 @@ def strongest(scores: Scores) -> list[Strongest]:
 
 
 def digit(value: float, largest: float) -> str:
-    """A score in tenths of the largest |score|, rounded down: "9" from nine tenths up, "-3", "·" below one tenth."""
+    """d where a score is at least d² % of the largest |score|: "9" from 81 % up, "-3" from 9 %, "·" below 1 %. In tenths of the
+    largest itself, one dominating node would leave nothing but itself.
+    """
     if not largest:
         return NOTHING
-    tenths = min(9, int(10 * abs(value) / largest + 1e-9))  # 0.3 is three tenths, whatever 10 × 0.3 / 1 rounds to
-    return NOTHING if not tenths else f"{'-' if value < 0 else ''}{tenths}"
+    root = min(9, int(10 * (abs(value) / largest) ** 0.5 + 1e-9))  # 0.09 is nine hundredths, whatever it rounds to
+    return NOTHING if not root else f"{'-' if value < 0 else ''}{root}"
 
 
 def print_map(console: Console, table: Strongest, labels: Sequence[str]) -> None:

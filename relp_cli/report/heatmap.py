@@ -13,12 +13,13 @@ from matplotlib.figure import Figure
 
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.agreement import agreement
-from relp_cli.report.canvas import LIGHT, Theme, new_figure, one_line, save_figure, themed
+from relp_cli.report.canvas import LIGHT, Theme, new_figure, one_line, root_scale, save_figure, themed
 from relp_cli.report.names import kind_title
 from relp_cli.spaces.scores import KindScores, Scores
 
 REFERENCE = "act_patch"
 MAX_LABELS = 64
+SHOWN = (1.0, 0.25, 0.0)  # of the limit, at the colour bar
 Over = Literal["units", "positions"]
 
 
@@ -44,8 +45,8 @@ def heatmap_figure(
     """Layer × position maps of pair-averaged scores: rows = node kinds, columns = methods, act_patch first.
 
     Within a row all panels share one colour scale, taken from act_patch (beyond it colours saturate, and the colour bar
-    ends in arrows); without act_patch, from the largest |score| of the row. A panel's title has its PCC with act_patch
-    over what the panel shows.
+    ends in arrows); without act_patch, from the largest |score| of the row. It is one of square roots (`root_scale`). A panel's
+    title has its PCC with act_patch over what the panel shows.
 
     over: what kinds with units are summed over. "units": heads, neurons or dimensions of a position are added up (the row's
           label says so). "positions": layer × head (or neuron) maps instead, added up over positions; kinds with units only.
@@ -70,7 +71,7 @@ def heatmap_figure(
             for axes, method in zip(row, methods, strict=True):
                 values = panels[kind, method].mean.float().numpy()
                 image = axes.imshow(
-                    values, cmap=theme.cmap(), vmin=-limit, vmax=limit, aspect="auto", interpolation="none"
+                    values, cmap=theme.cmap(), norm=root_scale(limit), aspect="auto", interpolation="none"
                 )
                 beyond |= _limit([panels[kind, method]]) > limit * (1 + 1e-6)
                 if len(methods) > 1:
@@ -78,6 +79,9 @@ def heatmap_figure(
                 axes.tick_params(length=2)
             bar = figure.colorbar(image, ax=list(row), pad=0.01, aspect=15, extend="both" if beyond else "neither")
             bar.outline.set_visible(False)
+            bar.set_ticks([at for share in SHOWN for at in (-share * limit, share * limit)])
+            bar.ax.yaxis.set_major_formatter("{x:.3g}")
+            bar.minorticks_off()
             note = f"\n(Σ over {over})" if scores[methods[0]][kind].mean.ndim == 3 else ""
             row[0].set_ylabel(f"{kind_title(kind)}{note}\nlayer")
             row[0].set_yticks(range(0, layers, 1 + layers // 16))
@@ -117,7 +121,7 @@ def panel_title(method: str, scores: KindScores, exact: KindScores | None) -> st
 
 def _caption(scores: Scores, methods: Sequence[str]) -> str:
     metric = scores.meta.get("metric", "the metric")
-    colors = f"Blue: patching the node lowers {metric}; red: raises it."
+    colors = f"Blue: patching the node lowers {metric}; red: raises it; depth of colour: square root of |score|."
     if REFERENCE not in methods:
         return colors
     return f"{colors} PCC: correlation with {REFERENCE} over the panel; each row has {REFERENCE}'s colour scale."

@@ -13,7 +13,7 @@ relp.heat = (spec) => {
   spec.mean.forEach((row, layer) => row.forEach((value, at) => {
     const rect = make("rect", { x: left + wide * at, y: high * layer, width: wide - (wide > 9 ? 1 : 0.3), height: high - (high > 9 ? 1 : 0.3),
       "data-layer": layer, "data-at": at });
-    const share = spec.limit && value !== null ? Math.min(1, Math.abs(value) / spec.limit) : 0;
+    const share = spec.limit && value !== null ? Math.sqrt(Math.min(1, Math.abs(value) / spec.limit)) : 0;  // one large value leaves others visible
     rect.style.fill = `color-mix(in srgb, var(${value < 0 ? "--neg" : "--pos"}) ${(100 * share).toFixed(1)}%, var(--panel))`;
     cells.push(rect);
     svg.append(rect);
@@ -57,11 +57,13 @@ relp.heat = (spec) => {
   return svg;
 };
 
-// The colours' meaning: from −limit over 0 to +limit.
+// The colours' meaning: from −limit over 0 to +limit, in depth the square root; half of the depth is a quarter of the limit.
 relp.scale = (limit, beyond) => {
-  const box = relp.make("span", { class: "scale" });
+  const { make, number } = relp, box = make("span", { class: "scale" }), bar = make("i");
   const end = beyond ? " and beyond" : "";
-  box.append(relp.make("span", {}, `−${relp.number(limit, 2)}${end}`), relp.make("i"), relp.make("span", {}, `+${relp.number(limit, 2)}${end}`));
+  for (const sign of ["−", "+"]) bar.append(make("b", {}, `${sign}${number(limit / 4, 2)}`));
+  box.append(make("span", {}, `−${number(limit, 2)}${end}`), bar, make("span", {}, `+${number(limit, 2)}${end}`),
+    make("span", {}, "depth of colour: √|score|"));
   return box;
 };
 

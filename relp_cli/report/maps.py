@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from relp_cli.evaluation.agreement import agreement
 from relp_cli.report.heatmap import REFERENCE, Over, panel_title, summed
 from relp_cli.report.names import kind_title
 from relp_cli.spaces.scores import KindScores, Scores
@@ -52,11 +53,24 @@ def _row(views: Mapping[str, KindScores], over: Over, reference: str) -> dict[st
         "limit": short(limit) or 1.0,
         "beyond": max(largest.values()) > limit * (1 + 1e-6),
         "panels": [
-            {"name": m, "title": panel_title(m, p, None if m == reference else exact) if len(panels) > 1 else "",
+            {"name": m, "title": _title(m, p, None if m == reference else exact) if len(panels) > 1 else "",
              "mean": grid(p.mean), "se": grid((p.variance / p.n).sqrt()) if vector else None}
             for m, p in panels.items()
         ],
     }  # fmt: skip
+
+
+def _title(method: str, panel: KindScores, exact: KindScores | None) -> str:
+    """`relp · PCC 0.968 · slope 0.91`, both over the panel's cells."""
+    title = panel_title(method, panel, exact)
+    if exact is None:
+        return title
+    return title + slope_text(agreement(panel, exact, bootstrap=0, unsigned=not panel.meta.get("signed", True)).slope)
+
+
+def slope_text(slope: float) -> str:
+    """What a title says of an estimate's slope on the reference; nothing where there is none."""
+    return f" · slope {slope:.2f}" if math.isfinite(slope) else ""
 
 
 def grid(values: Tensor, digits: int = 6) -> list[list[Any]]:

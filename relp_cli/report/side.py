@@ -13,7 +13,7 @@ import torch
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.agreement import agreement
 from relp_cli.report.heatmap import REFERENCE
-from relp_cli.report.maps import map_set
+from relp_cli.report.maps import map_set, slope_text
 from relp_cli.report.names import kind_title
 from relp_cli.report.page import MOST_ROWS, Section, Sheet
 from relp_cli.spaces.scores import Scores
@@ -44,14 +44,23 @@ def side_by_side(
     x, name = methods[0], f"units-{id}"
     pairs = correlations(scores)
     of_x = {(row["kind"], row["method"]): row[x] for row in pairs.to_dict("records")}
+    slopes = _slopes(scores, x)
     panels = [
-        {"kind": kind, "x": x, "y": y, "title": f"{kind_title(kind)}: {y}" + _pcc(of_x.get((kind_title(kind), y)))}
+        {
+            "kind": kind,
+            "x": x,
+            "y": y,
+            "title": f"{kind_title(kind)}: {y}"
+            + _pcc(of_x.get((kind_title(kind), y)))
+            + slope_text(slopes.get((kind, y), float("nan"))),
+        }
         for kind in kinds
         for y in methods[1:]
     ]
     cut = "" if of == len(table) else f" (the {len(table)} strongest of {of} that are not 0 everywhere)"
     said = (
-        f"Scatter plots: every method against {x}{cut}; dashed: equality. PCC: over all units, of averages over pairs."
+        f"Scatter plots: every method against {x}{cut}; dashed: equality. PCC and slope: over all units, of averages over pairs; "
+        f"slope: through the origin, 1 where scores are as large as {x}'s, 2 where they are twice as large."
     )
     return Section(
         id, title, (*text, said), map_set(scores, tokens, reference), {"table": name, "words": PLACE, "panels": panels},
@@ -110,6 +119,18 @@ def correlations(scores: Mapping[str, Scores]) -> pd.DataFrame:
                 row[other] = 1.0 if method == other else agreement(a, b, bootstrap=0, unsigned=len(signs) > 1).pcc
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _slopes(scores: Mapping[str, Scores], x: str) -> dict[tuple[str, str], float]:
+    """(kind, method) → slope on x's scores; with x's |scores| where the method has no sign, none where x alone has none."""
+    out = {}
+    for kind in _tables(scores[x]):
+        views = {m: replace(s.table(kind), examples=None, present=None) for m, s in scores.items()}
+        for method, view in views.items():
+            signed, exact_signed = (scores[m].meta.get("signed", True) for m in (method, x))
+            if method != x and (exact_signed or not signed):
+                out[kind, method] = agreement(view, views[x], bootstrap=0, unsigned=exact_signed and not signed).slope
+    return out
 
 
 def _tables(scores: Scores) -> list[str]:

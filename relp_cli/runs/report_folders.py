@@ -96,7 +96,7 @@ def comparison_page(folder: Path) -> Page:
     sections = [
         Section(
             "agreement", "Agreement with exact patching", (note,), pictures=_bars(table),
-            sheets=(Sheet("pcc", _pcc(table), "PCC"), Sheet("compare", table, "All measures", fold=True)),
+            sheets=(*_measures(table), Sheet("compare", table, "All measures", fold=True)),
         )
     ]  # fmt: skip
     made = read_made(file) or {}
@@ -126,7 +126,7 @@ def job_page(folder: Path) -> Page:
     sections = []
     agreement, circuits = (table[table.what == part].dropna(axis=1, how="all") for part in ("agreement", "evaluation"))
     if len(agreement) and "pcc" in agreement:
-        sheets = [Sheet("pcc", _pcc(agreement), "PCC")]
+        sheets = [*_measures(agreement)]
         if job.get("published") == "table5":
             sheets.append(Sheet("published", beside(agreement), "Beside the paper's Table 5"))
         sections.append(
@@ -272,12 +272,18 @@ def _of_record(record: dict[str, Any]) -> tuple[str, str]:
     return str(said.get("command", "?")), when(said)
 
 
-def _pcc(table: pd.DataFrame) -> pd.DataFrame:
-    """PCC: a row per task, model, node kind and whatever else varies, a column per method."""
+def _measures(table: pd.DataFrame) -> tuple[Sheet, ...]:
+    """PCC and slope, which tables of older versions do not have."""
+    titles = {"pcc": "PCC", "slope": "Slope: 1 where scores are as large as the exact ones, 2 where twice as large"}
+    return tuple(Sheet(name, _by_method(table, name), title) for name, title in titles.items() if name in table)
+
+
+def _by_method(table: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """One measure: a row per task, model, node kind and whatever else varies, a column per method."""
     keys = [*(k for k in ("task", "model") if k in table), *varying(table), "kind"]
     rows = []
     for key, group in table.groupby(keys, sort=False, dropna=False):
-        values = dict(zip(group.method, group.pcc, strict=True))
+        values = dict(zip(group.method, group[measure], strict=True))
         rows.append(dict(zip(keys, key, strict=True)) | {m: values.get(m) for m in dict.fromkeys(table.method)})
     out = pd.DataFrame(rows)
     return out.assign(kind=out.kind.map(kind_title))

@@ -19,7 +19,18 @@ from relp_cli.runs.job import COSTS, JobSpec
 from relp_cli.runs.made import note_made
 
 # What a table of all cells has even where it is undefined in every one of them.
-MEASURES = ("pcc", "pcc_lo", "pcc_hi", "pcc_per_pair", "spearman", "topk", "note", "faithfulness", "completeness")
+MEASURES = (
+    "pcc",
+    "pcc_lo",
+    "pcc_hi",
+    "pcc_per_pair",
+    "spearman",
+    "topk",
+    "slope",
+    "note",
+    "faithfulness",
+    "completeness",
+)
 KEYS = ("task", "model", "kind", "method", "direction", "seed")
 TIMES = ["seconds"]
 Tables = list[tuple[str, pd.DataFrame]]

@@ -66,9 +66,10 @@ def test_options_of_tasks_and_runs_do_not_mix(relp):
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(1.0, "9"), (0.9, "9"), (0.3, "3"), (-0.3, "-3"), (0.0999, "·"), (-0.1, "-1"), (0, "·")]
+    ("value", "expected"),
+    [(1.0, "9"), (0.81, "9"), (0.8, "8"), (0.09, "3"), (-0.09, "-3"), (0.0099, "·"), (-0.01, "-1"), (0, "·")],
 )
-def test_digits_are_tenths_rounded_down(value, expected):
+def test_digits_squared_are_percent_of_the_largest(value, expected):
     assert digit(value, 1.0) == expected
     assert digit(value * 7.3, 7.3) == expected
 
@@ -91,7 +92,7 @@ def test_thirty_layers_and_many_positions_fit_eighty_columns(capsys):
     out = capsys.readouterr().out
     assert all(len(line) <= 80 for line in out.splitlines())
     lines = [line.split() for line in out.splitlines()]
-    assert lines.count(["3", "·", "5", *["·"] * 22]) == 1
+    assert lines.count(["3", "·", "7", *["·"] * 22]) == 1
     (last,) = [line for line in lines if line[-1] == "-9"]
     assert last[0] == "29"
     assert "to layer 28" in out

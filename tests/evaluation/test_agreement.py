@@ -37,6 +37,21 @@ def test_by_hand():
     got = agreement(flat([1.0, 2, 3, 8]), flat([-1.0, -2, -3, -4]), k=10)
     assert got.pcc == pytest.approx(np.corrcoef([1, 2, 3, 8], [-1, -2, -3, -4])[0, 1])
     assert (got.spearman, got.topk, got.k) == (pytest.approx(-1), 1, 4)
+    assert got.slope == pytest.approx(-(1 + 4 + 9 + 32) / (1 + 4 + 9 + 16))
+
+
+def test_the_slope_is_the_factor_that_pcc_does_not_see():
+    rng = np.random.default_rng(0)
+    exact = rng.normal(size=40)
+    for factor in (2.0, 0.5, -1.0):
+        got = agreement(flat(list(factor * exact)), flat(list(exact)))
+        assert (abs(got.pcc), got.slope) == pytest.approx((1, factor), rel=1e-6)
+    noisy = exact + 0.1 * rng.normal(size=40)
+    least = np.linalg.lstsq(exact[:, None], noisy, rcond=None)[0][0]
+    assert agreement(flat(list(noisy)), flat(list(exact))).slope == pytest.approx(least, rel=1e-6)
+    assert agreement(flat(list(np.abs(noisy))), flat(list(exact)), unsigned=True).slope == pytest.approx(
+        np.abs(noisy) @ np.abs(exact) / (exact @ exact), rel=1e-6
+    )
 
 
 def test_top_is_by_size_with_ties_in_order():

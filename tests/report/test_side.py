@@ -117,7 +117,8 @@ def test_in_a_browser(methods, tmp_path):
         == f"mlp_out, layer {layer}, {label}: atp {atp[layer, at]:.4f}, act_patch {exact[layer, at]:.4f}"
     )
     assert said["plots"] == 4  # 2 kinds × 2 methods
-    assert "MLP: atp · PCC 1.000" in said["titles"]
+    slope = float((atp * exact).sum() / (exact * exact).sum())
+    assert f"MLP: atp · PCC 1.000 · slope {slope:.2f}" in said["titles"]
     assert said["count"] == "45 of 45; page 1 of 2"
     assert max(abs(float(v)) for v in said["first"][5:6]) == pytest.approx(
         float(methods["act_patch"].mean.abs().max()), abs=1e-4
