@@ -1,7 +1,8 @@
 """The gradient at every reader's input, and the edge scores Σ_pos (u(source) − u(run))·∂L/∂(input of v) made of it.
 
-1. One forward pass gives each reader of a whole stream its own view of it (MLPs, logits), so autograd returns ∂L/∂ of that
-   reader's input alone; for heads it returns ∂L/∂ of each head's query, key and value.
+1. One forward pass gives each reader of a whole stream its own view of it (MLPs, logits), so what arrives there in the
+   backward pass is ∂L/∂ of that reader's input alone; for heads, ∂L/∂ of each head's query, key and value. Values are not held
+   for it.
 2. A query's gradient g becomes the gradient at its reader's input by hand, one small matrix product per head:
    (1/σ)·[Wᵀg − x̂·(x̂·Wᵀg)/d], with W the projection with the norm folded in (`projections`), x̂ the normalised stream.
    Under the LN-rule the second term is absent; σ is then what the rule says it is.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -28,7 +30,7 @@ from relp_cli.methods.setup import Setup
 from relp_cli.methods.share import Streams, share_of
 from relp_cli.methods.space import Part, Point, added, of_part, of_point, together
 from relp_cli.models.model import Hook, Model
-from relp_cli.nodes.access import capture
+from relp_cli.nodes.access import EMBEDDED, as_leaf, capture
 from relp_cli.precision import wide
 from relp_cli.spaces.graph import QKV, Graph
 
@@ -42,7 +44,7 @@ class Readers:
 
     heads[part][layer]: Float[batch, pos, width], ∂L/∂ of q, k, v; attention, mlps: Float[batch, pos, d_model], ∂L/∂ of the
     stream at attention's norm and of the MLP's own input (`reads`); logits: of the final norm's input. x, scale: the
-    attention norm's input and denominator. values: what writers write.
+    attention norm's input and denominator. values: what writers write (None where it was not asked for).
     norm: the active rule on norms, other: the patch run's values for two-point rules.
     """
 
@@ -52,7 +54,7 @@ class Readers:
     logits: Tensor
     x: list[Tensor]
     scale: list[Tensor]
-    values: Written
+    values: Written | None
     applied: dict[str, int]
     norm: ActiveRule | None = None
     other: Recorded | None = None
@@ -63,7 +65,7 @@ class Readers:
             self._each(lambda g: g[rows]),
             x=[v[rows] for v in self.x],
             scale=[v[rows] for v in self.scale],
-            values=self.values.map(lambda v: v[rows]),
+            values=self.values and self.values.map(lambda v: v[rows]),
             other=other,
         )
 
@@ -82,11 +84,15 @@ class Readers:
 
 
 class _Taps:
-    """The hooks of step 1: `fork` outside the rules, `keep` downstream of them."""
+    """The hooks of step 1: `fork` outside the rules, `keep` downstream of them. grads: of what they saw, once a backward pass
+    arrives there. seen: the attention norms' inputs and scales.
+    """
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.seen: dict[str, Tensor] = {}
+        self.grads: dict[str, Tensor] = {}
+        self.leaf = torch.empty(0)
         layers = range(model.shape.n_layers)
         self.reads = [reads(model, n) for n in layers]
         self.inputs = [point for at in self.reads for point in (at.stream, at.mlp)] + [FINAL]
@@ -94,25 +100,40 @@ class _Taps:
         self.scales = [f"{at.norm.name}.hook_scale" for at in self.reads if at.norm.component is not None]
 
     def fork(self) -> list[tuple[str, Hook]]:
-        return [(name, self._fork(name)) for name in self.inputs]
+        streams = {at.stream for at in self.reads}
+        return [(name, self._fork(name, name in streams)) for name in self.inputs]
 
     def keep(self) -> list[tuple[str, Hook]]:
-        return [(name, self._keep(name)) for name in (*self.heads, *self.scales)]
+        scales = [(name, self._keep(name)) for name in self.scales]
+        return [*((name, lambda value, name=name: self._await(name, value)) for name in self.heads), *scales]
 
-    def _fork(self, name: str) -> Hook:
+    def begin(self, value: Tensor) -> Tensor:
+        """The leaf that a backward pass goes back to."""
+        self.leaf = as_leaf(value)
+        return self.leaf
+
+    def _fork(self, name: str, seen: bool) -> Hook:
         def hook(value: Tensor) -> Tensor:
-            self.seen[name] = value.view_as(value)
-            return self.seen[name]
+            view = value.view_as(value)
+            self._await(name, view)
+            if seen:
+                self.seen[name] = value.detach()
+            return view
 
         return hook
 
     def _keep(self, name: str) -> Hook:
-        return lambda value: self.seen.__setitem__(name, value)
+        return lambda value: self.seen.__setitem__(name, value.detach())
+
+    def _await(self, name: str, value: Tensor) -> None:
+        if value.requires_grad:
+            value.register_hook(partial(self.grads.__setitem__, name))
 
 
-def reader_gradients(setup: Setup, points: Sequence[Point] = (Point(),)) -> list[Readers]:
+def reader_gradients(setup: Setup, points: Sequence[Point] = (Point(),), values: bool = True) -> list[Readers]:
     """∂L/∂ of every reader at every point, of one group (`Batch.gradients`): 1 forward + 1 backward.
 
+    values: whether what writers write is recorded.
     Raises: RelpError for metrics without gradient (core.refuse_metric) and for rules on linear layers.
     """
     first, k = points[0], len(points)
@@ -127,50 +148,46 @@ def reader_gradients(setup: Setup, points: Sequence[Point] = (Point(),)) -> list
     with torch.enable_grad(), ungrouped(model), model.hooks([*added(moved), *taps.fork()]):
         with (
             lrp(model, first.rules, other) as applied,
-            capture(model, ()),
-            model.hooks([*taps.keep(), *recorder.hooks()]),
+            capture(model, (), {EMBEDDED: taps.begin}),
+            model.hooks([*taps.keep(), *(recorder.hooks() if values else ())]),
         ):
             logits = model.logits(setup.run.repeat(k, 1))
         metric = setup.value(logits)
-        names = [*taps.inputs, *taps.heads]
-        grads = dict(
-            zip(names, torch.autograd.grad(metric.sum(), [taps.seen[n] for n in names], allow_unused=True), strict=True)
-        )
+        torch.autograd.grad(metric.sum(), taps.leaf, allow_unused=True)
     if not moved:
         setup.seen["run"] = of_point(metric.detach(), 0, k)
     setup.passes.forward += k
     setup.passes.backward += k
     held = any(a.rule.name == "ah" for a in active)  # then no gradient reaches queries and keys: exactly 0
-    whole = _readers(taps, grads, held, recorder.written(), applied, active)
+    whole = _readers(taps, held, recorder.written() if values else None, applied, active)
     size = len(setup.batch)
     return [whole.of(slice(i * size, (i + 1) * size), point.other) for i, point in enumerate(points)]
 
 
 def _readers(
     taps: _Taps,
-    grads: Mapping[str, Tensor | None],
     held: bool,
-    written: Written,
+    written: Written | None,
     applied: dict[str, int],
     active: Sequence[ActiveRule],
 ) -> Readers:
-    layers = range(taps.model.shape.n_layers)
+    layers, grads = range(taps.model.shape.n_layers), taps.grads
 
     def of(point: str, layer: int) -> Tensor:
-        if held and grads[point] is None and point.endswith(("attn.q.hook_out", "attn.k.hook_out")):
-            return torch.zeros_like(taps.seen[point])
-        return must_reach(grads[point], point, layer, [str(a) for a in active])
+        if held and point not in grads and point.endswith(("attn.q.hook_out", "attn.k.hook_out")):
+            return torch.zeros_like(of(f"blocks.{layer}.attn.v.hook_out", layer))
+        return must_reach(grads.get(point), point, layer, [str(a) for a in active])
 
     def scale(layer: int) -> Tensor:
         name = f"{taps.reads[layer].norm.name}.hook_scale"
-        return taps.seen[name].detach() if name in taps.seen else torch.ones_like(taps.seen[taps.inputs[-1]][..., :1])
+        return taps.seen[name] if name in taps.seen else torch.ones_like(grads[FINAL][..., :1])
 
     return Readers(
         heads={part: [of(f"blocks.{n}.attn.{part}.hook_out", n) for n in layers] for part in QKV},
         attention=[of(taps.reads[n].stream, n) for n in layers],
         mlps=[of(taps.reads[n].mlp, n) for n in layers],
-        logits=must_reach(grads[FINAL], "ln_final", taps.model.shape.n_layers, []),
-        x=[taps.seen[taps.reads[n].stream].detach() for n in layers],
+        logits=must_reach(grads.get(FINAL), "ln_final", taps.model.shape.n_layers, []),
+        x=[taps.seen[taps.reads[n].stream] for n in layers],
         scale=[scale(n) for n in layers],
         values=written,
         applied=applied,

@@ -160,16 +160,29 @@ class EdgeBatch(Batch):
     def attribute(self, points: Iterable[Point]) -> Result:
         products = None
         total, applied = torch.zeros(()), {}
-        for point, at in self.passes(points):
+        for group in self.groups(points):
+            moved = bool(group[0].moved)
+            if products is None and moved:  # before a graph stands
+                products = self._products()
+            found = reader_gradients(self.setup, group, values=products is None)
             if products is None:
-                products = Products(self.model, self.graph, self.source - self.run, self.positions)
-            weighed = at.weighed(point) if isinstance(point.weight, Tensor) else at
-            factor = 1.0 if weighed is not at else point.weight
-            streams = None if point.part == "whole" else self.streams
-            scores = products.scores(weighed, point.of or slice(None), point.part, streams)
-            total, applied = total + factor * scores, at.applied
-            del at, weighed  # before the next pass, not during it
+                self._read.setdefault("run", found[0].values)
+                products = self._products()
+            for point, at in zip(group, found, strict=True):
+                weighed = at.weighed(point) if isinstance(point.weight, Tensor) else at
+                factor = 1.0 if weighed is not at else point.weight
+                streams = None if point.part == "whole" else self.streams
+                scores = products.scores(weighed, point.of or slice(None), point.part, streams)
+                total, applied = total + factor * scores, at.applied
+            del found, at, weighed  # before the next pass, not during it
         return self.result(total, applied)
+
+    def _products(self) -> Products:
+        """Of source − run; neither is held beside their difference."""
+        products = Products(self.model, self.graph, self.source - self.run, self.positions)
+        for prompt in ("source", "run"):
+            self._read.pop(prompt)
+        return products
 
     def result(self, scores: Tensor, applied: dict[str, int] | None = None) -> Result:
         """Scores Float[batch, writer, reader] or, with positions, Float[batch, pos, writer, reader], on the slot axis."""
