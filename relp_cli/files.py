@@ -38,6 +38,19 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise _write_error(path, error) from error
 
 
+def write_once(path: Path, content: str) -> None:
+    """Write a file that is not there; one that is, or that another process makes at the same time, stays as it is."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked_temporary(path.parent) as (handle, temporary):
+            os.write(handle, content.encode())
+            os.fsync(handle)
+            with suppress(FileExistsError):
+                os.link(temporary, path)
+    except OSError as error:
+        raise _write_error(path, error) from error
+
+
 def check_writable(path: Path) -> None:
     """Fail before a long computation, not after it. Nothing is written: another process may be at the same folder.
 

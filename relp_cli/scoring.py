@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from relp_cli import BATCH_SIZE
+from relp_cli.config.memory import bytes_of
 from relp_cli.errors import RelpError, check_keywords, near
 from relp_cli.methods.auto import score_auto
-from relp_cli.methods.request import Progress, Request
+from relp_cli.methods.request import Progress, Request, check_memory
 from relp_cli.methods.score import COMPONENTS, resolve_method, score_units
 from relp_cli.methods.table import default_nodes, row_of
 from relp_cli.methods.unfinished import Unfinished
@@ -31,6 +32,7 @@ def score(
     keep_examples: bool | None = None,
     progress: Progress | None = None,
     unfinished: Unfinished | None = None,
+    memory: str | int | None = None,
     **params: Any,
 ) -> Scores:
     """Score nodes, edges or features of a model on prompt pairs.
@@ -44,6 +46,8 @@ def score(
     direction: "noising" (the original runs, patch values go in) or "denoising" (the reverse).
     baseline:  what n(x_p) is: "patch", "zero", or "mean" over all given originals per position.
     unfinished: where this scoring leaves what it knows, and takes up what an interrupted one of the same request left.
+    memory:    "8GB": choose batches and passes whose peak stays below it, libraries and weights included (`methods.memory`); not
+               together with batch_size. Results record `tokens_per_pass`.
     params:    the method's own parameters (`rules=[...]` for relp), and the space's (`methods.score.score_units`);
                unknown ones are errors.
 
@@ -58,11 +62,13 @@ def score(
         raise RelpError(f"batch_size: expected a number of pairs from 1 up, got {batch_size!r}")
     if tuple(nodes) == COMPONENTS:
         nodes = default_nodes(method, COMPONENTS)
-    request = Request(metric, direction, baseline, batch_size, keep_examples, progress, unfinished)
+    limit = None if memory is None else bytes_of(memory)
+    request = Request(metric, direction, baseline, batch_size, keep_examples, progress, unfinished, limit)
     space = space_for(nodes)
     own = {name: value for name, value in params.items() if name not in space.options}
     check_keywords(score, [key for key in own if not near(key, of_method)])
-    _, parsed = resolve_method(method, own, space.name, model)
+    row, parsed = resolve_method(method, own, space.name, model)
+    check_memory(row, parsed, method, request)
     if getattr(parsed, "rules", None) == ("auto",):
         scores = score_auto(model, pairs, parsed, nodes, replace(request, unfinished=None))  # type: ignore[arg-type]
     else:

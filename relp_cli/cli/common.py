@@ -93,6 +93,9 @@ IdsOfOption = Annotated[
     str | None, typer.Option(help="The model (or tokenizer folder) whose token ids a file of pairs holds.")
 ]
 DtypeOption = Annotated[str, typer.Option(help="float32, float64, bfloat16, float16")]
+MemoryOption = Annotated[
+    str | None, typer.Option(help="Choose batches that keep the peak below it, libraries and model included: 8GB.")
+]
 
 
 def output_option(help: str) -> Any:

@@ -19,15 +19,15 @@ from relp_cli.cli.common import (
     progress,
     refuse_typed,
 )
-from relp_cli.cli.options import ScoringOptions, takes
+from relp_cli.cli.options import BoundedOptions, takes
 
 # What is asked of runs that exist.
 OF_RUNS = ("targets", "reference", "top_k", "seed", "device", "device_map", "output", "json")
 
 
-@takes(ScoringOptions)
+@takes(BoundedOptions)
 def command(
-    how: ScoringOptions,
+    how: BoundedOptions,
     context: typer.Context,
     targets: Annotated[list[str], typer.Argument(help="Tasks, or run directories of one task, model and node kinds.")],
     model: Annotated[

@@ -20,12 +20,14 @@ from relp_cli.cli.common import (
     DeviceOption,
     DtypeOption,
     IdsOfOption,
+    MemoryOption,
     UnusableOption,
     assignments,
     comma,
     count_option,
     seed_option,
 )
+from relp_cli.config.memory import bytes_of
 from relp_cli.models.placement import placed
 
 
@@ -88,6 +90,17 @@ class ScoringOptions(PairOptions):
         if self.dictionary is not None:
             params["dictionary"] = self.dictionary
         return params
+
+
+@dataclass(frozen=True)
+class BoundedOptions(ScoringOptions):
+    """`ScoringOptions` of verbs that can be told how much memory to take."""
+
+    memory: MemoryOption = None
+
+    @property
+    def of_spec(self) -> dict[str, Any]:
+        return super().of_spec | {"memory": None if self.memory is None else bytes_of(self.memory, "--memory")}
 
 
 def takes(options: type, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -24,13 +24,13 @@ from relp_cli.cli.common import (
     print_json,
     progress,
 )  # fmt: skip
-from relp_cli.cli.options import ScoringOptions, takes
+from relp_cli.cli.options import BoundedOptions, takes
 from relp_cli.cli.waiting import waiting
 
 
-@takes(ScoringOptions)
+@takes(BoundedOptions)
 def command(
-    how: ScoringOptions,
+    how: BoundedOptions,
     task: Annotated[str, typer.Argument(help="A shipped task (relp ls tasks), a task YAML, or a file of pairs.")],
     model: Annotated[
         str, typer.Option("--model", "-m", help="Embedded name, local folder, or hub name.")
@@ -96,8 +96,7 @@ def command(
         if took := expected_time(prepared.model, prepared.pairs, spec, given, prepared.metric):
             cost["time"] = took
         cells = sum(cost["nodes"].values())
-        if needs := expected_memory(prepared.model, prepared.pairs, spec, given, cells, prepared.metric):
-            cost["memory"] = needs
+        cost |= expected_memory(prepared.model, prepared.pairs, spec, given, cells, prepared.metric)
         print_json(cost) if json else print_fields(cost)
         return
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from relp_cli import BATCH_SIZE
-from relp_cli.errors import unknown
+from relp_cli.errors import RelpError, unknown
 from relp_cli.methods.setup import Means, Passes, Setup
 from relp_cli.methods.table import Method, Params
 from relp_cli.methods.unfinished import Unfinished
@@ -36,6 +36,8 @@ class Request:
     keep_examples: bool | None = None
     progress: Progress | None = None
     unfinished: Unfinished | None = None
+    memory: int | None = None  # bytes, which the peak stays below
+    tokens: int | None = None  # of batches and passes, where a limit to memory has chosen them already
 
     def check(self, of: str = "", baselines: Sequence[str] = BASELINES) -> None:
         """Raises RelpError for a metric, direction or baseline that does not exist (`of` features, say)."""
@@ -53,6 +55,40 @@ class Request:
         return Setup(
             model.reading(batch.read), batch, metric_of(self.metric), kinds, direction, baseline, means, passes
         )
+
+
+def needs_all(row: Method, method: str, rules: Any = None) -> bool:
+    """Whether a method's batches depend on each other, or its rules are chosen on some of the pairs."""
+    return row.by == "all" or method.partition("+")[2] == "auto" or rules in ("auto", ("auto",))
+
+
+def check_divisible(row: Method, method: str, rules: Any = None) -> None:
+    """Raises RelpError for a method that several processes cannot share."""
+    if needs_all(row, method, rules):
+        raise RelpError(f"method '{method}' needs all pairs in one process: it cannot be computed in shards")
+
+
+def check_memory(row: Method, params: Params, method: str, request: Request) -> None:
+    """Raises RelpError where `request.memory` is given and cannot choose how pairs are cut."""
+    if request.memory is None:
+        return
+    if needs_all(row, method, getattr(params, "rules", None)):
+        raise RelpError(
+            f"method '{method}' needs all pairs at once: --memory has nothing to choose; give fewer --pairs"
+        )
+    for name, is_given in (
+        ("--batch-size", request.batch_size != BATCH_SIZE),
+        ("--set chunk_tokens", getattr(params, "chunk_tokens", None) is not None),
+    ):
+        if is_given:
+            raise RelpError(f"--memory chooses how many pairs and tokens a pass has: give it or {name}, not both")
+
+
+def within(progress: Progress | None, number: int, count: int) -> Progress | None:
+    """Progress within batch `number` of `count`, as progress of the whole."""
+    if progress is None:
+        return None
+    return lambda done, total, what: progress(number * total + done, count * total, what)
 
 
 class Account:

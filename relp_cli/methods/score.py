@@ -16,7 +16,8 @@ from torch import Tensor
 from relp_cli.errors import RelpError, nearest, unknown
 from relp_cli.lrp.rules import RULE_SETS, RULES, Rule, parse_rules
 from relp_cli.methods.halving import Halving, in_one_go
-from relp_cli.methods.request import Account, Progress, Request
+from relp_cli.methods.memory import Plan, planned
+from relp_cli.methods.request import Account, Request, within
 from relp_cli.methods.room import Room
 from relp_cli.methods.setup import Passes
 from relp_cli.methods.space import Batch, Scorer
@@ -64,9 +65,8 @@ def score_units(
             totals.add(*summed([(on.labels, blocks) for on, blocks in parts]))
             account.done([on.setup for on, _ in parts])
             parts.clear()
-    meta = account.meta(
-        row, work.params, result.applied, scorer.axis, **scorer.about, **result.meta, **work.halving.about
-    )
+    cut = work.halving.about | (work.plan.about if work.plan else {})
+    meta = account.meta(row, work.params, result.applied, scorer.axis, **scorer.about, **result.meta, **cut)
     return totals.finish(scorer.axis, meta | about_prompts(prompts))
 
 
@@ -88,10 +88,11 @@ def score_share(
     return [number for number in range(work.account.n_batches * work.parts) if not unfinished.of(number).complete()]
 
 
-def check_divisible(row: Method, method: str, rules: Any = None) -> None:
-    """Raises RelpError for a method whose batches depend on each other, and for rules that are chosen on some of the pairs."""
-    if row.by == "all" or "auto" in (rules, method.partition("+")[2]):
-        raise RelpError(f"method '{method}' needs all pairs in one process: it cannot be computed in shards")
+def plan_of(
+    model: Model, pairs: Sequence[PairBatch], method: str, nodes: Sequence[str], request: Request, **params: Any
+) -> Plan | None:
+    """What `score_units` with the same arguments chooses for `request.memory`."""
+    return _Work.begin(model, pairs, method, nodes, request, None, params).plan
 
 
 @dataclass
@@ -109,6 +110,7 @@ class _Work:
     parts: int
     halving: Halving
     order: np.ndarray | None
+    plan: Plan | None
 
     @classmethod
     def begin(
@@ -127,17 +129,7 @@ class _Work:
         row, parsed = resolve_method(method, params, space.name, model)
         check_baseline(row, space, request)
         scorer: Scorer = space.load_scorer()(model, parts_of(pairs), nodes, request, options)
-        room = Room.on(model.device, getattr(parsed, "chunk_tokens", None), request.batch_size, row.graph)
-        chunks = room.batches(pairs, model.device)
-        parts = parts_of(chunks)
-        check_metric(row, request, parts)
-        account = Account(request, model, chunks, method)
-        scorer.prepare(parts, account.passes)
-        passes = (lambda: account.passes) if row.by == "all" else Passes
-        batches = (
-            scorer.batch(part, passes(), room, _within(request.progress, i, len(parts))) for i, part in enumerate(parts)
-        )
-        each = len(parts) // max(1, len(chunks))
+        check_metric(row, request, parts_of(pairs))
         function, _ = row.load()
 
         def compute(on: Batch) -> Result:
@@ -145,9 +137,21 @@ class _Work:
             result: Result = on.attribute(values) if row.by == "points" else values
             return result
 
+        chosen = planned(model, pairs, row, scorer, request, compute)
+        own, tokens = getattr(parsed, "chunk_tokens", None), chosen.tokens if chosen else request.tokens
+        room = Room.of_tokens(tokens) if tokens else Room.on(model.device, own, request.batch_size, row.graph)
+        chunks = room.batches(pairs, model.device)
+        parts = parts_of(chunks)
+        account = Account(request, model, chunks, method)
+        scorer.prepare(parts, account.passes)
+        passes = (lambda: account.passes) if row.by == "all" else Passes
+        batches = (
+            scorer.batch(part, passes(), room, within(request.progress, i, len(parts))) for i, part in enumerate(parts)
+        )
+        each = len(parts) // max(1, len(chunks))
         halving = Halving(compute, lambda part, room: scorer.batch(part, Passes(), room, None), room)
         left = request.unfinished and request.unfinished.of_batches([len(part) for part in parts])
-        return cls(row, parsed, scorer, account, batches, left, each, halving, order)
+        return cls(row, parsed, scorer, account, batches, left, each, halving, order, chosen)
 
     def results(self) -> Iterator[tuple[Batch, Result]]:
         """What the estimator says of each batch; of one by one, what an interrupted scoring said already.
@@ -190,13 +194,6 @@ def summed(
         for total, block in zip(out, blocks, strict=True):
             total.index_add_(1, index.to(total.device), block)
     return out, labels
-
-
-def _within(progress: Progress | None, number: int, count: int) -> Progress | None:
-    """Progress within batch `number` of `count`, as progress of the whole."""
-    if progress is None:
-        return None
-    return lambda done, total, what: progress(number * total + done, count * total, what)
 
 
 def resolve_method(

@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from relp_cli.files import write_atomically
+from relp_cli.errors import RelpError
+from relp_cli.files import read_object, write_atomically, write_once
 from relp_cli.methods.setup import Passes, Setup
 from relp_cli.methods.table import Result
 
@@ -59,6 +60,18 @@ class Unfinished:
         """The same, of batches of so many pairs: what was left with batches of other sizes is of other pairs, and is not read."""
         of = hashlib.sha256(repr(list(sizes)).encode()).hexdigest()[:8]
         return replace(self, digest=f"{self.digest}/{of}")
+
+    def agreed(self, name: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What the first process that asked has decided, now or before: all that work at this request go by it."""
+        path = self.folder / f"{name}-{self.digest}.json"
+        decided: dict[str, Any] = {}
+        if not path.is_file():
+            decided = decide()
+            write_once(path, json.dumps(decided))
+        try:
+            return read_object(path)
+        except RelpError:  # gone: another process has finished the request meanwhile
+            return decided or decide()
 
     def due(self) -> bool:
         """Whether it is time to write."""

@@ -127,7 +127,7 @@ def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path, p
     distinct("run", [str(path.resolve()) for path in paths])
     runs = [open_run(path) for path in paths]
     dtypes = [spec.dtype for _, spec, _ in runs]
-    anew: dict[str, Any] = {"method": "", "params": {}, "keep_examples": None, "dtype": dtypes[0]}
+    anew: dict[str, Any] = {"method": "", "params": {}, "keep_examples": None, "dtype": dtypes[0], "memory": None}
     specs = [spec.model_copy(update=anew) for _, spec, _ in runs]
     for path, spec in zip(paths[1:], specs[1:], strict=True):
         different = [k for k in ScoreSpec.model_fields if getattr(spec, k) != getattr(specs[0], k)]

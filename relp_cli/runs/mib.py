@@ -109,7 +109,9 @@ class _Work:
         self._prepared: dict[str, Prepared] = {}
 
     def prepared(self, spec: ScoreSpec) -> Prepared:
-        key = spec.model_copy(update={"method": "", "params": {}, "nodes": (), "batch_size": 1, "direction": "noising"})
+        key = spec.model_copy(
+            update={"method": "", "params": {}, "nodes": (), "batch_size": 1, "memory": None, "direction": "noising"}
+        )
         if str(key) not in self._prepared:
             self._prepared[str(key)] = prepare(spec, self.session, at_most=True)
         return self._prepared[str(key)]

@@ -11,25 +11,24 @@ import gc
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from relp_cli.methods.memory import MIB, PASSES, begun
+from relp_cli.methods.request import Request
 from relp_cli.methods.room import Room
+from relp_cli.methods.score import plan_of, score_units
 from relp_cli.methods.table import row_of
 from relp_cli.models.model import Model
 from relp_cli.runs.spec import ScoreSpec
 from relp_cli.scoring import score
-from relp_cli.spaces.totals import KEEP_LIMIT
+from relp_cli.spaces.totals import singles
 from relp_cli.tasks.pairs import PairBatch
 
-SECONDS, PASSES = 3.0, 12  # after both a rehearsal ends: by then a method has gone through what it repeats
-MIB = 1 << 20
-
-
-class _Enough(BaseException):
-    """No error: nothing may catch it."""
+SECONDS = 3.0  # after these, and PASSES, a rehearsal ends
 
 
 class Peak:
@@ -69,43 +68,58 @@ def _status(name: str) -> int:
 
 def expected_memory(
     model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec, params: dict[str, Any], cells: int, metric: str
-) -> str:
-    """Peak memory of the whole run, from what one batch of it takes; cells: how many scores one pair has. "" where the system
-    does not say.
+) -> dict[str, Any]:
+    """memory: the peak of the whole run, from what one batch of it takes (not there where the system does not say); passes: how
+    pairs are cut, where the spec has a limit to memory. cells: how many scores one pair has.
 
-    params: the spec's, dictionaries loaded.
+    params: the spec's, dictionaries loaded. Raises: RelpError where not one pair fits the limit.
     """
     row = row_of(spec.method)
-    room = Room.on(model.device, None, spec.batch_size, row.graph)
+    request = Request(metric, spec.direction, spec.baseline, spec.batch_size, spec.keep_examples, memory=spec.memory)
+    chosen = plan_of(model, pairs, spec.method, spec.nodes, request, **params) if spec.memory else None
+    tokens, passes = (chosen.tokens, {"passes": chosen.said(pairs)}) if chosen else (None, {})
+    room = Room.on(model.device, None, spec.batch_size, row.graph) if tokens is None else Room.of_tokens(tokens)
     longest = max(pairs, key=lambda batch: min(len(batch), room.size(batch)) * batch.n_pos)
     batch = longest.rows(slice(0, room.size(longest)))
     with peak(model.device) as found:
-        _rehearse(model, batch, spec, params, metric)
+        _rehearse(model, batch, spec, replace(request, keep_examples=False, tokens=tokens), params, metric)
     if found.above != found.above:
-        return ""
+        return passes
     n_pairs = sum(map(len, pairs))
-    kept = n_pairs * cells * 4 / MIB
-    if spec.keep_examples is False or (spec.keep_examples is None and n_pairs * cells > KEEP_LIMIT):
-        kept = 0.0
+    kept = singles(n_pairs, cells, spec.keep_examples) * 4 / MIB
     where = "the process" if model.device.type == "cpu" else "the GPU"
     at_least = "at least " if row.by == "all" and len(batch) < n_pairs else "about "
-    return (
+    said = (
         f"{at_least}{found.held + found.above + 2 * kept:.0f} MiB of {where} at the peak: {found.held:.0f} held now (libraries, "
         f"model), {found.above:.0f} for a batch of {len(batch)} pairs (measured), {2 * kept:.0f} to keep and write single scores"
     )
+    return passes | {"memory": said}
 
 
-def _rehearse(model: Model, batch: PairBatch, spec: ScoreSpec, params: dict[str, Any], metric: str) -> None:
+def _rehearse(
+    model: Model, batch: PairBatch, spec: ScoreSpec, request: Request, params: dict[str, Any], metric: str
+) -> None:
     """Score one batch, until there was enough of it."""
     started, passes = time.monotonic(), 0
 
-    def look(_: Any) -> None:
+    def enough(_: Any) -> bool:
         nonlocal passes
         passes += 1
-        if passes > PASSES and time.monotonic() - started > SECONDS:
-            raise _Enough
+        return passes > PASSES and time.monotonic() - started > SECONDS
 
-    with suppress(_Enough), model.hooks({"unembed.hook_in": look}):
-        score(
-            model, [batch], spec.method, spec.nodes, metric, spec.direction, spec.baseline, len(batch), False, **params
-        )
+    with begun(model, enough):
+        if request.tokens is not None:
+            score_units(model, [batch], spec.method, spec.nodes, replace(request, memory=None), **params)
+        else:
+            score(
+                model,
+                [batch],
+                spec.method,
+                spec.nodes,
+                metric,
+                spec.direction,
+                spec.baseline,
+                len(batch),
+                False,
+                **params,
+            )

@@ -34,7 +34,15 @@ from relp_cli.runs.summary import areas_of
 from relp_cli.spaces.scores import SIGN, Scores
 from relp_cli.tasks.counted import pairs_text
 
-FREE = ("method", "params", "keep_examples", "nodes", "batch_size", "dtype")  # what runs side by side may differ in
+FREE = (
+    "method",
+    "params",
+    "keep_examples",
+    "nodes",
+    "batch_size",
+    "memory",
+    "dtype",
+)  # what runs side by side may differ in
 MOST_BYTES = 3_000_000  # of the sections of scores on one page
 
 

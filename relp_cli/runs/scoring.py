@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from relp_cli import __version__
+from relp_cli.config.memory import written
 from relp_cli.errors import RelpError, RunFailed
 from relp_cli.evaluation.behaviour import Behaviour, behaviour, keep_correct
 from relp_cli.features.load import Dictionaries, check_dictionary, load_dictionaries
 from relp_cli.files import check_writable
-from relp_cli.methods.request import Progress, Request
+from relp_cli.methods.request import Progress, Request, check_memory
 from relp_cli.methods.score import check_baseline, resolve_method
 from relp_cli.methods.unfinished import Unfinished
 from relp_cli.models.load import load_model
@@ -122,8 +123,10 @@ def check_request(spec: ScoreSpec, folder: Path | None = None) -> None:
     if "dictionary" in spec.params and "dictionary" not in space.options:
         raise RelpError("--dictionary is for features (--nodes feature)")
     given = {k: v for k, v in spec.params.items() if k not in space.options}
-    row, _ = resolve_method(spec.method, given, space.name)
-    check_baseline(row, space, Request(direction=spec.direction, baseline=spec.baseline))
+    row, params = resolve_method(spec.method, given, space.name)
+    request = Request(direction=spec.direction, baseline=spec.baseline, batch_size=spec.batch_size, memory=spec.memory)
+    check_baseline(row, space, request)
+    check_memory(row, params, spec.method, request)
     if "dictionary" in space.options:
         check_dictionary(spec.params.get("dictionary"))
     if spec.metric is not None:
@@ -195,6 +198,7 @@ def score_run(
         spec.keep_examples,
         progress,
         unfinished,
+        spec.memory,
         **loaded_params(spec, prepared, session),
     )
     scores = with_meta(scores, prepared, spec, digest)
@@ -244,9 +248,10 @@ def scoring_notes(scores: Scores) -> list[str]:
             "smaller than the rounding of logits become 0; float32 keeps them"
         )
     if most := meta.get("out_of_memory_pairs_per_pass"):
-        notes.append(
-            f"out of memory: batches were halved, to {most} pairs or fewer; --batch-size {most} saves the attempts"
-        )
+        less = "a smaller --memory" if "memory" in meta else f"--batch-size {most}"
+        notes.append(f"out of memory: batches were halved, to {most} pairs or fewer; {less} saves the attempts")
+    if "memory" in meta:
+        notes.append(f"memory: at most {meta['tokens_per_pass']} tokens a pass for a peak of {written(meta['memory'])}")
     if auto := meta.get("auto"):
         chosen = "; ".join(f"{kind}: {', '.join(rules) or 'no rules'}" for kind, rules in auto["chosen"].items())
         aside, of = auto["pairs_set_aside"], auto["pairs_set_aside"] + meta["n_pairs"]

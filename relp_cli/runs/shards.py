@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from relp_cli.errors import RelpError
-from relp_cli.methods.request import Progress, Request
-from relp_cli.methods.score import check_divisible, score_share
+from relp_cli.methods.request import Progress, Request, check_divisible
+from relp_cli.methods.score import score_share
 from relp_cli.methods.table import row_of
 from relp_cli.methods.unfinished import Shard, Unfinished
 from relp_cli.runs.claims import POLL, Claims
@@ -110,8 +110,8 @@ def score_shard(
         on_ready(prepared)
     if not run.is_done(digest):
         request = Request(
-            prepared.metric, spec.direction, spec.baseline, spec.batch_size, False, progress,
-            Unfinished(run.unfinished, digest, shard),
+            prepared.metric, spec.direction, spec.baseline, spec.batch_size, spec.keep_examples, progress,
+            Unfinished(run.unfinished, digest, shard), spec.memory,
         )  # fmt: skip
         waiting = score_share(
             prepared.model, prepared.pairs, spec.method, spec.nodes, request, **loaded_params(spec, prepared, session)

@@ -5,21 +5,36 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    WithJsonSchema,
     field_validator,
     model_serializer,
 )
 
 from relp_cli import BATCH_SIZE, MOST_SEED
+from relp_cli.config.memory import bytes_of
 from relp_cli.errors import RelpError, unknown
 from relp_cli.methods.table import SPACES, row_of
 from relp_cli.nodes.kinds import NODE_KINDS
+
+UNASKED = ("unusable", "ids_of", "memory")
+
+
+def _bytes(value: Any) -> Any:
+    try:
+        return bytes_of(value)
+    except RelpError as error:
+        raise ValueError(str(error)) from error
+
+
+Memory = Annotated[int, BeforeValidator(_bytes), WithJsonSchema({"type": ["string", "integer"]})]
 
 
 class Common(BaseModel):
@@ -34,14 +49,15 @@ class Common(BaseModel):
     only_correct: bool = False
     dtype: str = "float32"
     batch_size: int = Field(default=BATCH_SIZE, ge=1)
+    memory: Memory | None = None
     unusable: Literal["error", "drop"] | None = None
     ids_of: str | None = None
 
     @model_serializer(mode="wrap")
     def _unasked(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the two of these that only files of pairs know, where they are not given: hashes stay what they were."""
+        """Without those that came later, where they are not given: hashes stay what they were."""
         values: dict[str, Any] = handler(self)
-        return {name: v for name, v in values.items() if v is not None or name not in ("unusable", "ids_of")}
+        return {name: v for name, v in values.items() if v is not None or name not in UNASKED}
 
 
 class ScoreSpec(Common):

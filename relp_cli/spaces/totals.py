@@ -19,6 +19,11 @@ from relp_cli.spaces.units import Units
 KEEP_LIMIT = 1 << 26  # single examples are kept up to this many numbers, unless asked for
 
 
+def singles(total: int, cells: int, keep: bool | None) -> int:
+    """How many numbers are kept of single examples, of so many examples with so many scores each."""
+    return total * cells if keep or (keep is None and total * cells <= KEEP_LIMIT) else 0
+
+
 class Totals:
     """Sums in float64, aligned on the common labels.
 

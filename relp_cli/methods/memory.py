@@ -1,0 +1,202 @@
+"""A limit to memory: how many tokens batches and passes may have, so that the peak of a computation stays below it.
+
+1. What is alive at the peak, in tensors, is counted while one pair is computed, and two: a + b·pairs. Counted, not measured: the
+   same computation counts the same on every machine, whatever else that machine does.
+2. An allocator holds more than what is alive (`HELD`), and beside it are the libraries (`LIBRARIES`) and the weights.
+3. The largest power of two of tokens that fits is taken, for the longest pairs and for the shortest.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from relp_cli.config.memory import written
+from relp_cli.errors import RelpError
+from relp_cli.methods.request import Request
+from relp_cli.methods.room import Room, fitting
+from relp_cli.methods.setup import Passes
+from relp_cli.methods.space import Batch, Scorer
+from relp_cli.methods.table import Method, Result
+from relp_cli.models.model import Model
+from relp_cli.models.offload import resident
+from relp_cli.spaces.table import space_of
+from relp_cli.spaces.totals import singles
+from relp_cli.tasks.pairs import PairBatch
+from relp_cli.tasks.parts import parts_of
+
+MIB = 1 << 20
+LIBRARIES = {"cpu": 640 * MIB}  # what Python and the libraries hold, once a model is loaded
+OTHER_LIBRARIES = 512 * MIB  # of a GPU's memory: its context
+HELD = 2.0  # bytes that an allocator holds at the peak for one that is alive: blocks of many sizes come and go
+PASSES = 12  # as large as they get: by then a method has gone through what it repeats
+SUMS = 48  # bytes a score: sums, squares, moments and what goes between
+MOST = 1 << 14  # tokens: more gain nothing (docs/memory.md)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen for a limit of so many bytes: tokens per batch and pass, and the peak in bytes that is expected at most."""
+
+    memory: int
+    tokens: int
+    peak: int
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """As metadata have it."""
+        return {"memory": self.memory, "tokens_per_pass": self.tokens, "memory_expected": self.peak}
+
+    def said(self, pairs: Sequence[PairBatch]) -> str:
+        """For people."""
+        sizes = sorted({min(len(batch), fitting(batch.n_pos, self.tokens)) for batch in pairs})
+        several = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])
+        return f"{self.tokens} tokens a pass ({several} pairs), at most {written(self.peak)} of {written(self.memory)}"
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of all tensors that were made inside and still are there: now, and at the peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._there: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for made in tree_leaves(out):
+            if isinstance(made, Tensor) and made.untyped_storage()._cdata not in given:
+                self._count(made.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._there:  # a view that an operation kept by itself
+            return
+
+        def gone(_: Any) -> None:
+            self.now -= size
+            self._there.pop(key, None)
+
+        self._there[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+class _Enough(BaseException):
+    """No error: nothing may catch it."""
+
+
+@contextmanager
+def begun(model: Model, enough: Callable[[Tensor], bool]) -> Iterator[None]:
+    """A computation inside ends, without a word, once `enough` says so of what a pass unembeds, Float[rows, read, d_model]."""
+
+    def look(value: Tensor) -> None:
+        if enough(value):
+            raise _Enough
+
+    with suppress(_Enough), model.hooks({"unembed.hook_in": look}):
+        yield
+
+
+def plan(
+    memory: int,
+    model: Model,
+    pairs: Sequence[PairBatch],
+    compute: Callable[[PairBatch, Room], object],
+    patched: bool = False,
+    kept: int = 0,
+) -> Plan:
+    """The largest passes whose peak stays below `memory`.
+
+    compute: does with a few pairs what is to be done with all, in so much room. patched: whether most of its passes are patched
+    runs. kept: bytes that the results take beside it.
+    Raises: RelpError where not even one pair fits.
+    """
+    libraries = LIBRARIES.get(model.device.type, OTHER_LIBRARIES)
+    held, tokens, peaks = libraries + resident(model.hf) + kept, MOST, list[tuple[int, float, float]]()
+    for n_pos in {batch.n_pos for batch in (min(pairs, key=_length), max(pairs, key=_length))}:
+        batch = next(batch for batch in pairs if batch.n_pos == n_pos)
+
+        def alive(n: int, batch: PairBatch = batch) -> float:
+            few = batch.rows(torch.arange(n) % len(batch))
+            return HELD * _alive(model, few, compute, patched)
+
+        alive(1)  # once what is computed of a model but once is no part of it
+        one = alive(1)
+        if held + one > memory:
+            raise RelpError(
+                f"memory {written(memory)}: one pair of {n_pos} tokens at a time takes up to {written(held + one)}, "
+                f"{written(held)} of it for libraries, model and results; give at least as much"
+            )
+        # two are tried where they are sure to fit
+        each = alive(2) - one if held + 2 * one <= memory else memory
+        each = max(each, 1.0)
+        most = 1 + int((memory - held - one) / each)
+        tokens = min(tokens, _power_of_two(most * n_pos))
+        peaks.append((n_pos, one, each))
+    peak = max(held + one + each * (fitting(n_pos, tokens) - 1) for n_pos, one, each in peaks)
+    return Plan(memory, tokens, round(peak))
+
+
+def _length(batch: PairBatch) -> int:
+    return batch.n_pos
+
+
+def _power_of_two(number: int) -> int:
+    """The largest one that is not above it."""
+    return 1 << (number.bit_length() - 1)
+
+
+def _alive(model: Model, batch: PairBatch, compute: Callable[[PairBatch, Room], object], patched: bool) -> int:
+    """Bytes that are alive at the peak, beside what was there before."""
+    room, passes = Room.of_tokens(batch.original.numel()), 0
+    rows = fitting(batch.n_pos, room.patched if patched else room.graph)
+
+    def enough(value: Tensor) -> bool:
+        nonlocal passes
+        passes += len(value) >= rows
+        return passes > PASSES
+
+    with Alive() as count, begun(model, enough):
+        compute(batch, room)
+    return count.peak
+
+
+def planned(
+    model: Model,
+    pairs: Sequence[PairBatch],
+    row: Method,
+    scorer: Scorer,
+    request: Request,
+    compute: Callable[[Batch], Result],
+) -> Plan | None:
+    """How the pairs are cut so that the scoring stays below `request.memory`; once decided, a request keeps to it."""
+    if request.memory is None:
+        return None
+    memory, n_pairs = request.memory, sum(map(len, pairs))
+    cells = len(scorer.units) * len(scorer.labels)
+    kept = SUMS * cells + (
+        0 if space_of(scorer.units).sparse else 2 * 4 * singles(n_pairs, cells, request.keep_examples)
+    )
+
+    def some(few: PairBatch, room: Room) -> None:
+        parts = parts_of([few.to(model.device)])
+        scorer.prepare(parts, Passes())
+        for part in parts:
+            scorer.blocks(compute(scorer.batch(part, Passes(), room, None)).scores)
+
+    def decide() -> Plan:
+        return plan(memory, model, pairs, some, row.each, kept)
+
+    left = request.unfinished
+    return decide() if left is None else Plan(**left.agreed("memory", lambda: vars(decide())))
