@@ -142,7 +142,7 @@ def command(
     )  # fmt: skip
     at = ready(Path(target), asked, Session(place), output)
     with progress() as bar:
-        path, table = evaluate_run(at, random, output, bar)
+        path, table = evaluate_run(at, random, output, bar, note)
     dropped = None
     if minimality:
         with progress() as bar:

@@ -94,7 +94,7 @@ def command(
     )  # fmt: skip
     at = ready(run, asked, Session(place))
     with progress() as bar:
-        files, tests, tested = run_tests(at, how, bar)
+        files, tests, tested = run_tests(at, how, bar, note)
     for line in at.notes:
         note(line)
     if json:

@@ -24,6 +24,7 @@ from relp_cli.models.model import Model
 from relp_cli.nodes.kinds import mixed_warning
 from relp_cli.report.tables import write_table
 from relp_cli.runs.checked import file_label, score_spec
+from relp_cli.runs.earlier import Say, keep_earlier, quiet
 from relp_cli.runs.made import note_made
 from relp_cli.runs.rundir import RunDir
 from relp_cli.runs.scoring import Prepared, Session, open_run, prepare_again
@@ -238,9 +239,16 @@ def ready(path: Path, asked: Evaluation, session: Session, output: Path | None =
 
 
 def evaluate_run(
-    at: Ready, random_circuits: int = 3, output: Path | None = None, progress: Progress | None = None
+    at: Ready,
+    random_circuits: int = 3,
+    output: Path | None = None,
+    progress: Progress | None = None,
+    say: Say = quiet,
 ) -> tuple[Path, pd.DataFrame]:
-    """Evaluate the circuits and write evaluation.csv into the run, or `output`. Returns the file and the table."""
+    """Evaluate the circuits and write evaluation.csv into the run, or `output`. Returns the file and the table.
+
+    say: is told what becomes of an evaluation.csv of other settings (`keep_earlier`).
+    """
     table = evaluate(
         at.prepared.model, at.prepared.pairs, at.circuits, metric=at.prepared.metric, random_circuits=random_circuits,
         progress=progress, **at.asked.how(at.exclude, at.dictionary),
@@ -250,6 +258,8 @@ def evaluate_run(
     if at.file:  # so that a report can tell whether this table is of the circuit that the run has by then
         table["circuit"] = at.circuits[0].hash
     out = output or at.run.path / f"evaluation{at.stem}.csv"
+    if output is None:
+        keep_earlier(out, table, say)
     write_table(table, out)
     if output is None:
         note_made(out)

@@ -99,6 +99,6 @@ def _other(theirs: str, circuit: str | None) -> list[str]:
 
 
 def _of(path: Path, name: str) -> str:
-    """On another task: its name."""
+    """Of another task, or of other settings (`keep_earlier`): its name."""
     other = path.stem.removeprefix(name).strip("-")
-    return f" on {other}" if other else ""
+    return f": {other}" if other else ""

@@ -11,17 +11,19 @@ from relp_cli.evaluation.circuit_tests import circuit_tests
 from relp_cli.evaluation.verdicts import Levels
 from relp_cli.methods.request import Progress
 from relp_cli.report.tables import write_table
+from relp_cli.runs.earlier import Say, keep_earlier, quiet
 from relp_cli.runs.evaluating import Ready, own_circuit, read_circuit
 from relp_cli.runs.made import note_made
 from relp_cli.runs.scoring import open_run
 
 
 def run_tests(
-    at: Ready, levels: Levels, progress: Progress | None = None
+    at: Ready, levels: Levels, progress: Progress | None = None, say: Say = quiet
 ) -> tuple[tuple[Path, Path], pd.DataFrame, pd.DataFrame]:
     """Test the circuit, and write tests.csv and tests-units.csv (on another task: tests-TASK.csv, …) into the run.
 
-    Returns the files, the table of tests and that of units.
+    say: is told what becomes of tests of other settings (`keep_earlier`).
+    Returns: the files, the table of tests and that of units.
     """
     tests, units = circuit_tests(
         at.prepared.model, at.prepared.pairs, at.circuits[0], levels, metric=at.prepared.metric, progress=progress,
@@ -33,6 +35,7 @@ def run_tests(
         first = {k: v for k, v in about.items() if k not in table} if len(table) else {}
         tables.append(table.assign(**first)[[*first, *table.columns]])
     files = at.run.path / f"tests{at.stem}.csv", at.run.path / f"tests-units{at.stem}.csv"
+    keep_earlier(files[0], tables[0], say, beside=files[1:])
     for table, file in zip(tables, files, strict=True):
         write_table(table, file)
         note_made(file)

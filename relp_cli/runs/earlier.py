@@ -1,0 +1,56 @@
+"""A table that new results would replace: of other settings it is kept, under a name that says which, and that is said."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from relp_cli.errors import RelpError
+from relp_cli.report.tables import read_table
+
+SETTINGS = ("kind", "ablation", "metric", "exclude_layers")  # columns that are the same in every row of a table
+Say = Callable[[str], None]
+
+
+def quiet(_: str) -> None:
+    """Says nothing."""
+
+
+def keep_earlier(path: Path, table: pd.DataFrame, say: Say, beside: tuple[Path, ...] = ()) -> None:
+    """Before `table` is written to `path`: rename what is there, if it is of other settings, and say what becomes of it.
+
+    `evaluation.csv` becomes `evaluation-sweep-mlp_neuron-mean-logit_diff-1.csv`. beside: files that belong to it and are
+    renamed with it (`tests-units.csv`). What cannot be read is replaced; an earlier table of the same settings too.
+    """
+    if not path.is_file():
+        return
+    try:
+        before = read_table(path)
+    except RelpError:
+        return
+    if (label := _label(before)) != _label(table):
+        for one in (path, *beside):
+            if one.is_file():
+                kept = one.with_name(f"{one.stem}-{label}{one.suffix}")
+                one.replace(kept)
+                note, moved = (place.parent / "made" / f"{place.name}.json" for place in (one, kept))
+                if note.is_file():
+                    note.replace(moved)
+        say(f"{path.name} was of other settings, and is kept as {path.stem}-{label}{path.suffix}")
+    elif _circuit(before) != _circuit(table):
+        say(f"{path.name} was of another circuit, {_circuit(before)}, and is replaced (-o FILE keeps both)")
+    elif len(before) != len(table):
+        say(f"{path.name} had {len(before)} rows of the same settings, and is replaced (-o FILE keeps both)")
+
+
+def _label(table: pd.DataFrame) -> str:
+    what = [] if "test" in table else ["sweep" if _circuit(table) is None else "circuit"]
+    said = [str(table[name].iloc[0]) for name in SETTINGS if name in table and len(table)]
+    return re.sub(r"[^\w.+-]+", "_", "-".join([*what, *said]))[:150]
+
+
+def _circuit(table: pd.DataFrame) -> str | None:
+    return str(table["circuit"].iloc[0]) if "circuit" in table and len(table) else None

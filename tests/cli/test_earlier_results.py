@@ -1,0 +1,48 @@
+"""Results of other settings are never replaced without a word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from relp_cli.runs.made import read_made
+
+
+def test_an_evaluation_of_other_settings_is_kept_and_named(relp):
+    relp("score", "ioi", "--pairs", 4, "--nodes", "head", "-o", "run")
+    how = ("evaluate", "run", "--pairs", 4, "--random", 0)
+    assert relp(*how, "--sweep", "counts:2,8").err.count("kept") == 0
+    sweep = Path("run/evaluation.csv").read_bytes()
+    assert "other settings" not in relp(*how, "--sweep", "counts:2,8").err  # the same again
+    assert Path("run/evaluation.csv").read_bytes() == sweep
+
+    said = relp(*how, "--sweep", "counts:2,8", "--ablation", "zero").err
+    kept = Path("run/evaluation-sweep-head-mean-logit_diff-1.csv")
+    assert f"evaluation.csv was of other settings, and is kept as {kept.name}" in said
+    assert kept.read_bytes() == sweep
+    assert (read_made(kept) or {}).get("provenance")
+    assert set(pd.read_csv("run/evaluation.csv").ablation) == {"zero"}
+
+    relp("circuit", "run", "--top-k", 3)
+    assert "kept as evaluation-sweep-head-zero-logit_diff-1.csv" in relp(*how).err
+    relp("circuit", "run", "--top-k", 5)
+    assert "evaluation.csv was of another circuit" in relp(*how).err
+    assert "had 2 rows" in relp(*how, "--sweep", "counts:2,8").err + relp(*how, "--sweep", "counts:2,5,8").err
+    names = {path.name for path in Path("run").glob("evaluation*.csv")}
+    assert names == {"evaluation.csv", kept.name, "evaluation-sweep-head-zero-logit_diff-1.csv",
+                     "evaluation-circuit-head-mean-logit_diff-1.csv"}  # fmt: skip
+    assert relp("report", "run").code == 0
+    page = Path("run/report.html").read_text()
+    assert "Evaluation: sweep-head-zero-logit_diff-1" in page
+
+
+def test_tests_keep_their_units_beside_them(relp):
+    relp("score", "ioi", "--pairs", 4, "--nodes", "head", "-o", "run")
+    relp("circuit", "run", "--top-k", 2)
+    how = ("test", "run", "--pairs", 4, "--references", 2, "--permutations", 3)
+    relp(*how)
+    units = Path("run/tests-units.csv").read_bytes()
+    assert "tests.csv was of other settings" in relp(*how, "--ablation", "zero").err
+    assert Path("run/tests-units-head-mean-logit_diff-1.csv").read_bytes() == units
+    assert Path("run/tests-head-mean-logit_diff-1.csv").is_file()
