@@ -29,6 +29,7 @@ from relp_cli.cli import (
 )
 from relp_cli.cli.benchmarks import Evaluate
 from relp_cli.cli.completion import completing
+from relp_cli.cli.help import fold_help
 from relp_cli.cli.waiting import waiting
 
 QUICK = ("ls", "validate", "init", "schema", "collect")  # load no torch, mostly
@@ -61,5 +62,7 @@ def main(
         typer.echo(__version__)
         raise typer.Exit
     verb = context.invoked_subcommand
-    if verb not in (None, *QUICK) and not {"-h", "--help"} & set(sys.argv):
+    if {"-h", "--help"} & set(sys.argv):
+        fold_help()
+    elif verb not in (None, *QUICK):
         waiting(f"relp {verb}: loading torch …")

@@ -165,3 +165,18 @@ def test_on_a_terminal_it_says_at_once_what_loads_and_takes_it_back():
     assert said.startswith(f"{clear}relp score: loading torch …{clear}error: relp score: unknown option")
     piped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert piped.stderr.startswith("error: ")
+
+
+def test_help_at_80_columns_crops_nothing(relp, monkeypatch):
+    import inspect
+
+    from typer.main import get_command
+
+    from relp_cli.cli.app import app
+
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, command in get_command(app).commands.items():
+        written = inspect.cleandoc(command.help) + "".join(getattr(p, "help", None) or "" for p in command.params)
+        out = relp(name, "--help").out
+        assert out.count("…") == written.count("…"), name
+        assert max(map(len, out.splitlines())) <= 80
