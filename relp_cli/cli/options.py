@@ -43,7 +43,7 @@ class PairOptions:
     ] = None
     direction: Annotated[str, typer.Option(help="noising (run the original) or denoising.")] = "noising"
     bos: BosOption = None
-    only_correct: Annotated[bool, typer.Option("--only-correct", help="Keep the pairs that the model gets right.")] = False
+    only_correct: Annotated[bool, typer.Option("--only-correct", help="Keep pairs that the model gets right.")] = False
     unusable: UnusableOption = None
     ids_of: IdsOfOption = None
     dtype: DtypeOption = "float32"
