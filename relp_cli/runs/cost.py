@@ -39,10 +39,10 @@ def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> 
     if spec.nodes == (SCORED,):
         found = load_dictionaries(str(spec.params.get("dictionary")), model)
         nodes = {SCORED: positions * sum(d.n_features + 1 for d in found.values())}
-    n_pairs = sum(len(b) for b in pairs)
+    n_pairs, n_runs = (sum(map(len, batches)) for batches in (pairs, parts))
     if spec.nodes == ("edges",):
         keep = spec.params.get("positions") == "keep"
-        return _edges_cost(model, n_pairs, positions if keep else 1, spec)
+        return _edges_cost(model, n_pairs, n_runs, positions if keep else 1, spec)
     row = row_of(spec.method)
     forwards = f"{cost_of(spec.method)} per pair ({n_pairs} pairs)"
     if spec.method.endswith("+auto") or spec.params.get("rules") == "auto":
@@ -50,10 +50,11 @@ def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> 
     if several:
         forwards += ", for answer and foil each"
     if row.each:
-        runs = sum(_patched(model, b, k, spec.baseline) for b in pairs for k in kinds) + 2 * n_pairs
+        runs = sum(_patched(model, b, k, spec.baseline) for b in parts for k in kinds) + 2 * n_runs
         forwards = f"at most {runs:,} patched runs of one pair, each from its patch on ({n_pairs} pairs)"
         if spec.nodes == (SCORED,):
-            forwards = f"a run per feature, position and pair where it differs between the prompts ({n_pairs} pairs)"
+            each = "pair, of its answer and its foil," if several else "pair"
+            forwards = f"a run per feature, position and {each} where it differs between the prompts ({n_pairs} pairs)"
     return {
         "pairs": n_pairs,
         "nodes": nodes,
@@ -144,8 +145,8 @@ def cost_of(method: str) -> str:
     return next((RULE_SETS[e].cost for e in extra if e in RULE_SETS), METHODS[name].cost)
 
 
-def _edges_cost(model: Model, n_pairs: int, positions: int, spec: ScoreSpec) -> dict[str, Any]:
-    """The same for edges: exact methods run the model once per edge (and position)."""
+def _edges_cost(model: Model, n_pairs: int, n_runs: int, positions: int, spec: ScoreSpec) -> dict[str, Any]:
+    """The same for edges: exact methods run the model once per edge (and position), of answers of several tokens twice."""
     edges, row = Graph.of(model.shape).n_edges, row_of(spec.method)
     exact = edges * positions if row.each else None
     return {
@@ -153,6 +154,6 @@ def _edges_cost(model: Model, n_pairs: int, positions: int, spec: ScoreSpec) -> 
         "nodes": {"edges": edges * positions},
         "forwards": f"{cost_of(spec.method)} per pair ({n_pairs} pairs)"
         if exact is None
-        else f"{(exact + 2) * n_pairs:,} runs of one pair ({n_pairs} pairs)",
+        else f"{(exact + 2) * n_runs:,} runs of one pair ({n_pairs} pairs)",
         "memory": f"{edges * positions * 8 * 2 / 2**20:.1f} MiB for scores",
     }

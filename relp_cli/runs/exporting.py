@@ -97,7 +97,8 @@ def _prompt(prepared: Prepared, circuit: Circuit) -> Prompt:
         p = model.logits(batch.original[:1].to(model.device))[0].float().softmax(-1)
     probability = float(p[answer[:1] if batch.several else answer].sum())
     words = [_words(prepared, some.tolist(), batch.several) for some in (answer, foil)]
-    metric = f"{prepared.metric}: {words[0]}" + (f" − {words[1]}" if len(foil) else "") + f" (p = {probability:.3f})"
+    metric = f"{prepared.metric}: {words[0]}" + (f" − {words[1]}" if len(foil) else "")
+    metric += f" ({'first token: ' if batch.several else ''}p = {probability:.3f})"
     tokens = [_decoded(prepared, [i]) for i in ids]
     return Prompt(_decoded(prepared, ids), tokens, ids, batch.labels, int(answer[0]), probability, metric)
 

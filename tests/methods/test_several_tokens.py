@@ -227,6 +227,10 @@ def test_files_templates_and_the_command_line(relp):
     }  # fmt: skip
     Path("t.yaml").write_text(json.dumps(task))
     assert relp("score", "t.yaml", "--pairs", 20, "-o", "s", "--method", "relp", "--nodes", "mlp_out").code == 0
+    exact = ("score", "t.yaml", "--pairs", 2, "--method", "act_patch", "--nodes", "attn_out", "--json")
+    dry, done = (json.loads(relp(*exact, *more).out) for more in (("--dry-run",), ("-o", "e")))
+    runs = round(2 * done["scores"]["forwards_per_pair"])
+    assert dry["forwards"].startswith(f"at most {runs:,} patched runs of one pair")
     assert relp("circuit", "s", "--top-k", 9).code == 0
     done = relp("evaluate", "s", "--pairs", 5, "--json")
     assert done.code == 0, done.err
