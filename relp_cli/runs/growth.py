@@ -15,11 +15,14 @@ from relp_cli.errors import RelpError, unknown
 from relp_cli.models.load import usable_device
 from relp_cli.report.canvas import LIGHT, bare, method_colors, new_figure, save_figure, themed
 from relp_cli.runs.bench import BENCHES, SHAPES, Fixture, fixture, one_thread, timed
+from relp_cli.runs.peaks import UNITS
 from relp_cli.runs.rehearsal import peak
 
 OVER: dict[str, tuple[Any, ...]] = {
     "layers": (4, 8, 12, 24), "positions": (8, 16, 32, 64), "pairs": (1, 4, 8, 32), "shape": tuple(SHAPES),
+    "memory": tuple(UNITS),
 }  # fmt: skip
+NAMED = {"shape": "shape", "memory": "sort of units"}
 ROWS = ("relp", "relp, neurons", "ig_inputs, 10 steps", "eap", "act_patch, 1 node")
 
 
@@ -27,10 +30,10 @@ def sizes(over: str, values: Sequence[str]) -> list[Any]:
     """The values that vary. Raises RelpError for a size that does not, and for values that are none of it."""
     if over not in OVER:
         raise unknown("size", over, OVER, where="--over: ")
-    if over == "shape":
+    if what := NAMED.get(over):
         for value in values:
-            if value not in SHAPES:
-                raise unknown("shape", value, SHAPES, where="--values: ")
+            if value not in OVER[over]:
+                raise unknown(what, value, OVER[over], where="--values: ")
         return list(values or OVER[over])
     for value in values:
         if not re.fullmatch(r"[1-9]\d{0,4}", value):
@@ -42,7 +45,7 @@ def growth(over: str, values: Sequence[Any], rounds: int, device: str | None = N
     """A row per value and bench: medians of its seconds and of its baseline's, their ratio, and MB: peak memory above what was
     held before it (of the process; on a GPU, of what torch allocates; NaN where the system does not say).
 
-    over: a key of OVER; the other sizes are GPT-2-small's, 16 positions and 8 pairs.
+    over: a key of OVER but memory (`peaks`); the other sizes are GPT-2-small's, 16 positions and 8 pairs.
     """
     rows, target = [], usable_device(device or "cpu")
     with one_thread():

@@ -11,7 +11,7 @@ import gc
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,31 @@ def _status(name: str) -> int:
     return int(lines[name].split()[0])
 
 
+@dataclass(frozen=True)
+class Expected:
+    """A peak to expect, in MiB: what is held now, what one batch of so many pairs takes above that, and to keep and write single
+    scores. more: the whole may take more, for it needs all pairs at once.
+    """
+
+    held: float
+    batch: float
+    single: float
+    pairs: int
+    more: bool
+    where: str
+
+    @property
+    def whole(self) -> float:
+        return self.held + self.batch + self.single
+
+    def __str__(self) -> str:
+        return (
+            f"{'at least' if self.more else 'about'} {self.whole:.0f} MiB of {self.where} at the peak: {self.held:.0f} held now "
+            f"(libraries, model), {self.batch:.0f} for a batch of {self.pairs} pairs (measured), {self.single:.0f} to keep and "
+            "write single scores"
+        )
+
+
 def expected_memory(
     model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec, params: dict[str, Any], cells: int, metric: str
 ) -> dict[str, Any]:
@@ -74,26 +99,42 @@ def expected_memory(
 
     params: the spec's, dictionaries loaded. Raises: RelpError where not one pair fits the limit.
     """
-    row = row_of(spec.method)
-    request = Request(metric, spec.direction, spec.baseline, spec.batch_size, spec.keep_examples, memory=spec.memory)
+    request = _request(spec, metric)
     chosen = plan_of(model, pairs, spec.method, spec.nodes, request, **params) if spec.memory else None
-    tokens, passes = (chosen.tokens, {"passes": chosen.said(pairs)}) if chosen else (None, {})
+    said = {"passes": chosen.said(pairs)} if chosen else {}
+    found = expected_peak(model, pairs, spec, params, cells, metric, chosen.tokens if chosen else None)
+    return said if found is None else said | {"memory": str(found)}
+
+
+def _request(spec: ScoreSpec, metric: str) -> Request:
+    return Request(metric, spec.direction, spec.baseline, spec.batch_size, spec.keep_examples, memory=spec.memory)
+
+
+def expected_peak(
+    model: Model,
+    pairs: Sequence[PairBatch],
+    spec: ScoreSpec,
+    params: dict[str, Any],
+    cells: int,
+    metric: str,
+    tokens: int | None = None,
+) -> Expected | None:
+    """The same as numbers; tokens: of a pass, where a limit to memory says. None where the system does not say what is held."""
+    row = row_of(spec.method)
     room = Room.on(model.device, None, spec.batch_size, row.graph) if tokens is None else Room.of_tokens(tokens)
     longest = max(pairs, key=lambda batch: min(len(batch), room.size(batch)) * batch.n_pos)
     batch = longest.rows(slice(0, room.size(longest)))
     with peak(model.device) as found:
-        _rehearse(model, batch, spec, replace(request, keep_examples=False, tokens=tokens), params, metric)
+        _rehearse(
+            model, batch, spec, replace(_request(spec, metric), keep_examples=False, tokens=tokens), params, metric
+        )
     if found.above != found.above:
-        return passes
+        return None
     n_pairs = sum(map(len, pairs))
     kept = singles(n_pairs, cells, spec.keep_examples) * 4 / MIB
     where = "the process" if model.device.type == "cpu" else "the GPU"
-    at_least = "at least " if row.by == "all" and len(batch) < n_pairs else "about "
-    said = (
-        f"{at_least}{found.held + found.above + 2 * kept:.0f} MiB of {where} at the peak: {found.held:.0f} held now (libraries, "
-        f"model), {found.above:.0f} for a batch of {len(batch)} pairs (measured), {2 * kept:.0f} to keep and write single scores"
-    )
-    return passes | {"memory": said}
+    more = row.by == "all" and len(batch) < n_pairs
+    return Expected(found.held, found.above, 2 * kept, len(batch), more, where)
 
 
 def _rehearse(
