@@ -18,7 +18,9 @@ def in_both(name: str, caption: str, draw: Callable[[Theme], Figure]) -> Picture
     return Picture(name, caption, draw(LIGHT), draw(DARK))
 
 
-def intervals_figure(table: pd.DataFrame, label: str, columns: Sequence[str], title: str, theme: Theme) -> Figure:
+def intervals_figure(
+    table: pd.DataFrame, label: str, columns: Sequence[str], title: str, theme: Theme = LIGHT
+) -> Figure:
     """A dot per row, at columns[0], and a line from columns[1] to columns[2]; rows from the top down."""
     with themed(theme):
         figure = new_figure(6.4, 0.9 + 0.3 * len(table))
@@ -63,7 +65,7 @@ def strips_figure(table: pd.DataFrame, factors: Sequence[str], y: str, theme: Th
 def lines_figure(table: pd.DataFrame, x: str, columns: Sequence[str], labels: tuple[str, str], theme: Theme) -> Figure:
     """A line per column over `x`, from dark to bright in the columns' order. labels: of x and y."""
     with themed(theme):
-        figure = new_figure(6.4, 3.2)
+        figure = new_figure(4.9, 3.0)
         axes = figure.subplots()
         shades = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.9, len(columns)))
         for column, color in zip(columns, shades, strict=True):

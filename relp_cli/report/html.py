@@ -19,6 +19,7 @@ from relp_cli.report.digest import circuit_counts, top_nodes
 from relp_cli.report.explore import explorer
 from relp_cli.report.graph import DRAWINGS, MOST_EDGES, circuit_figure
 from relp_cli.report.heatmap import Over, heatmap_figure
+from relp_cli.report.lead import run_lead
 from relp_cli.report.maps import map_set
 from relp_cli.report.names import counted
 from relp_cli.report.page import Picture, Section, Sheet, render, script_data
@@ -109,6 +110,8 @@ def render_page(
         pairs_said=pairs_text(about["n_pairs"], about.get("n_prompts")) if "n_pairs" in about else "? pairs",
         title=" · ".join(str(about.get(k, "?")) for k in ("task", "model", "method")),
         sign=SIGN,
+        noun=SPACES[scores.units.space].noun,
+        lead=run_lead(about, record.get("behaviour") or {}, scores, circuit, evaluation),
         record=record,
         behaviour=record.get("behaviour") or {},
         provenance=record.get("provenance") or {},

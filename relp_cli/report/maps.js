@@ -3,15 +3,15 @@
 relp.heat = (spec) => {
   const { make } = relp;
   const layers = spec.mean.length, columns = spec.labels.length, longest = Math.max(...spec.labels.map((l) => l.length));
-  const wide = spec.wide ?? (columns > 24 ? Math.max(7, 620 / columns) : Math.min(24, Math.max(15, 288 / columns))), high = layers > 40 ? Math.max(5, 560 / layers) : 14;
+  const wide = spec.wide ?? (columns > 24 ? Math.max(7, 620 / columns) : Math.min(24, Math.max(15, 288 / columns))), high = layers > 40 ? Math.max(5, 560 / layers) : 14, top = 13;
   const every = Math.ceil(12 / wide), shownAt = (label) => (label.length > 26 ? `${label.slice(0, 25)}…` : label);
-  const left = Math.max(28, ...spec.labels.map((label, at) => 2.9 * shownAt(label).length - wide * at)), below = 12 + Math.min(124, longest < 3 ? 10 : 4.7 * longest);
-  const width = left + wide * columns + 14, height = high * layers + below;
+  const left = Math.max(32, ...spec.labels.map((label, at) => 2.9 * shownAt(label).length - wide * at)), below = 12 + Math.min(124, longest < 3 ? 10 : 4.7 * longest);
+  const width = left + wide * columns + 14, height = top + high * layers + below + (spec.unit ? 12 : 0);
   const svg = make("svg", { width, height, viewBox: `0 0 ${width} ${height}`, tabindex: 0, role: "img", "data-kind": spec.kind,
     "aria-label": `${spec.title}: score per layer and column; arrow keys move over the cells` });
   const cells = [];
   spec.mean.forEach((row, layer) => row.forEach((value, at) => {
-    const rect = make("rect", { x: left + wide * at, y: high * layer, width: wide - (wide > 9 ? 1 : 0.3), height: high - (high > 9 ? 1 : 0.3),
+    const rect = make("rect", { x: left + wide * at, y: top + high * layer, width: wide - (wide > 9 ? 1 : 0.3), height: high - (high > 9 ? 1 : 0.3),
       "data-layer": layer, "data-at": at });
     const share = spec.limit && value !== null ? Math.sqrt(Math.min(1, Math.abs(value) / spec.limit)) : 0;  // one large value leaves others visible
     rect.style.fill = `color-mix(in srgb, var(${value < 0 ? "--neg" : "--pos"}) ${(100 * share).toFixed(1)}%, var(--panel))`;
@@ -19,10 +19,12 @@ relp.heat = (spec) => {
     svg.append(rect);
   }));
   for (let layer = 0; layer < layers; layer += Math.ceil(layers / 16))
-    svg.append(make("text", { x: left - 6, y: high * layer + high / 2 + 4, "text-anchor": "end" }, String(layer)));
+    svg.append(make("text", { x: left - 6, y: top + high * layer + high / 2 + 4, "text-anchor": "end" }, String(layer)));
+  svg.append(make("text", { x: left - 6, y: 9, "text-anchor": "end" }, "layer"));
+  if (spec.unit) svg.append(make("text", { x: left + (wide * columns) / 2, y: height - 3, "text-anchor": "middle" }, spec.unit));
   spec.labels.forEach((label, at) => {
     if (at % every) return;
-    const x = left + wide * at + wide / 2 + 3, y = high * layers + 10;
+    const x = left + wide * at + wide / 2 + 3, y = top + high * layers + 10;
     const turn = longest < 3 ? { x: x - 3, y: y + 4, "text-anchor": "middle" } : { x, y, transform: `rotate(-60 ${x} ${y})`, "text-anchor": "end" };
     svg.append(make("text", turn, shownAt(label)));
   });
@@ -86,7 +88,7 @@ relp.maps = (root, set) => {
       };
       const figure = relp.make("figure"), many = row.panels.length, room = (1132 - 19 * (many - 1)) / many - 76;
       const wide = many > 1 && labels.length <= 24 ? Math.min(20, Math.max(9, room / labels.length)) : undefined;
-      const svg = relp.heat({ kind: row.kind, title: `${row.title} ${panel.name}`, mean: panel.mean, labels, limit: row.limit, wide, describe });
+      const svg = relp.heat({ kind: row.kind, title: `${row.title} ${panel.name}`, mean: panel.mean, labels, limit: row.limit, wide, unit: row.unit, describe });
       if (panel.title) figure.append(relp.make("figcaption", {}, panel.title));
       figure.append(svg);
       panels.append(figure);

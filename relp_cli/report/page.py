@@ -25,6 +25,7 @@ SCRIPTS = (
     "table",
     "maps",
     "scatter",
+    "intervals",
     "curves",
     "pairs",
     "explore",
@@ -95,7 +96,8 @@ class Section:
     """A part of a page: text, then heatmaps, scatter plots, figures, tables. id: of its link.
 
     maps: `map_set(...)`. scatters: {"table": a sheet's name, "words": columns that name a point, "panels": a list of {title,
-    kind, x, y}}. curves: `curve_panels(...)`. commands: what made it, and when.
+    kind, x, y}}. curves: `curve_panels(...)`. intervals: `interval_data`'s panels; pictures of the same stand only where there
+    is no script. commands: what made it, and when.
     """
 
     id: str
@@ -104,6 +106,7 @@ class Section:
     maps: Mapping[str, Any] | None = None
     scatters: Mapping[str, Any] | None = None
     curves: Sequence[Mapping[str, Any]] = ()
+    intervals: Sequence[Mapping[str, Any]] = ()
     pictures: tuple[Picture, ...] = ()
     sheets: tuple[Sheet, ...] = ()
     commands: tuple[tuple[str, str], ...] = ()
@@ -113,7 +116,7 @@ class Section:
 class Page:
     """What a page says besides its sections: notes stand on top, facts at the end beside the commands that made it.
 
-    graph: `circuit_graph.graph_section`'s, or "".
+    graph: `circuit_graph.graph_section`'s, or "". lead: (what, a sentence), before everything else.
     """
 
     title: str
@@ -123,6 +126,7 @@ class Page:
     facts: tuple[tuple[str, str], ...] = ()
     commands: tuple[tuple[str, str], ...] = ()
     graph: str = ""
+    lead: tuple[tuple[str, str], ...] = ()
 
 
 def script_data(sections: Sequence[Section]) -> dict[str, Any]:
@@ -131,6 +135,7 @@ def script_data(sections: Sequence[Section]) -> dict[str, Any]:
         "tables": {sheet.name: sheet.plain() for section in sections for sheet in section.sheets},
         "sets": {section.id: section.maps for section in sections if section.maps},
         "curves": {section.id: section.curves for section in sections if section.curves},
+        "intervals": {section.id: section.intervals for section in sections if section.intervals},
         "scatters": {section.id: section.scatters for section in sections if section.scatters},
     }
 

@@ -15,6 +15,8 @@ from relp_cli.report.circuit_graph import graph_section
 from relp_cli.report.curve_data import curve_panels
 from relp_cli.report.dots import in_both, intervals_figure, lines_figure
 from relp_cli.report.heatmap import REFERENCE
+from relp_cli.report.interval_data import agreement_panels, interval_panel
+from relp_cli.report.lead import agreement_lead
 from relp_cli.report.names import kind_title, model_title, varying
 from relp_cli.report.page import Page, Picture, Section, Sheet, script_data, script_text
 from relp_cli.report.published import beside
@@ -103,7 +105,7 @@ def comparison_page(folder: Path) -> Page:
     note = f"PCC over {first.axis}; [lo, hi]: 95 % bootstrap over pairs; topk: overlap of the {first.k} strongest."
     sections = [
         Section(
-            "agreement", "Agreement with exact patching", (note,), pictures=_bars(table),
+            "agreement", "Agreement with exact patching", (note,), intervals=agreement_panels(table), pictures=_bars(table),
             sheets=(*_measures(table), Sheet("compare", table, "All measures", fold=True)),
         )
     ]  # fmt: skip
@@ -123,6 +125,7 @@ def comparison_page(folder: Path) -> Page:
         f"{', '.join(f'{t} on {model_title(m)}' for t, m in rows)} · {pairs_text(first.n_pairs, first.get('n_prompts'))} · "
         f"{first.direction} · {first.metric}",
         tuple(sections), (*made.get("notes", []), *notes), (("file", str(file)),), (command_of(file),),
+        lead=tuple(agreement_lead(table)),
     )  # fmt: skip
 
 
@@ -138,7 +141,13 @@ def job_page(folder: Path) -> Page:
         if job.get("published") == "table5":
             sheets.append(Sheet("published", beside(agreement), "Beside the paper's Table 5"))
         sections.append(
-            Section("agreement", "Agreement with exact patching", pictures=_bars(agreement), sheets=tuple(sheets))
+            Section(
+                "agreement",
+                "Agreement with exact patching",
+                intervals=agreement_panels(agreement),
+                pictures=_bars(agreement),
+                sheets=tuple(sheets),
+            )
         )
     if len(circuits):
         measured = circuits.reindex(columns=list(dict.fromkeys([*circuits.columns, "faithfulness", "completeness"])))
@@ -167,6 +176,7 @@ def job_page(folder: Path) -> Page:
     return Page(
         f"Job {job.get('name', folder.name)}", str(job.get("description", "") or f"{len(table)} rows"), tuple(sections),
         tuple(notes), (("file", str(file)), *axes), (command_of(file),),
+        lead=tuple(agreement_lead(agreement)) if len(agreement) and "pcc" in agreement else (),
     )  # fmt: skip
 
 
@@ -187,10 +197,10 @@ def diagnosis_page(folder: Path) -> Page:
         for m in dict.fromkeys([about["diagnosed"], about["recommended"]])
     ]
     wrong = "Σ|estimate − exact| / Σ|exact| on the patched nodes"
-    bars = in_both(
-        "methods", f"{wrong}, with 95 % bootstrap over nodes.",
-        lambda theme: intervals_figure(methods, "method", ("error", "lo", "hi"), wrong, theme),
-    )  # fmt: skip
+    ends = ("error", "lo", "hi")
+    bars = Picture(
+        "methods", f"{wrong}, with 95 % bootstrap over nodes.", intervals_figure(methods, "method", ends, wrong)
+    )
     layers = [c for c in tables["gradient"].columns if c.startswith("layer ")]
     path = in_both(
         "gradient", "Gradient norm along the path from the run to its source, relative to its mean, per layer.",
@@ -198,7 +208,8 @@ def diagnosis_page(folder: Path) -> Page:
     )  # fmt: skip
     sections = (
         Section("summary", "Summary", tuple(f"• {line}" for line in about["summary"])),
-        Section("methods", "Methods", pictures=(bars,), sheets=(Sheet("methods", methods.sort_values("error")),)),
+        Section("methods", "Methods", intervals=interval_panel(methods, "method", ends, "error"), pictures=(bars,),
+                sheets=(Sheet("methods", methods.sort_values("error")),)),
         Section("patched", "Patched exactly", ("Suspects and random controls; the dashed line is equality.",),
                 scatters={"table": "patched", "words": place, "panels": panels},
                 sheets=(Sheet("patched", patched, by="exact", sizes=("exact", *names)),)),
@@ -214,7 +225,16 @@ def diagnosis_page(folder: Path) -> Page:
         f"{pairs_text(about['pairs'], about.get('prompts'))} · {about['direction']} · "
         f"{about['metric']} · recommended: {about['recommended']}",
         sections, tuple(about.get("notes", [])), tuple((k, str(about[k])) for k in keys), (command_of(folder / RECORD),),
+        lead=(("Best", about["recommended"]), ("Error", _errors(methods)),
+              ("Trust", f"{pairs_text(about['pairs'], about.get('prompts'))}; {len(patched):,} nodes were patched exactly, "
+                        "suspects and random controls.")),
     )  # fmt: skip
+
+
+def _errors(methods: pd.DataFrame) -> str:
+    rows = methods.sort_values("error").to_dict("records")
+    text = ", ".join(f"{r['method']} {r['error']:.2f} [{r['lo']:.2f}, {r['hi']:.2f}]" for r in rows)
+    return f"{text}: Σ|estimate − exact| as a share of Σ|exact|, 0 is perfect."
 
 
 def _too_large(left: int, of: int, folder: Path) -> str:
@@ -299,4 +319,4 @@ def _by_method(table: pd.DataFrame, measure: str) -> pd.DataFrame:
 
 def _bars(table: pd.DataFrame) -> tuple[Picture, ...]:
     caption = "PCC with exact patching, with 95 % bootstrap over pairs."
-    return (in_both("agreement", caption, lambda theme: agreement_figure(table, theme)),)
+    return (Picture("agreement", caption, agreement_figure(table)),)

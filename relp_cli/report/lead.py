@@ -1,0 +1,195 @@
+"""What a page says first: of a run what was scored, whether the model does the task, the strongest units, the circuit, what to
+trust; of a comparison which method agrees best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from relp_cli.errors import RelpError
+from relp_cli.methods.table import row_of
+from relp_cli.report.digest import of_all_kinds, top_nodes
+from relp_cli.report.heatmap import REFERENCE
+from relp_cli.report.names import SITE_TITLES, kind_title
+from relp_cli.report.tables import cell
+from relp_cli.spaces.circuit import Circuit
+from relp_cli.spaces.scores import Scores
+from relp_cli.spaces.table import SPACES
+from relp_cli.tasks.counted import pairs_text
+
+ROUGH = 30  # independent pairs: with fewer, standard errors themselves are rough (textbooks' number for a normal mean)
+FEW = ", which is few: standard errors are rough"
+SURE = 2  # standard errors from 0
+NAMED = 3  # units
+
+
+def run_lead(
+    about: Mapping[str, Any],
+    behaviour: Mapping[str, Any],
+    scores: Scores,
+    circuit: Circuit | None = None,
+    evaluation: pd.DataFrame | None = None,
+) -> list[tuple[str, str]]:
+    """(what, a sentence) each. about: of the scores and their run; behaviour: `Behaviour.as_dict`'s, or empty;
+    evaluation: of this circuit, or of a sweep of these scores.
+    """
+    said = [("Scored", _scored(about, scores))]
+    if behaviour:
+        said.append(("Model", _does(behaviour)))
+    top = top_nodes(scores, 10)
+    top = top[top.score != 0]
+    if len(top):
+        said.append(("Strongest", _named(top)))
+    if circuit is not None:
+        noun = SPACES[circuit.units.space].noun
+        kept = f"{circuit.n_nodes:,} of {circuit.n_possible:,} {noun}"
+        said.append(("Circuit", kept + _measured(circuit, evaluation)))
+    elif evaluation is not None and of_all_kinds(evaluation, scores.units) and (row := _smallest(evaluation)):
+        kept = f"from {row['n_nodes']:,} of {row['n_possible']:,} on, circuits of these scores have a "
+        said.append(("Circuit", f"none chosen yet; {kept}{_faithful(row)}."))
+    said.append(("Trust", _trust(about, top)))
+    return said
+
+
+def agreement_lead(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """Of `compare`'s rows, one task or many: per node kind the methods by their PCC with exact patching, and how many pairs."""
+    places = table[["task", "model"]].drop_duplicates() if {"task", "model"} <= {*table} else table[:1]
+    said = []
+    for kind, rows in table.groupby("kind", sort=False):
+        order = rows.groupby("method", sort=False).pcc.mean().dropna().sort_values(ascending=False, kind="stable")
+        best = ", ".join(f"{method} {value:.3f}" for method, value in order.head(4).items())
+        more = f" and {len(order) - 4} more" if len(order) > 4 else ""
+        said.append((kind_title(str(kind)), (best or "no method's agreement is defined") + more))
+    mean = f", the mean of {len(places)} tasks × models" if len(places) > 1 else ""
+    out = [("PCC", f"agreement with exact patching, 1 is perfect{mean}; the best method first."), *said]
+    if "n_pairs" in table and len(table):
+        few = table.sort_values("n_pairs").iloc[0].to_dict()
+        n, prompts = int(few["n_pairs"]), few.get("n_prompts")
+        alone = n if prompts is None or pd.isna(prompts) else min(n, int(prompts))
+        why = f"{pairs_text(n, prompts)}{FEW if alone < ROUGH else ''}"
+        out.append(("Trust", f"{why}; intervals are in the figure, costs in the table."))
+    return out
+
+
+def _scored(about: Mapping[str, Any], scores: Scores) -> str:
+    kinds = [kind_title(kind) for kind in scores]
+    metric, task = about.get("metric", "the metric"), about.get("task", "?")
+    start = {"noising": "original", "denoising": "patch"}.get(str(about.get("direction")), "")
+    source = {"patch": "the other prompt", "zero": "zero", "mean": "its mean over pairs"}.get(
+        str(about.get("baseline", "patch")), str(about.get("baseline"))
+    )
+    how = f"how {metric} changes when its value on the {start} prompt is replaced by that of {source}"
+    how = how.replace("that of zero", "zero").replace("that of its mean", "its mean").replace("  ", " ")
+    each = "edge" if list(scores) == ["edges"] else "node"
+    what = f"{scores.n_nodes:,} units ({', '.join(kinds)}) of {about.get('model', '?')} on {task}"
+    return f"{what} by {about.get('method', '?')}: for each {each}, {how}."
+
+
+def _does(behaviour: Mapping[str, Any]) -> str:
+    """Whether the model does the task, as the test against chance has it."""
+    n, share = int(behaviour.get("n", 0)), float(behaviour["accuracy"])
+    sure = ""
+    if "accuracy_lo" in behaviour:
+        sure = f" (accuracy {share:.2f} [{behaviour['accuracy_lo']:.2f}, {behaviour['accuracy_hi']:.2f}])"
+    verdict = {"above": "does the task", "at": "is at chance", "below": "is below chance"}
+    does = verdict.get(str(behaviour.get("against_chance", "")), "")
+    right = f"{round(share * n)} of {n} pairs right{sure}"
+    unsure = ", too few to tell from chance" if behaviour.get("against_chance") == "undecided" else ""
+    return f"{does}: {right}." if does else f"{right}{unsure}."
+
+
+def _named(top: pd.DataFrame) -> str:
+    """The strongest unit of every kind, or several where there is one kind."""
+    each = top.drop_duplicates("kind") if top.kind.nunique() > 1 else top.head(NAMED)
+    return "; ".join(f"{_unit(r)} {_signed(r['score'])}{_error(r)}" for r in each.to_dict("records")) + "."
+
+
+def _unit(row: Mapping[Any, Any]) -> str:
+    kind, layer, unit, position = row["kind"], row["layer"], row["unit"], str(row["position"])
+    if kind == "edges":
+        return position.removesuffix(" @ *")
+    where = "" if position == "*" else f" at {position}"
+    numbered = "" if pd.isna(unit) else f" {int(unit)}"
+    if isinstance(layer, str):  # of features: their site
+        return f"{_one(kind)} {SITE_TITLES.get(layer, layer)}{numbered}{where}"
+    return f"layer {layer} {_one(kind)}{numbered}{where}"
+
+
+def _one(kind: str) -> str:
+    """heads → head, queries → query."""
+    title = kind_title(kind)
+    return f"{title[:-3]}y" if title.endswith("ies") else title.removesuffix("s")
+
+
+def _measured(circuit: Circuit, evaluation: pd.DataFrame | None) -> str:
+    """What was measured of this circuit, or of the circuit of a sweep that has its threshold."""
+    if evaluation is None or not len(evaluation) or "faithfulness" not in evaluation:
+        return "; not evaluated yet."
+    if "circuit" in evaluation:
+        return f": {_faithful(evaluation.iloc[0].to_dict())}."
+    for row in evaluation.to_dict("records"):
+        if _same(circuit, evaluation, row):
+            return f": {_faithful(row)}."
+    return "; not evaluated itself (the sweep below is of others)."
+
+
+def _same(circuit: Circuit, evaluation: pd.DataFrame, row: Mapping[Any, Any]) -> bool:
+    """Whether a row of a sweep is of this circuit: of its kinds, by its threshold, and with as many units where these count."""
+    tau, first = (circuit.meta.get("selection") or {}).get("threshold"), row.get("exclude_layers")
+    counted = circuit.mask if first is None or pd.isna(first) else circuit.mask[:, circuit.units.layer >= int(first)]
+    alike = tau is not None and row.get("tau") == tau and of_all_kinds(evaluation, circuit.units)
+    return bool(alike and row["n_nodes"] in (int(counted.sum()), circuit.n_nodes))
+
+
+def _smallest(evaluation: pd.DataFrame) -> dict[str, Any] | None:
+    """The smallest circuit of a sweep that is as good as 0.8 faithful, and all larger ones too."""
+    if not {"n_nodes", "n_possible", "faithfulness"} <= {*evaluation}:
+        return None
+    rows = evaluation.sort_values("n_nodes", ascending=False, kind="stable")
+    rows = rows[(rows.faithfulness >= 0.8).cummin()]
+    return None if rows.empty else {str(k): v for k, v in rows.iloc[-1].items()}
+
+
+def _faithful(row: Mapping[Any, Any]) -> str:
+    text = f"faithfulness {row['faithfulness']:z.2f}"
+    if not pd.isna(row.get("faithfulness_lo", float("nan"))):
+        text += f" [{row['faithfulness_lo']:z.2f}, {row['faithfulness_hi']:z.2f}]"
+    if not pd.isna(row.get("random_faithfulness", float("nan"))):
+        text += f", of random ones of its size {row['random_faithfulness']:z.2f}"
+    return text + (f", on {int(row['n_pairs'])} held-out pairs" if "n_pairs" in row else "")
+
+
+def _trust(about: Mapping[str, Any], top: pd.DataFrame) -> str:
+    """How many pairs, how far the strongest are from 0, and whether the method is exact."""
+    n, method = int(about.get("n_pairs", 0)), str(about.get("method", "?"))
+    text = pairs_text(n, about.get("n_prompts"))
+    if min(n, int(about.get("n_prompts") or n)) < ROUGH:  # pairs of one prompt are no independent ones
+        text += FEW
+    known = top[top.se.notna()]
+    if len(known):
+        unsure = int((known.score.abs() < SURE * known.se).sum())
+        of = f"the {len(known)} strongest" if known.kind.nunique() == 1 else f"the {len(known)} in the tables below"
+        text += f"; {unsure or 'none'} of {of} {'is' if unsure < 2 else 'are'} within {SURE} standard errors of 0"
+    if _exact(method):
+        return text + ". Scores are exact patching effects."
+    task = about.get("task", "TASK")
+    return text + f". {method} is an estimate: relp compare {task} tells how well it agrees with exact patching."
+
+
+def _exact(method: str) -> bool:
+    try:
+        row = row_of(method)
+    except RelpError:
+        return False
+    return REFERENCE in (row.name, row.alias_of)
+
+
+def _signed(value: float) -> str:
+    return f"{'+' if value > 0 else ''}{cell(float(value), 2)}".replace("-", "−")
+
+
+def _error(row: Mapping[Any, Any]) -> str:
+    return "" if pd.isna(row["se"]) else f" ± {cell(float(row['se']), 2)}"
