@@ -170,7 +170,7 @@ def _cases(verb: str):
                 arguments[places.index(parameter.name)] = value
             else:
                 option = [f"{max(parameter.opts, key=len)}={value}"]
-            if parameter.name in ("override", "engine", "shard", "workers"):
+            if verb == "evaluate" and parameter.name in ("override", "engine", "shard", "workers"):
                 arguments = ["table5_tiny"]
             yield parameter, value, [verb, *beside, *option, "--", *arguments]
 
