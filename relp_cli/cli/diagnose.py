@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,12 @@ from relp_cli.cli.common import (
 )
 from relp_cli.cli.options import PairOptions, takes
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+PLACE = ("kind", "layer", "position", "head", "query")  # what names a row, at the left
+
 
 @takes(PairOptions, pairs=40)
 def command(
@@ -31,7 +37,7 @@ def command(
     ] = "tiny-gpt2",
     revision: RevisionOption = None,
     method: Annotated[
-        str, typer.Option(help="What to diagnose: atp, atp_star, relp, relp+two_point, ig_inputs.")
+        str, typer.Option(help="What to diagnose: atp, atp_star, relp, relp+two_point, ig_inputs, relp+secant.")
     ] = "atp",
     top: Annotated[int, count_option(1, help="Suspects, and controls, to patch exactly per node kind.")] = 10,
     show: Annotated[int, count_option(0, help="Rows to print per table.")] = 12,
@@ -89,19 +95,14 @@ def command(
         f"{pairs_text(prepared.behaviour.n, prepared.behaviour.n_prompts)}"
     )
     out.print(f"{method} on {where}")
-    for title, table in tables.values():
+    for name, (title, table) in tables.items():
         if len(table):
-            keys = sum(name in PLACE for name in table.columns)
-            if "unit" in table:  # -1: a vector node has none
-                table = table.assign(unit=table.unit.astype("Int64").replace(-1, None))
-            print_table(table, out, title, keys=max(1, keys))
+            shown = _shown(name, table, method)
+            print_table(shown, out, title, keys=max(1, sum(column in PLACE for column in shown)))
     for line in found.summary:
         out.print(f"• {line}")
     for path in written:
         log.print(str(path))
-
-
-PLACE = ("kind", "layer", "position", "unit", "head", "query")  # what names a row, at the left
 
 
 def _tables(found: Any, show: int) -> dict[str, tuple[str, Any]]:
@@ -117,11 +118,46 @@ def _tables(found: Any, show: int) -> dict[str, tuple[str, Any]]:
     columns = ["kind", "layer", "position", "direct", "indirect", "total", "offset", "share", "main", "opponent"]
     return {
         "suspects": (
-            f"do not trust {found.cheap} here: the strongest suspects, patched exactly (exact) ({len(found.suspects)} in all)",
-            suspects[[*place, *estimates, "exact"]],
+            f"do not trust {found.cheap} here: the strongest of {len(found.suspects)} suspects, patched exactly; why: shares of "
+            "the error",
+            suspects[[*place, *estimates, "exact", "why"]],
+        ),
+        "causes": (
+            f"causes of {found.cheap}'s errors on all patched nodes: shares of Σ|error|; nodes: where it is the largest part",
+            found.causes,
         ),
         "attention": ("attention: the most saturated patterns that the patch moves (moved: share of attention)", attention),
         "cancelling": ("cancellation: components whose parts offset each other (offset: how much cancels)", cancelling[columns]),
-        "gradient": ("gradient norm along the path run → source, relative to its mean", found.gradient),
+        "gradient": ("gradient norm along the path run → source, relative to its mean: over layers", found.gradient),
         "methods": ("methods on the patched nodes: Σ|estimate − exact| / Σ|exact| [95 % bootstrap over nodes]", found.methods),
     }  # fmt: skip
+
+
+def _shown(name: str, table: pd.DataFrame, cheap: str) -> pd.DataFrame:
+    """The columns of a table that fit a terminal; all are in the files and in --json."""
+    import pandas as pd
+
+    from relp_cli.evaluation.diagnose import OTHER
+
+    if name == "suspects":
+        unit = [f".{n}" if n >= 0 else "" for n in table.unit]
+        node = [f"{r.kind} {r.layer}{u} {r.position}" for r, u in zip(table.itertuples(), unit, strict=True)]
+        why = [f"{r.reason}: {r.why}" if r.reason != OTHER else r.why or "—" for r in table.itertuples()]
+        return pd.DataFrame({"node": node, cheap: table[cheap].tolist(), "exact": table.exact.tolist(), "why": why})
+    if name == "causes":
+        nodes = [f"{n}/{of}" for n, of in zip(table.nodes, table.of_nodes, strict=True)]
+        return pd.DataFrame({"cause": table.cause, "share": table.share, "nodes": nodes})
+    if name == "attention":
+        return table.drop(columns=["entropy_run", "entropy_source"])
+    if name == "cancelling":
+        between = [f"{r.main} / {r.opponent}" for r in table.itertuples()]
+        return table[["kind", "layer", "position", "total", "offset", "share"]].assign(between=between)
+    if name == "gradient":
+        layers = table[[c for c in table if c.startswith("layer ")]]
+        ends = {"least": layers.min(axis=1), "mean": layers.mean(axis=1), "most": layers.max(axis=1)}
+        return table[["alpha", "metric"]].assign(**ends)
+    error = [f"{r.error:.3f} [{r.lo:.2f}, {r.hi:.2f}]" for r in table.itertuples()]
+    return pd.DataFrame(
+        {"method": table.method, "error": error, "suspects": table.error_suspects, "controls": table.error_controls,
+         "sign": table["sign"], "passes": [f"{p:g}" for p in table.passes]}
+    )  # fmt: skip

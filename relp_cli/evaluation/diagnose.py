@@ -2,9 +2,10 @@
 
 1. The three failure modes are measured (`failure_modes.py`), and every candidate method scores every node.
 2. A node is *suspect* where its failure mode is present and a method that repairs this mode moves its score by more
-   than `floor` (a share of the mean |L(patch) − L(original)|).
+   than `floor` (a share of the mean |L(patch) − L(original)|); with no mode present, where the secants of all layers do.
 3. The strongest suspects are patched exactly, and as many unsuspected nodes, drawn at random, as controls.
-4. A method's error is Σ|estimate − exact| / Σ|exact| over the patched nodes. Recommended is the cheapest method that is
+4. Their errors are split by what causes them (`causes.py`): norms, MLPs, attention, several at once, unknown.
+5. A method's error is Σ|estimate − exact| / Σ|exact| over the patched nodes. Recommended is the cheapest method that is
    not measurably worse than the best (paired bootstrap over nodes, 95 %) and whose error is at most 1.25 times the best's.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError, unknown
 from relp_cli.evaluation import failure_modes as modes
+from relp_cli.evaluation.causes import SECANT, causes_table, column_of, in_words, secants_alone, whys
 from relp_cli.evaluation.verify import exact_scores
 from relp_cli.methods.request import Progress
 from relp_cli.methods.score import position_axis
@@ -37,13 +39,14 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "relp": ("relp", {}),
     "relp+two_point": ("relp+two_point", {}),
     "ig_inputs": ("ig_inputs", {"steps": 10}),
+    SECANT: (SECANT, {}),
 }
 THOROUGH: dict[str, tuple[str, dict[str, Any]]] = {
     "ig_activations": ("ig_activations", {"steps": 5})
 }  # per layer and kind
-SATURATION, CANCELLATION, FLAT, OTHER = "saturated attention", "cancellation", "flat gradient", "other curvature"
-# What reveals a mode: AtP*'s softmax, and for the others the gradient on the way to the source (GradDrop has no sign).
-REPAIRS = {SATURATION: "atp_star", CANCELLATION: "ig_inputs", FLAT: "ig_inputs", OTHER: "ig_inputs"}
+SATURATION, CANCELLATION, FLAT, OTHER = "saturated attention", "cancellation", "flat gradient", "none of these modes"
+# What reveals a mode: AtP*'s softmax, secants, which see each part's own change, the gradient on the way to the source.
+REPAIRS = {SATURATION: "atp_star", CANCELLATION: SECANT, FLAT: "ig_inputs", OTHER: SECANT}
 CLOSE = 1.25  # an error at most this many times the best one's may be preferred for being cheaper
 
 
@@ -74,7 +77,9 @@ class Diagnosis:
     attention: per layer, head and query role: entropy and largest probability on run and source, share moved.
     cancelling: per component: direct effect, total, what cancels and between which layers.
     gradient: per point of the path and layer: gradient norm relative to its mean along the path; the metric.
-    nodes: one row per node: every method's estimate, `reason` ("" where trusted), `exact` (NaN where not patched).
+    nodes: one row per node: every method's estimate, `reason` ("" where trusted), `exact` (NaN where not patched), `why`: what
+    the error of `cheap` is made of, in shares of it (`causes.whys`).
+    causes: one row per cause of errors: its share of Σ|error| over the patched nodes (`causes.causes_table`).
     methods: one row per candidate: error on the patched nodes with interval, on suspects, on controls; cost.
     """
 
@@ -82,6 +87,7 @@ class Diagnosis:
     cancelling: pd.DataFrame
     gradient: pd.DataFrame
     nodes: pd.DataFrame
+    causes: pd.DataFrame
     methods: pd.DataFrame
     cheap: str
     recommended: str
@@ -128,31 +134,36 @@ def diagnose(
         name: score(model, pairs, method, KINDS, metric, direction, keep_examples=False, progress=progress, **params)
         for name, (method, params) in (CANDIDATES | THOROUGH if limits.thorough else CANDIDATES).items()
     }
+    secants = secants_alone(model, pairs, KINDS, metric, direction, progress) if cheap == "atp" else {}
     attention = modes.saturation(model, pairs, metric, direction)
     cancelling = modes.cancellation(model, pairs, metric, direction)
     gradient = modes.flat_gradients(model, pairs, metric, direction)
     floor = limits.floor * float((gradient.metric[-1] - gradient.metric[0]).abs().mean())
     nodes = _nodes(estimates, _present(attention, cancelling, gradient, estimates[cheap], limits, floor))
+    for cause, scores in secants.items():
+        nodes[column_of(cause)] = np.concatenate([scores[kind].mean.numpy().ravel() for kind in KINDS])
     _suspect(nodes, cheap, floor)
     chosen = _chosen(nodes, cheap, limits.top, seed)
     masks = {kind: torch.from_numpy(chosen[(nodes.kind == kind).to_numpy()]).view(estimates[cheap][kind].mean.shape)
              for kind in KINDS}  # fmt: skip
     exact = exact_scores(model, pairs, masks, estimates[cheap].meta, progress)
     nodes["exact"] = np.where(chosen, np.concatenate([exact[k].mean.numpy().ravel() for k in KINDS]), np.nan)
-    table = _methods(nodes, estimates, seed)
+    nodes["why"] = whys(nodes, cheap)
+    causes, table = causes_table(nodes, cheap), _methods(nodes, estimates, seed)
     good = table[table.not_worse & (table.error <= CLOSE * table.error.min())]
     recommended = str(good.sort_values(["passes", "error"]).iloc[0].method)
     _, labels = position_axis(pairs)
     return Diagnosis(
-        attention=_attention_table(attention, labels),
-        cancelling=_cancelling_table(cancelling, labels),
-        gradient=_gradient_table(gradient),
+        attention=modes.attention_table(attention, labels),
+        cancelling=modes.cancelling_table(cancelling, labels),
+        gradient=modes.gradient_table(gradient),
         nodes=nodes,
+        causes=causes,
         methods=table,
         cheap=cheap,
         recommended=recommended,
         floor=floor,
-        summary=_summary(attention, gradient, nodes, table, (cheap, recommended, floor, limits)),
+        summary=_summary(attention, gradient, nodes, causes, table, (cheap, recommended, floor, limits)),
     )
 
 
@@ -198,10 +209,17 @@ def _nodes(estimates: Mapping[str, Scores], present: Mapping[str, Mapping[str, T
     return pd.concat(parts, ignore_index=True)
 
 
+def _repair(mode: str, cheap: str) -> str:
+    """The mode's repair; another where that is what is diagnosed."""
+    other = SECANT if cheap == "ig_inputs" else "ig_inputs"
+    return other if REPAIRS[mode] == cheap else REPAIRS[mode]
+
+
 def _suspect(nodes: pd.DataFrame, cheap: str, floor: float) -> None:
     """Add `reason` (the first mode that is there and whose repair moves the score), `repair` and `moved`."""
     nodes["reason"], nodes["repair"], nodes["moved"] = "", "", 0.0
-    for mode, repair in REPAIRS.items():
+    for mode in REPAIRS:
+        repair = _repair(mode, cheap)
         moved = (nodes[repair] - nodes[cheap]).abs()
         new = nodes[mode] & (moved > floor) & (nodes.reason == "")
         nodes.loc[new, ["reason", "repair"]] = mode, repair
@@ -246,42 +264,11 @@ def _methods(nodes: pd.DataFrame, estimates: Mapping[str, Scores], seed: int, dr
     return pd.DataFrame(rows)
 
 
-def _attention_table(attention: modes.Saturation, labels: Sequence[str]) -> pd.DataFrame:
-    at = np.unravel_index(np.arange(attention.moved.numel()), attention.moved.shape)
-    columns = {"layer": at[0], "head": at[2], "query": np.array(labels)[at[1]]}
-    values = {name: getattr(attention, name).numpy().ravel() for name in
-              ("entropy_run", "entropy_source", "max_run", "max_source", "moved", "moved_by_query")}  # fmt: skip
-    return pd.DataFrame(columns | values)
-
-
-def _cancelling_table(cancelling: Mapping[str, modes.Cancellation], labels: Sequence[str]) -> pd.DataFrame:
-    parts = []
-    for kind, c in cancelling.items():
-        at = np.unravel_index(np.arange(c.total.numel()), c.total.shape)
-        numbers = {name: getattr(c, name).numpy().ravel() for name in ("direct", "total", "offset", "share")}
-        numbers["indirect"] = numbers["total"] - numbers["direct"]
-        through = {name: [_part(int(n)) for n in getattr(c, name).ravel()] for name in ("main", "opponent")}
-        place = {"kind": kind, "layer": at[0], "position": np.array(labels)[at[1]]}
-        parts.append(pd.DataFrame(place | numbers | through))
-    return pd.concat(parts, ignore_index=True)
-
-
-def _part(code: int) -> str:
-    return {modes.DIRECT: "direct", modes.NONE: ""}.get(code, f"layer {code}")
-
-
-def _gradient_table(gradient: modes.FlatGradients) -> pd.DataFrame:
-    relative = (gradient.norms / gradient.norms.mean(0).clamp_min(1e-300)).mean(-1)
-    table = pd.DataFrame(relative.numpy(), columns=[f"layer {n}" for n in range(relative.shape[1])])
-    table.insert(0, "alpha", gradient.alphas)
-    table.insert(1, "metric", gradient.metric.mean(-1).numpy())
-    return table
-
-
 def _summary(
     attention: modes.Saturation,
     gradient: modes.FlatGradients,
     nodes: pd.DataFrame,
+    causes: pd.DataFrame,
     table: pd.DataFrame,
     settings: tuple[str, str, float, Options],
 ) -> tuple[str, ...]:
@@ -296,11 +283,15 @@ def _summary(
         f"gradient: the run lies in a flat region for {100 * flat.max().item():.0f} % of the pairs (norm < {limits.flat:g} of "
         f"its mean along the path; worst layer {int(flat.argmax())})",
     ]
-    for mode, repair in REPAIRS.items():
+    for mode in REPAIRS:
+        repair = _repair(mode, cheap)
         ours = nodes[nodes.reason == mode]
         checked = ours[ours.exact.notna()]
         wrong = (checked[cheap] - checked.exact).abs()
         repaired = (checked[repair] - checked.exact).abs()
+        if ours.empty:
+            lines.append(f"{mode}: no node")
+            continue
         text = f"{mode}: {len(ours)} nodes whose {cheap} score {repair} moves by more than {floor:.3g}"
         if len(checked):
             text += (
@@ -308,6 +299,8 @@ def _summary(
                 f"{int((repaired > floor).sum())} after repair (Σ|error| {wrong.sum():.3g} → {repaired.sum():.3g})"
             )
         lines.append(text)
+    of_causes = in_words(dict(zip(causes.cause, causes.share, strict=True)), 0.01)
+    lines.append(f"why {cheap} is off, in shares of its Σ|error| over the patched nodes: {of_causes}")
     controls = nodes[(nodes.reason == "") & nodes.exact.notna()]
     bad = int(((controls[cheap] - controls.exact).abs() > floor).sum())
     lines.append(f"controls: {bad} of {len(controls)} unsuspected nodes were wrong by more than {floor:.3g}")

@@ -7,10 +7,11 @@ flat gradients the metric's gradient at the run against its size along the strai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -167,6 +168,41 @@ def flat_gradients(
         norms.append(torch.stack(here).double().cpu())
         values.append(torch.stack([at.metric for at in path]).double().cpu())
     return FlatGradients(alphas, torch.cat(norms, -1), torch.cat(values, -1))
+
+
+def attention_table(attention: Saturation, labels: Sequence[str]) -> pd.DataFrame:
+    """A row per layer, head and query."""
+    at = np.unravel_index(np.arange(attention.moved.numel()), attention.moved.shape)
+    columns = {"layer": at[0], "head": at[2], "query": np.array(labels)[at[1]]}
+    values = {name: getattr(attention, name).numpy().ravel() for name in
+              ("entropy_run", "entropy_source", "max_run", "max_source", "moved", "moved_by_query")}  # fmt: skip
+    return pd.DataFrame(columns | values)
+
+
+def cancelling_table(cancelling: Mapping[str, Cancellation], labels: Sequence[str]) -> pd.DataFrame:
+    """A row per component; main and opponent in words."""
+    parts = []
+    for kind, c in cancelling.items():
+        at = np.unravel_index(np.arange(c.total.numel()), c.total.shape)
+        numbers = {name: getattr(c, name).numpy().ravel() for name in ("direct", "total", "offset", "share")}
+        numbers["indirect"] = numbers["total"] - numbers["direct"]
+        through = {name: [_part(int(n)) for n in getattr(c, name).ravel()] for name in ("main", "opponent")}
+        place = {"kind": kind, "layer": at[0], "position": np.array(labels)[at[1]]}
+        parts.append(pd.DataFrame(place | numbers | through))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _part(code: int) -> str:
+    return {DIRECT: "direct", NONE: ""}.get(code, f"layer {code}")
+
+
+def gradient_table(gradient: FlatGradients) -> pd.DataFrame:
+    """A row per point of the path: metric, and per layer the norm relative to its mean along the path, means over pairs."""
+    relative = (gradient.norms / gradient.norms.mean(0).clamp_min(1e-300)).mean(-1)
+    table = pd.DataFrame(relative.numpy(), columns=[f"layer {n}" for n in range(relative.shape[1])])
+    table.insert(0, "alpha", gradient.alphas)
+    table.insert(1, "metric", gradient.metric.mean(-1).numpy())
+    return table
 
 
 class _Means:

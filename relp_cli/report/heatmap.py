@@ -19,7 +19,7 @@ from relp_cli.spaces.scores import KindScores, Scores
 
 REFERENCE = "act_patch"
 MAX_LABELS = 64
-SHOWN = (1.0, 0.25, 0.0)  # of the limit, at the colour bar
+SHOWN = (-1.0, -0.25, 0.0, 0.25, 1.0)  # of the limit, at the colour bar
 Over = Literal["units", "positions"]
 
 
@@ -79,7 +79,7 @@ def heatmap_figure(
                 axes.tick_params(length=2)
             bar = figure.colorbar(image, ax=list(row), pad=0.01, aspect=15, extend="both" if beyond else "neither")
             bar.outline.set_visible(False)
-            bar.set_ticks([at for share in SHOWN for at in (-share * limit, share * limit)])
+            bar.set_ticks([share * limit for share in SHOWN])
             bar.ax.yaxis.set_major_formatter("{x:.3g}")
             bar.minorticks_off()
             note = f"\n(Σ over {over})" if scores[methods[0]][kind].mean.ndim == 3 else ""
@@ -121,7 +121,7 @@ def panel_title(method: str, scores: KindScores, exact: KindScores | None) -> st
 
 def _caption(scores: Scores, methods: Sequence[str]) -> str:
     metric = scores.meta.get("metric", "the metric")
-    colors = f"Blue: patching the node lowers {metric}; red: raises it; depth of colour: square root of |score|."
+    colors = f"Blue: patching the node lowers {metric}; red: raises it.\nDepth of colour: square root of |score|."
     if REFERENCE not in methods:
         return colors
     return f"{colors} PCC: correlation with {REFERENCE} over the panel; each row has {REFERENCE}'s colour scale."

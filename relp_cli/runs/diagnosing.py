@@ -18,7 +18,7 @@ from relp_cli.runs.made import note_made
 from relp_cli.runs.rundir import checksum
 
 RECORD = "diagnosis.json"
-TABLES = ("attention", "cancelling", "gradient", "nodes", "methods")
+TABLES = ("attention", "cancelling", "gradient", "nodes", "causes", "methods")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,10 @@ def read_diagnosis(folder: Path) -> Diagnosed:
     """What `save_diagnosis` wrote. Raises RelpError for what is none, RunFailed for files that were changed since."""
     about = read_object(folder / RECORD, "diagnosis")
     tables = {}
-    for name in TABLES:
+    older = {"causes"} - {
+        Path(str(name)).stem for name in about.get("files", ())
+    }  # diagnoses of older versions have none
+    for name in (name for name in TABLES if name not in older):
         path = folder / f"{name}.csv"
         files = about.get("files")
         if not isinstance(files, dict) or not path.is_file() or files.get(path.name) != checksum(path):

@@ -187,7 +187,8 @@ def diagnosis_page(folder: Path) -> Page:
     nodes, methods = tables["nodes"], tables["methods"]
     nodes = nodes.assign(reason=nodes.reason.fillna(""), unit=nodes.unit.astype("Int64").where(nodes.unit >= 0))
     names, place = [m for m in methods.method if m in nodes], ["kind", "layer", "position", "unit"]
-    patched = nodes[nodes.exact.notna()][[*place, "reason", "exact", *names]]
+    why = ["why"] if "why" in nodes else []  # diagnoses of older versions do not say it
+    patched = nodes[nodes.exact.notna()][[*place, "reason", *why, "exact", *names]]
     suspects = nodes[nodes.reason != ""].sort_values("moved", ascending=False)[
         [*place, "reason", "repair", "moved", *names]
     ]
@@ -206,8 +207,11 @@ def diagnosis_page(folder: Path) -> Page:
         "gradient", "Gradient norm along the path from the run to its source, relative to its mean, per layer.",
         lambda theme: lines_figure(tables["gradient"], "alpha", layers, ("share of the path", "relative norm"), theme),
     )  # fmt: skip
+    causes = tables.get("causes", pd.DataFrame())
+    said = f"Shares of {about['diagnosed']}'s Σ|error| over the patched nodes; nodes: where the cause has the largest part."
     sections = (
         Section("summary", "Summary", tuple(f"• {line}" for line in about["summary"])),
+        *([Section("causes", "Causes of errors", (said,), sheets=(Sheet("causes", causes, by="share"),))] if len(causes) else []),
         Section("methods", "Methods", intervals=interval_panel(methods, "method", ends, "error"), pictures=(bars,),
                 sheets=(Sheet("methods", methods.sort_values("error")),)),
         Section("patched", "Patched exactly", ("Suspects and random controls; the dashed line is equality.",),
