@@ -153,7 +153,7 @@ def _shown(name: str, table: pd.DataFrame, cheap: str) -> pd.DataFrame:
         between = [f"{r.main} / {r.opponent}" for r in table.itertuples()]
         return table[["kind", "layer", "position", "total", "offset", "share"]].assign(between=between)
     if name == "gradient":
-        layers = table[[c for c in table if c.startswith("layer ")]]
+        layers = table[[c for c in table if str(c).startswith("layer ")]]
         ends = {"least": layers.min(axis=1), "mean": layers.mean(axis=1), "most": layers.max(axis=1)}
         return table[["alpha", "metric"]].assign(**ends)
     error = [f"{r.error:.3f} [{r.lo:.2f}, {r.hi:.2f}]" for r in table.itertuples()]
