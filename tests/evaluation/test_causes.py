@@ -10,6 +10,7 @@ import torch
 from methods.test_atp_star import ASK_A, ASK_B, A, B, attend, hand_built
 from oracles.wrapped import case, double_by_default, exact_float64, run
 
+from relp_cli.cli.common import Terminal
 from relp_cli.evaluation.causes import causes_table, column_of, in_words, parts, secants_alone, secants_by_cause, whys
 from relp_cli.evaluation.diagnose import KINDS, Options, diagnose
 from relp_cli.tasks.pairs import PairBatch
@@ -76,7 +77,8 @@ def test_the_cause_is_where_the_only_curvature_is():
 
 
 def test_the_terminal_has_no_line_that_is_cut_and_files_have_all(relp, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("relp_cli.cli.common.out", Terminal(width=80))
+    monkeypatch.setattr("relp_cli.cli.diagnose.out", Terminal(width=80))
     done = relp("diagnose", "ioi", "--pairs", 4, "--top", 2, "--show", 4, "-o", "out")
     assert done.code == 0, done.err
     assert max(map(len, done.out.splitlines())) <= 80
