@@ -176,6 +176,7 @@ def test_prompts_and_what_is_said_of_them() -> None:
     assert effective(np.array([0, 0, 0, 1])) == pytest.approx(16 / 10)
     assert pairs_text(24, 8) == pairs_text(np.int64(24), np.float64(8)) == "24 pairs of 8 prompts"  # type: ignore[arg-type]
     assert [pairs_text(24, 24), pairs_text(24), pairs_text(24, float("nan"))] == ["24 pairs"] * 3
+    assert pairs_text(np.int64(24), np.int64(8), "held-out pairs") == "24 held-out pairs of 8 prompts"  # of a table's row
     assert [pairs_text(1, 1), pairs_text(3, 1)] == ["1 pair", "3 pairs of 1 prompt"]
     assert sharing_note(np.repeat(np.arange(8), 3)).startswith("WARNING: 24 pairs of 8 prompts:")
     assert "still too small" not in sharing_note(np.repeat(np.arange(40), 3))
