@@ -3,7 +3,9 @@
 
     V(x̄) = G/(G − 1) · Σ_g (Σ_{i∈g} (x_i − x̄))² / n²,    g one of G clusters (original prompts), n examples
 
-Scores hold n·V(x̄) as their `variance`: where every example is its own cluster that is the unbiased variance.
+Scores hold n·V(x̄) as their `variance`: where every example is its own cluster that is the unbiased variance, and it is never less
+than that. Where each prompt is patched from all the others of a short list, means of clusters average over the same patch prompts
+and lie closer together than the few words of the list allow: a short list would seem to make scores more certain.
 """
 
 from __future__ import annotations

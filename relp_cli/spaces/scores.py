@@ -198,7 +198,7 @@ class Scores(Shown, Mapping[str, Any]):
             meta = {**{k: v for k, v in meta.items() if k != PROMPT_OF}, "n_prompts": distinct(prompts)}
             if distinct(prompts) < len(prompts):
                 meta[PROMPT_OF] = prompts.tolist()
-                variance = of_clusters(values, present, at, prompts)
+                variance = torch.maximum(variance, of_clusters(values, present, at, prompts))
         return replace(self, mean=mean, variance=variance, n=n, examples=examples, present=present, meta=meta)
 
     @property

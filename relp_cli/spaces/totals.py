@@ -94,7 +94,7 @@ class Totals:
     def finish(self, axis: str, meta: dict[str, Any]) -> Scores:
         mean, variance = moments(self.sum, self.squares, self.n[:, None])
         if self.clusters:
-            variance = self.clusters.variance(mean, self.n[:, None])
+            variance = torch.maximum(variance, self.clusters.variance(mean, self.n[:, None]))
         columns = examples = None
         mean, variance = mean.flatten(), variance.flatten()
         if self.sparse:

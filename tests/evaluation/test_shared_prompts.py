@@ -78,11 +78,15 @@ def test_standard_errors_are_of_prompts(nodes: tuple[str, ...]) -> None:
         table[i, at], there[i, at] = one.dense(one.mean), True
     close(kept.examples, table.flatten(1))  # in the order that was given
     assert torch.equal(kept.present, there) or nodes == ("edges",)
-    want = torch.empty(table.shape[1:], dtype=torch.float64)
+    want, larger = torch.empty(table.shape[1:], dtype=torch.float64), 0
     for pos in range(want.shape[0]):
         mine = there[:, pos].numpy()
         for unit in range(want.shape[1]):
-            want[pos, unit] = by_hand(table[mine, pos, unit].numpy(), PROMPTS[mine])
+            own = table[mine, pos, unit].numpy()
+            robust, independent = by_hand(own, PROMPTS[mine]), by_hand(own, np.arange(len(own)))
+            assert independent == pytest.approx(own.std(ddof=1) / len(own) ** 0.5)
+            want[pos, unit], larger = max(robust, independent), larger + (robust > independent)
+    assert 0 < larger < want.numel()
     for got in (streamed, kept):
         close(errors(got), want.flatten())
         assert (got.meta["n_pairs"], got.meta["n_prompts"]) == (11, 6)
@@ -176,7 +180,9 @@ def test_prompts_and_what_is_said_of_them() -> None:
     assert effective(np.array([0, 0, 0, 1])) == pytest.approx(16 / 10)
     assert pairs_text(24, 8) == pairs_text(np.int64(24), np.float64(8)) == "24 pairs of 8 prompts"  # type: ignore[arg-type]
     assert [pairs_text(24, 24), pairs_text(24), pairs_text(24, float("nan"))] == ["24 pairs"] * 3
-    assert pairs_text(np.int64(24), np.int64(8), "held-out pairs") == "24 held-out pairs of 8 prompts"  # of a table's row
+    assert (
+        pairs_text(np.int64(24), np.int64(8), "held-out pairs") == "24 held-out pairs of 8 prompts"
+    )  # of a table's row
     assert [pairs_text(1, 1), pairs_text(3, 1)] == ["1 pair", "3 pairs of 1 prompt"]
     assert sharing_note(np.repeat(np.arange(8), 3)).startswith("WARNING: 24 pairs of 8 prompts:")
     assert "still too small" not in sharing_note(np.repeat(np.arange(40), 3))
