@@ -1,7 +1,8 @@
 """What is known of a scoring that has not ended: kept in a folder, so that the same request goes on where it was interrupted.
 
 A file a batch. It holds the batch's result, or, while it is worked on step by step, what is known so far. Files
-are written when `EVERY` seconds have passed, so that short runs write nothing.
+are written when `EVERY` seconds have passed, so that short runs write nothing, or when `WAITING` bytes wait. Where writing them
+would take more than a twentieth of the time, the oldest are let go: going on computes these batches again.
 
 Several processes may work at one request, each at its `Shard`: then exact patching has a file for each of them and batch.
 """
@@ -27,6 +28,7 @@ from relp_cli.methods.setup import Passes, Setup
 from relp_cli.methods.table import Result
 
 EVERY, REST = 10.0, 20.0  # from one writing to the next: seconds, and times as long as it took; the longer of the two
+WAITING = 64 << 20  # bytes that wait in memory to be written, at most, beside the newest file's
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Unfinished:
     shard: Shard | None = None
     _waiting: dict[Path, tuple[dict[str, Tensor], str]] = field(default_factory=dict)  # not made into bytes in vain
     _next: float = field(default_factory=lambda: time.monotonic() + EVERY)
+    _rested: float = 0.0  # from when writing is no more than its share of the time
 
     def of_batches(self, sizes: Sequence[int]) -> Unfinished:
         """The same, of batches of so many pairs: what was left with batches of other sizes is of other pairs, and is not read."""
@@ -75,15 +78,23 @@ class Unfinished:
 
     def due(self) -> bool:
         """Whether it is time to write."""
-        return time.monotonic() >= self._next
+        now = time.monotonic()
+        return now >= self._next or (now >= self._rested and self._bytes() > WAITING)
+
+    def _bytes(self) -> int:
+        """What waits to be written."""
+        return sum(tensor.nbytes for content, _ in self._waiting.values() for tensor in content.values())
 
     def put(self, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Keep one file's content; it is written when it is time."""
         content = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         path = self.folder / f"{name}.safetensors"
+        self._waiting.pop(path, None)  # the newest stands last
         self._waiting[path] = content, json.dumps(about)
         if self.due():
             self.write()
+        while len(self._waiting) > 1 and self._bytes() > WAITING:
+            self._waiting.pop(next(iter(self._waiting)))
 
     def write(self) -> None:
         """Write what waits to be written."""
@@ -92,7 +103,8 @@ class Unfinished:
             write_atomically(path, save(content, {"digest": self.digest, "about": about_it}))
         self._waiting.clear()
         ended = time.monotonic()
-        self._next = ended + max(EVERY, REST * (ended - started))
+        self._rested = ended + REST * (ended - started)
+        self._next = max(ended + EVERY, self._rested)
 
     def get(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What was kept under a name; None where there is nothing, or nothing of this request."""

@@ -26,6 +26,7 @@ from relp_cli.methods.memory import begun
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import COMPONENTS
 from relp_cli.methods.table import METHODS
+from relp_cli.methods.unfinished import Unfinished
 from relp_cli.models.model import Model
 from relp_cli.runs.bench import fixture, one_thread
 from relp_cli.runs.rehearsal import PASSES, expected_peak, peak
@@ -40,8 +41,8 @@ UNITS: dict[str, tuple[str, ...]] = {
     "edges": ("edges",), "features": ("feature",),
 }  # fmt: skip
 SECANT = "relp+secant"  # holds what two endpoints recorded: the largest of the rule sets
-LAYERS, PAIRS, POSITIONS = 32, 30, 16
-FEATURES, ACTIVE = 1024, 16  # of a dictionary after every block
+LAYERS, PAIRS, POSITIONS = 4, 30, 16
+FEATURES, ACTIVE = 4096, 32  # of a dictionary after every block
 SECONDS = 10.0
 
 
@@ -55,8 +56,8 @@ class Fixture:
 
     @classmethod
     def make(cls) -> Fixture:
-        """A GPT-2 of width 128, random weights, and dictionaries for what its blocks leave behind."""
-        made = fixture(LAYERS, POSITIONS, PAIRS, "tiny")
+        """Few of GPT-2-small's layers, random weights, and dictionaries for what its blocks leave behind."""
+        made = fixture(LAYERS, POSITIONS, PAIRS)
         width, draw = made.model.shape.d_model, torch.Generator().manual_seed(0)
 
         def dictionary() -> Dictionary:
@@ -139,7 +140,8 @@ def _measured(f: Fixture, method: str, sort: str) -> tuple[float, float, bool]:
         return passes > PASSES and time.monotonic() - started > SECONDS
 
     with tempfile.TemporaryDirectory() as folder, peak(f.model.device) as found, begun(f.model, enough):
-        scores = score(f.model, [f.batch], method, UNITS[sort], **_given(f, sort))
+        left = Unfinished(Path(folder) / "unfinished", method)
+        scores = score(f.model, [f.batch], method, UNITS[sort], unfinished=left, **_given(f, sort))
         scores.save(Path(folder) / "scores.safetensors")
         whole = True
     return found.held, found.above, whole
@@ -172,7 +174,7 @@ def _answer(to: Connection, function: Callable[..., Any], given: Sequence[Any]) 
 
 def sized() -> str:
     """What the table was measured on."""
-    return f"MiB of a process, {LAYERS} layers of width 128, {PAIRS} pairs of {POSITIONS} tokens, one thread"
+    return f"MiB of a process, {LAYERS} layers of GPT-2-small's shape, {PAIRS} pairs of {POSITIONS} tokens, one thread"
 
 
 def outside(table: pd.DataFrame, within: float = 0.25) -> Iterator[str]:

@@ -22,9 +22,11 @@ from relp_cli.methods.request import Request
 from relp_cli.methods.room import Room
 from relp_cli.methods.score import plan_of, score_units
 from relp_cli.methods.table import row_of
+from relp_cli.methods.unfinished import WAITING
 from relp_cli.models.model import Model
 from relp_cli.runs.spec import ScoreSpec
 from relp_cli.scoring import score
+from relp_cli.spaces.table import space_for
 from relp_cli.spaces.totals import singles
 from relp_cli.tasks.pairs import PairBatch
 
@@ -68,8 +70,8 @@ def _status(name: str) -> int:
 
 @dataclass(frozen=True)
 class Expected:
-    """A peak to expect, in MiB: what is held now, what one batch of so many pairs takes above that, and to keep and write single
-    scores. more: the whole may take more, for it needs all pairs at once.
+    """A peak to expect, in MiB: what is held now, what one batch of so many pairs takes above that, and single scores that are
+    kept, or wait to be written in case of an interruption. more: the whole may take more, for it needs all pairs at once.
     """
 
     held: float
@@ -131,10 +133,13 @@ def expected_peak(
     if found.above != found.above:
         return None
     n_pairs = sum(map(len, pairs))
-    kept = singles(n_pairs, cells, spec.keep_examples) * 4 / MIB
+    kept = 2 * 4 * singles(n_pairs, cells, spec.keep_examples) / MIB
+    if space_for(spec.nodes).load().sparse:  # what is not 0 alone
+        kept = 0.0
+    left = 0 if row.by == "all" else min(WAITING, 4 * cells * (n_pairs - len(batch))) / MIB
     where = "the process" if model.device.type == "cpu" else "the GPU"
     more = row.by == "all" and len(batch) < n_pairs
-    return Expected(found.held, found.above, 2 * kept, len(batch), more, where)
+    return Expected(found.held, found.above, kept + left, len(batch), more, where)
 
 
 def _rehearse(

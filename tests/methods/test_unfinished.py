@@ -132,6 +132,28 @@ def test_batches_of_other_sizes_are_of_other_pairs_and_not_read(tmp_path: Path) 
     assert torch.equal(again["mlp_neuron"].examples, whole["mlp_neuron"].examples)
 
 
+def test_what_waits_to_be_written_does_not_fill_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "EVERY", 1e6)
+    monkeypatch.setattr(module, "WAITING", 100)
+    store, tensor = Unfinished(tmp_path, "x"), torch.ones(10)  # 40 bytes: two may wait
+
+    def written() -> list[str]:
+        return sorted(path.stem for path in tmp_path.glob("*.safetensors"))
+
+    for name in "ab":
+        store.put(name, {"t": tensor}, {})
+    assert written() == []
+    store.put("c", {"t": tensor}, {})
+    assert written() == ["a", "b", "c"]
+    store._rested = float("inf")  # as if that had taken long
+    for name in "defg":
+        store.put(name, {"t": tensor}, {})
+    store.put("big", {"t": torch.ones(1000)}, {})  # the newest is kept whatever its size
+    assert written() == ["a", "b", "c"]
+    store.write()
+    assert written() == ["a", "b", "big", "c"]
+
+
 def test_what_another_request_or_half_a_file_left_is_not_read(tmp_path: Path) -> None:
     whole, every = scored("act_patch", Unfinished(tmp_path, "x"))
     for damage in (None, b"half"):

@@ -43,12 +43,13 @@ def test_growth_over_shapes(relp: Any, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_table_of_peaks(relp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peaks, "LAYERS", 2)
+    monkeypatch.setattr(peaks, "FEATURES", 64)
     monkeypatch.setattr(peaks, "PAIRS", 13)  # two batches of 192 tokens and less
-    done = relp("bench", "--over", "memory", "--values", "neurons,features", "--only", "atp", "--json")
+    done = relp("bench", "--over", "memory", "--values", "heads,features", "--only", "atp", "--json")
     assert done.code == 0, done.err
     rows = json.loads(done.out)
     assert [(row["method"], row["units"]) for row in rows] == [
-        ("atp", "neurons"), ("atp_star", "neurons"), ("atp", "features")
+        ("atp", "heads"), ("atp_star", "heads"), ("atp", "features")
     ]  # fmt: skip
     for row in rows:
         assert row["ended"] == "yes"
