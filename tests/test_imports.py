@@ -45,7 +45,7 @@ FLOORS = (  # a module imports its own package's modules and those of floors bel
     ("models",),
     ("nodes", "lrp"),
     ("spaces",),
-    ("methods", "circuits", "known"),
+    ("methods", "known"),
     ("edges", "features"),
     ("scoring", "selection"),
     ("evaluation",),

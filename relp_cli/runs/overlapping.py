@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from relp_cli.circuits.reference import reference_circuit, reference_names
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.agreement import agreement
 from relp_cli.evaluation.overlap import overlap
+from relp_cli.evaluation.reference import reference_circuit, reference_names
 from relp_cli.runs.evaluating import own_circuit, read_circuit
 from relp_cli.runs.folders import RUN, folders_holding, meant
 from relp_cli.runs.rundir import RunDir
