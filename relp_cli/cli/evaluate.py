@@ -14,6 +14,7 @@ from relp_cli.cli.common import (
     DeviceOption,
     DryRunFlag,
     JsonFlag,
+    MemoryOption,
     ShardOption,
     comma,
     count_option,
@@ -27,10 +28,11 @@ from relp_cli.cli.common import (
     refuse_typed,
     seed_option,
 )
+from relp_cli.config.memory import bytes_of
 from relp_cli.models.placement import placed
 
 ONLY_JOBS = {"override", "engine", "shard", "workers", "address", "cpus_per_worker", "gpus_per_worker", "slurm"}
-OF_JOBS = {"target", "batch_size", "device", "device_map", "output", "dry_run", "json", *ONLY_JOBS}
+OF_JOBS = {"target", "batch_size", "memory", "device", "device_map", "output", "dry_run", "json", *ONLY_JOBS}
 
 
 def command(
@@ -69,6 +71,7 @@ def command(
     batch_size: Annotated[
         int | None, count_option(1, help=f"Pairs per pass (default: {BATCH_SIZE}, or the job's).")
     ] = None,
+    memory: MemoryOption = None,
     device: DeviceOption = None,
     device_map: DeviceMapOption = None,
     output: Annotated[
@@ -108,7 +111,8 @@ def command(
         from relp_cli.runs.folders import RUN, check_job_name
 
         check_job_name(target, "a run's folder", RUN, "job.json")
-        size = [] if batch_size is None else [f"batch_size={batch_size}"]
+        size = [f"batch_size={batch_size}"] if batch_size is not None else []
+        size += [f"memory={bytes_of(memory, '--memory')}"] if memory is not None else []
         job = named_job(target, [*override, *size])
         refuse_typed(context, OF_JOBS, f"is for runs; '{target}' is a job, whose keys --override changes")
         own = {"address": address, "cpus": cpus_per_worker, "gpus": gpus_per_worker, "slurm": tuple(slurm)}
@@ -138,6 +142,7 @@ def command(
     asked = Evaluation(
         sweep=sweep, kinds=kinds, circuit=circuit, task=task, metric=metric, pairs=pairs, seed=seed, errors=errors,
         ablation=ablation, corpus=corpus, exclude_layers=exclude_layers, batch_size=batch_size or BATCH_SIZE,
+        memory=None if memory is None else bytes_of(memory, "--memory"),
         alone="drop nodes of" if minimality else "",
     )  # fmt: skip
     at = ready(Path(target), asked, Session(place), output)

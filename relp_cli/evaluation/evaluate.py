@@ -11,7 +11,7 @@ What is ablated how is the space's own affair (`SpaceRow.ablator`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,11 +21,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from relp_cli import BATCH_SIZE
+from relp_cli.config.memory import bytes_of
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.ablation_table import ABLATIONS, ablation_row
 from relp_cli.evaluation.donors import with_donors
 from relp_cli.evaluation.ratios import Values, ratio_table, tau_of, ties_note
+from relp_cli.methods.memory import plan
 from relp_cli.methods.request import Progress
+from relp_cli.methods.room import Room, fitting
 from relp_cli.models.model import Model, expect_model
 from relp_cli.registry import load
 from relp_cli.spaces.circuit import Circuit
@@ -112,6 +115,7 @@ def evaluate(
     progress: Progress | None = None,
     dictionary: Any = None,
     batch_size: int = BATCH_SIZE,
+    memory: str | int | None = None,
 ) -> pd.DataFrame:
     """Evaluate one circuit, or a sweep of them that share ablation values and the F(M), F(∅) runs.
 
@@ -121,6 +125,7 @@ def evaluate(
     corpus:          a text file, for the ablation of that name.
     random_circuits: also evaluate that many random circuits of the same size per circuit; adds `random_*` columns.
     dictionary:      for feature circuits, where it is not the one they were found with.
+    memory:          as for `relp.score`; the table then has a column `pairs_per_pass`.
 
     Returns one row per circuit: n_nodes, n_possible, tau, faithfulness, completeness with `_lo`/`_hi` (95 % bootstrap),
     F_M, F_C, F_complement, F_empty, n_pairs, n_prompts, note; of feature circuits also `errors`. An ill-posed ratio
@@ -141,6 +146,8 @@ def evaluate(
         raise RelpError(
             f"corpus {corpus}: only circuits of nodes are ablated with a corpus, not those of edges or features"
         )
+    if memory is not None:
+        check_bounded(batch_size, corpus)
     exclude = excluded_layers(circuits[0].units.space, model.shape.n_layers, exclude_layers)
     row = metric_of(metric or str(circuits[0].meta.get("metric", "logit_diff")))
     how = Ablating(ablation, exclude, seed, corpus, dictionary, batch_size)
@@ -148,8 +155,14 @@ def evaluate(
     tables = []
     for units in groups:
         at = [i for i, c in enumerate(circuits) if c.units == units]
-        table = _table(model, pairs, [circuits[i] for i in at], how, row, random_circuits, bootstrap, progress)
-        tables.append(table.set_axis(at))
+        same = [circuits[i] for i in at]
+        if memory is not None:
+            kept = sum(c.mask.numel() for c in circuits) * (1 + random_circuits)
+            how = _within(bytes_of(memory), model, pairs, same, how, row, kept)
+        table = _table(model, pairs, same, how, row, random_circuits, bootstrap, progress)
+        tables.append(
+            table.set_axis(at) if memory is None else table.set_axis(at).assign(pairs_per_pass=how.batch_size)
+        )
     return pd.concat(tables).sort_index()
 
 
@@ -184,6 +197,34 @@ def _table(
     for name, column in space_of(circuits[0].units).about(circuits).items():
         table.insert(list(table.columns).index("ablation") + 1, name, column)
     return table
+
+
+def check_bounded(batch_size: int, corpus: Path | None) -> None:
+    """Raises RelpError for what `memory` cannot be given with."""
+    if batch_size != BATCH_SIZE:
+        raise RelpError("--memory chooses how many pairs a pass has: give it or --batch-size, not both")
+    if corpus is not None:
+        raise RelpError("--memory looks at pairs, not at the lines of a corpus: give --batch-size")
+
+
+def _within(
+    memory: int,
+    model: Model,
+    pairs: Sequence[PairBatch],
+    circuits: Sequence[Circuit],
+    how: Ablating,
+    row: Metric,
+    kept: int,
+) -> Ablating:
+    """The same with as many pairs a pass as keep the peak below `memory`. Another pair's values take as much as its own."""
+    alike = replace(how, ablation="counterfactual") if how.ablation == "resample" else how
+
+    def some(few: PairBatch, _: Room) -> None:
+        run = ablator(model, [few], circuits, replace(alike, batch_size=len(few)))
+        measured(run, model, row, circuits[:1], [few])
+
+    longest = max(batch.n_pos for batch in pairs)
+    return replace(how, batch_size=fitting(longest, plan(memory, model, pairs, some, kept=kept).tokens))
 
 
 def _note(circuit: Circuit, how: Ablating) -> str:

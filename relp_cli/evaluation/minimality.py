@@ -36,11 +36,12 @@ def minimality(
     dictionary: Any = None,
     corpus: Path | None = None,
     batch_size: int = BATCH_SIZE,
+    memory: str | int | None = None,
 ) -> pd.DataFrame:
     """Drop each counted node (of edge circuits: edge) of the circuit on its own: F(C) − F(C∖n), absolute and in
     faithfulness.
 
-    dictionary, corpus, batch_size: as for `evaluate`.
+    dictionary, corpus, batch_size, memory: as for `evaluate`.
     Returns one row per node (kind, layer, position, unit, loss, loss_faithfulness; "layer" of a feature is its site, "unit"
     of an edge its name), largest loss first; a circuit is minimal where every loss is positive.
     Raises: RelpError for circuits of more than 2,000 counted nodes.
@@ -55,6 +56,7 @@ def minimality(
     table = evaluate(
         model, pairs, [circuit, *(circuit.without(*cell) for cell in drops)], ablation, exclude, metric, seed, bootstrap=100,
         corpus=corpus, progress=progress, dictionary=dictionary, batch_size=batch_size,
+        memory=memory,
     )  # fmt: skip
     whole, space = table.iloc[0], space_of(circuit.units)
     rows = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from relp_cli.edges.exchange import import_circuit, is_eap_ig
 from relp_cli.errors import RelpError, unknown
 from relp_cli.evaluation.ablation_table import ablation_row
 from relp_cli.evaluation.areas import MIB_FRACTIONS
-from relp_cli.evaluation.evaluate import evaluate, excluded_layers
+from relp_cli.evaluation.evaluate import check_bounded, evaluate, excluded_layers
 from relp_cli.evaluation.minimality import minimality
 from relp_cli.features.kinds import SCORED
 from relp_cli.files import check_writable, lines_of
@@ -120,10 +120,13 @@ class Evaluation:
     corpus: Path | None = None
     exclude_layers: int | None = None
     batch_size: int = BATCH_SIZE
+    memory: int | None = None
     alone: str = ""
 
     def check(self, scores: Scores) -> None:
         """Raises RelpError for what can be known to be wrong before a model is loaded."""
+        if self.memory is not None:
+            check_bounded(self.batch_size, self.corpus)
         if self.sweep is not None and self.circuit is not None:
             raise RelpError("give --sweep or --circuit, not both")
         if self.kinds:
@@ -145,7 +148,7 @@ class Evaluation:
     def how(self, exclude: int, dictionary: Any) -> dict[str, Any]:
         """Keywords of `evaluate` and `minimality`."""
         return {"ablation": self.ablation, "exclude_layers": exclude, "seed": self.seed, "corpus": self.corpus,
-                "batch_size": self.batch_size, "dictionary": dictionary}  # fmt: skip
+                "batch_size": self.batch_size, "memory": self.memory, "dictionary": dictionary}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -235,6 +238,7 @@ def ready(path: Path, asked: Evaluation, session: Session, output: Path | None =
             raise RelpError(
                 f"circuit {file} was found with {what.replace('_', ' ')} '{theirs}', not '{scores.meta.get(what)}'{hint}"
             )
+    scores = replace(scores, examples=None, present=None)  # they are large, and nothing asks for them from here on
     return Ready(asked, run, scores, prepared, circuits, file, exclude, spec.params.get("dictionary"), transfer)
 
 

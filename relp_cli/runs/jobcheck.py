@@ -43,6 +43,8 @@ def check_job(job: JobSpec, folder: Path | None = None, elsewhere: bool = False)
         raise unknown("dtype", job.dtype, DTYPES)
     if any(by_candidates(job, method, kind) for method, kind in itertools.product(methods, job.kinds)):
         cheap_methods(job)
+        if job.memory is not None:
+            raise RelpError("exact_candidates chooses its own passes: give `batch_size` in place of `memory`")
         if job.baseline != "patch":
             raise RelpError(
                 f"exact_candidates patches with the patch prompts' values; this job has baseline '{job.baseline}'"

@@ -162,6 +162,7 @@ class GroupRun:
         table = evaluate(
             held.model, held.pairs, circuits, options.ablation, exclude, held.metric, cell.group.seed,
             options.random_circuits, dictionary=where, batch_size=self.job.batch_size,
+            memory=self.job.memory,
         )  # fmt: skip
         costs = {name: mine.meta[name] for name in COSTS if name in mine.meta}
         return table.assign(**costs).to_dict("records")  # type: ignore[return-value]
