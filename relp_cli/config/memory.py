@@ -16,14 +16,14 @@ UNITS = {
 def bytes_of(given: Any, where: str = "memory") -> int:
     """Bytes, of a text such as 8GB (10⁹ bytes each) or 8GiB (2³⁰), or of a number of bytes.
 
-    Raises: RelpError for anything else, and for less than 1 MB.
+    Raises: RelpError for anything else.
     """
     size = given if isinstance(given, int) and not isinstance(given, bool) else 0
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([kKMGT]i?B)", given.strip()) if isinstance(given, str) else None
     if match:
         unit = match[2][0].upper() + match[2][1:]
         size = int(float(match[1]) * UNITS[unit])
-    if size < UNITS["MB"]:
+    if size < 1:
         raise RelpError(f"{where} {given}: expected a size such as 8GB or 500MB (GiB, MiB: powers of 1,024)")
     return size
 

@@ -36,8 +36,12 @@ from relp_cli.tasks.parts import parts_of
 MIB = 1 << 20
 LIBRARIES = {"cpu": 640 * MIB}  # what Python and the libraries hold, once a model is loaded
 OTHER_LIBRARIES = 512 * MIB  # of a GPU's memory: its context
-HELD = 2.0  # bytes that an allocator holds at the peak for one that is alive: blocks of many sizes come and go
+HELD = 2.25  # bytes that an allocator holds at the peak for one that is alive: blocks of many sizes come and go
 PASSES = 12  # as large as they get: by then a method has gone through what it repeats
+KEPT, WRITTEN = (
+    2,
+    4,
+)  # copies of single scores: while pairs are computed (the last batches wait to be written), and at the end
 SUMS = 48  # bytes a score: sums, squares, moments and what goes between
 MOST = 1 << 14  # tokens: more gain nothing (docs/memory.md)
 
@@ -115,15 +119,17 @@ def plan(
     compute: Callable[[PairBatch, Room], object],
     patched: bool = False,
     kept: int = 0,
+    singles: int = 0,
 ) -> Plan:
     """The largest passes whose peak stays below `memory`.
 
     compute: does with a few pairs what is to be done with all, in so much room. patched: whether most of its passes are patched
-    runs. kept: bytes that the results take beside it.
-    Raises: RelpError where not even one pair fits.
+    runs. kept, singles: bytes of the results beside it, and of single scores.
+    Raises: RelpError where not even one pair fits, or single scores do not.
     """
-    libraries = LIBRARIES.get(model.device.type, OTHER_LIBRARIES)
-    held, tokens, peaks = libraries + resident(model.hf) + kept, MOST, list[tuple[int, float, float]]()
+    held = LIBRARIES.get(model.device.type, OTHER_LIBRARIES) + resident(model.hf) + kept
+    always, last, held = held, held + WRITTEN * singles, held + KEPT * singles
+    tokens, peaks = MOST, list[tuple[int, float, float]]()
     for n_pos in {batch.n_pos for batch in (min(pairs, key=_length), max(pairs, key=_length))}:
         batch = next(batch for batch in pairs if batch.n_pos == n_pos)
 
@@ -133,10 +139,11 @@ def plan(
 
         alive(1)  # once what is computed of a model but once is no part of it
         one = alive(1)
-        if held + one > memory:
+        if (least := max(held + one, last)) > memory:
+            kept_too = f" and {written(last - always)} for single scores (--no-per-example: none)" if singles else ""
             raise RelpError(
-                f"memory {written(memory)}: one pair of {n_pos} tokens at a time takes up to {written(held + one)}, "
-                f"{written(held)} of it for libraries, model and results; give at least as much"
+                f"memory {written(memory)}: one pair of {n_pos} tokens at a time takes up to {written(least)}, "
+                f"{written(always)} of it for libraries, model and results{kept_too}; give at least as much"
             )
         # two are tried where they are sure to fit
         each = alive(2) - one if held + 2 * one <= memory else memory
@@ -144,7 +151,7 @@ def plan(
         most = 1 + int((memory - held - one) / each)
         tokens = min(tokens, _power_of_two(most * n_pos))
         peaks.append((n_pos, one, each))
-    peak = max(held + one + each * (fitting(n_pos, tokens) - 1) for n_pos, one, each in peaks)
+    peak = max(last, *(held + one + each * (fitting(n_pos, tokens) - 1) for n_pos, one, each in peaks))
     return Plan(memory, tokens, round(peak))
 
 
@@ -185,9 +192,7 @@ def planned(
         return None
     memory, n_pairs = request.memory, sum(map(len, pairs))
     cells = len(scorer.units) * len(scorer.labels)
-    kept = SUMS * cells + (
-        0 if space_of(scorer.units).sparse else 2 * 4 * singles(n_pairs, cells, request.keep_examples)
-    )
+    kept = 0 if space_of(scorer.units).sparse else 4 * singles(n_pairs, cells, request.keep_examples)
 
     def some(few: PairBatch, room: Room) -> None:
         parts = parts_of([few.to(model.device)])
@@ -196,7 +201,7 @@ def planned(
             scorer.blocks(compute(scorer.batch(part, Passes(), room, None)).scores)
 
     def decide() -> Plan:
-        return plan(memory, model, pairs, some, row.each, kept)
+        return plan(memory, model, pairs, some, row.each, SUMS * cells, kept)
 
     left = request.unfinished
     return decide() if left is None else Plan(**left.agreed("memory", lambda: vars(decide())))

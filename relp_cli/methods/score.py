@@ -57,16 +57,18 @@ def score_units(
     prompts, order = prompts_of(pairs), work.order
     shared = None if order is None else prompts[order]
     totals = Totals(scorer.units, scorer.labels, account.n_pairs, request.keep_examples, shared, order)
-    result, parts = Result({}), list[tuple[Batch, Sequence[Tensor]]]()
+    last, parts = Result({}), list[tuple[Batch, Sequence[Tensor]]]()
     for on, result in work.results():
         parts.append((on, scorer.blocks(result.scores)))
+        last = Result({}, result.applied, result.meta)
         on.forget()
         if len(parts) == work.parts:
             totals.add(*summed([(on.labels, blocks) for on, blocks in parts]))
             account.done([on.setup for on, _ in parts])
             parts.clear()
+        del on, result  # while the next one is computed
     cut = work.halving.about | (work.plan.about if work.plan else {})
-    meta = account.meta(row, work.params, result.applied, scorer.axis, **scorer.about, **result.meta, **cut)
+    meta = account.meta(row, work.params, last.applied, scorer.axis, **scorer.about, **last.meta, **cut)
     return totals.finish(scorer.axis, meta | about_prompts(prompts))
 
 
@@ -81,10 +83,10 @@ def score_share(
     work = _Work.begin(model, pairs, method, nodes, request, None, params)
     unfinished = work.unfinished
     assert unfinished is not None
-    for on, _ in work.results():
+    for on, result in work.results():
         unfinished.write()
         work.account.done([on.setup])
-        on.forget()
+        del on, result  # while the next one is computed
     return [number for number in range(work.account.n_batches * work.parts) if not unfinished.of(number).complete()]
 
 

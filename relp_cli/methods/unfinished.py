@@ -125,9 +125,13 @@ class Unfinished:
         except (OSError, SafetensorError, ValueError, KeyError):
             return None  # not there, or damaged: done again
 
+    def drop(self) -> None:
+        """Do not write what waits to be written: it is large, and part of a whole by now."""
+        self._waiting.clear()
+
     def clear(self) -> None:
         """The request is finished."""
-        self._waiting.clear()
+        self.drop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def of(self, number: int) -> UnfinishedBatch:

@@ -201,6 +201,7 @@ def score_run(
         spec.memory,
         **loaded_params(spec, prepared, session),
     )
+    unfinished.drop()
     scores = with_meta(scores, prepared, spec, digest)
     scores.save(run.scores)
     write_pairs(run, pair_records(prepared.model.tokenizer, prepared.pairs, prepared.behaviour, prepared.metric))
