@@ -12,6 +12,7 @@ from relp_cli.cli.circuit_options import CircuitOptions
 from relp_cli.cli.common import comma, log, note, out, print_json, progress, refuse_typed
 from relp_cli.cli.listing import list_of, listed, show_list, undecided_threshold
 from relp_cli.cli.options import takes
+from relp_cli.cli.waiting import waiting
 from relp_cli.errors import RelpError
 from relp_cli.files import check_file_writable
 from relp_cli.nodes.kinds import mixed_warning
@@ -54,7 +55,7 @@ def command(
     from relp_cli.runs.scoring import Session, open_run, prepare_again
 
     run_dir, spec, scores = open_run(run)
-    session = Session(place)
+    session = Session(place, say=waiting)
     kinds = comma(asked.nodes, "--nodes") if asked.nodes is not None else tuple(scores)
     if asked.clusters is not None:
         _clustered(asked, run_dir, spec, scores.only(kinds), session)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from relp_cli import MOST_SEED
-from relp_cli.cli.waiting import settle
+from relp_cli.cli.waiting import settle, silence
 from relp_cli.config.load import parse
 from relp_cli.errors import RelpError, unknown, visible
 from relp_cli.models.placement import check_device_map
@@ -161,9 +161,15 @@ def note(text: str) -> None:
 
 
 def print_fields(fields: Mapping[str, Any]) -> None:
-    """`key: value`, one a line, on stdout."""
+    """`key: value`, one a line, on stdout; a list of such fields is a block of lines each."""
     for key, value in fields.items():
-        out.print(f"{key}: {value}")
+        if isinstance(value, list) and all(isinstance(one, Mapping) for one in value):
+            for one in value:
+                out.print(f"{key}:")
+                for name, of_one in one.items():
+                    out.print(f"  {name}: {of_one}")
+        else:
+            out.print(f"{key}: {value}")
 
 
 def print_json(value: Any) -> None:
@@ -200,6 +206,7 @@ def progress() -> Iterator[Callable[[int, int, str], None] | None]:
         def update(done: int, total: int, what: str) -> None:
             if not tasks:
                 settle()
+                silence(True)
                 bar.start()
             if what not in tasks:
                 tasks[what] = bar.add_task(visible(what), total=total)
@@ -209,3 +216,4 @@ def progress() -> Iterator[Callable[[int, int, str], None] | None]:
     finally:
         if tasks:
             bar.stop()
+            silence(False)

@@ -9,17 +9,20 @@ import typer
 
 from relp_cli.cli.common import (
     COMPONENTS,
+    DryRunFlag,
     JsonFlag,
     comma,
     count_option,
     log,
     note,
     output_option,
+    print_fields,
     print_json,
     progress,
     refuse_typed,
 )
 from relp_cli.cli.options import BoundedOptions, takes
+from relp_cli.cli.waiting import waiting
 
 # What is asked of runs that exist.
 OF_RUNS = ("targets", "reference", "top_k", "seed", "device", "device_map", "output", "json")
@@ -41,6 +44,7 @@ def command(
         Path | None,
         output_option(help="Folder (default: runs/compare-TASKS-MODELS)."),
     ] = None,
+    dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
     """Agreement of methods with exact patching: the paper's Table 5 and the heatmaps of its Figure 2.
@@ -51,6 +55,7 @@ def command(
 
     runs = check_compared(targets)
     from relp_cli.runs.comparing import CompareOptions, compare_runs, compare_tasks
+    from relp_cli.runs.scoring import Session
 
     if nodes == COMPONENTS:
         nodes = "feature" if how.dictionary is not None else _served(comma(methods, "--methods"))
@@ -63,11 +68,18 @@ def command(
     if output is None:
         names = [*(Path(t).stem for t in targets), *(Path(m).name for m in options.models if not runs)]
         output = Path("runs") / "-".join(["compare", *names])[:120]
+    session = Session(how.place, say=waiting)
+    if dry_run:
+        from relp_cli.runs.foreseen import comparison_cost
+
+        cost = {"folder": str(output), **comparison_cost(targets, options, session)}
+        print_json(cost) if json else print_fields(cost)
+        return
     with progress() as bar:
         if runs:
             result = compare_runs([Path(t) for t in targets], options, output, how.place)
         else:
-            result = compare_tasks(targets, options, output, how.place, bar)
+            result = compare_tasks(targets, options, output, session, bar)
     for line in result.notes:
         note(line)
     if json:

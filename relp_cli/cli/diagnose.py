@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from relp_cli.cli.common import (
+    DryRunFlag,
     JsonFlag,
     RevisionOption,
     at_revision,
@@ -16,10 +17,12 @@ from relp_cli.cli.common import (
     note,
     out,
     output_option,
+    print_fields,
     print_json,
     progress,
 )
 from relp_cli.cli.options import PairOptions, takes
+from relp_cli.cli.waiting import waiting
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +48,7 @@ def command(
     output: Annotated[
         Path | None, output_option(help="Also write all rows of the tables into this folder, for relp report.")
     ] = None,
+    dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
     """Where and why a gradient method fails on a task, checked by exact patching, and which method to use instead.
@@ -65,7 +69,14 @@ def command(
     check_candidate(method)
     if output is not None:
         check_writable(output / RECORD)
-    prepared = prepare(spec, Session(how.place))
+    session = Session(how.place, say=waiting)
+    if dry_run:
+        from relp_cli.runs.foreseen import diagnosis_cost
+
+        cost = diagnosis_cost(spec, top, thorough, session)
+        print_json(cost) if json else print_fields(cost)
+        return
+    prepared = prepare(spec, session)
     with progress() as bar:
         found = diagnose(
             prepared.model, prepared.pairs, prepared.metric, how.direction, method,

@@ -29,6 +29,7 @@ from relp_cli.cli.common import (
     seed_option,
 )
 from relp_cli.config.memory import bytes_of
+from relp_cli.cli.waiting import waiting
 from relp_cli.models.placement import placed
 
 ONLY_JOBS = {"override", "engine", "shard", "workers", "address", "cpus_per_worker", "gpus_per_worker", "slurm"}
@@ -145,7 +146,7 @@ def command(
         memory=None if memory is None else bytes_of(memory, "--memory"),
         alone="drop nodes of" if minimality else "",
     )  # fmt: skip
-    at = ready(Path(target), asked, Session(place), output)
+    at = ready(Path(target), asked, Session(place, say=waiting), output)
     with progress() as bar:
         path, table = evaluate_run(at, random, output, bar, note)
     dropped = None

@@ -25,6 +25,7 @@ from relp_cli.cli.common import (
     print_json,
     progress,
 )
+from relp_cli.cli.waiting import waiting
 from relp_cli.errors import RelpError, unknown
 from relp_cli.models.placement import placed
 
@@ -155,7 +156,7 @@ def _outcome(job: JobSpec, folder: Path, where: Where, options: Options, groups:
             note(f"{n} workers: {', '.join(place.name for place in at)}")
             return run_workers(job, folder, at, where.place, bar, note, groups)
         if where.shard is not None:
-            return run_cells(job, folder, Session(where.place), bar, groups)
+            return run_cells(job, folder, Session(where.place, say=waiting), bar, groups)
         return ENGINES[where.engine](job, folder, options, bar, note)
 
 

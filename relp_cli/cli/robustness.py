@@ -23,6 +23,7 @@ from relp_cli.cli.common import (
     progress,
     seed_option,
 )
+from relp_cli.cli.waiting import waiting
 from relp_cli.models.placement import placed
 
 
@@ -77,7 +78,7 @@ def command(
         print_json(cost) if json else print_fields(cost)
         return
     with progress() as bar:
-        got = robustness_of_run(run, grid, Session(place), bar)
+        got = robustness_of_run(run, grid, Session(place, say=waiting), bar)
     for line in got.notes:
         note(line)
     if json:

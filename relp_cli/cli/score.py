@@ -76,12 +76,11 @@ def command(
 
     check_task(task)  # what is wrong without torch is said before it is imported
     from relp_cli.evaluation.behaviour import said
-    from relp_cli.runs.cost import describe_cost, expected_time
-    from relp_cli.runs.rehearsal import expected_memory
-    from relp_cli.runs.scoring import Prepared, Session, check_request, loaded_params, prepare, score_run, scoring_notes
+    from relp_cli.runs.cost import describe_cost
+    from relp_cli.runs.scoring import Prepared, Session, check_request, score_run, scoring_notes
     from relp_cli.runs.shards import score_shard, shard_of
 
-    session = Session(how.place)
+    session = Session(how.place, say=waiting)
     share = None if shard is None else shard_of(shard)
     check_request(spec, output)
     if annotations is not None:
@@ -90,13 +89,9 @@ def command(
         read_annotations(annotations)
     waiting(f"loading {at_revision(model, revision)} …")
     if dry_run:
-        prepared = prepare(spec, session)
-        cost = describe_cost(prepared.model, prepared.pairs, spec)
-        given = loaded_params(spec, prepared, session)
-        if took := expected_time(prepared.model, prepared.pairs, spec, given, prepared.metric):
-            cost["time"] = took
-        cells = sum(cost["nodes"].values())
-        cost |= expected_memory(prepared.model, prepared.pairs, spec, given, cells, prepared.metric)
+        from relp_cli.runs.foreseen import foresee
+
+        cost = foresee(spec, session).fields
         print_json(cost) if json else print_fields(cost)
         return
 

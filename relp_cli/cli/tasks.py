@@ -183,7 +183,7 @@ def show(
         ids_of=ids_of,
     )  # fmt: skip
     waiting(f"loading {at_revision(model, revision)} …")
-    prepared = prepare(spec, Session(), at_most=True)
+    prepared = prepare(spec, Session(say=waiting), at_most=True)
     tokenizer = prepared.model.tokenizer
 
     def words(ids: list[int]) -> list[str]:

@@ -22,6 +22,7 @@ from relp_cli.cli.common import (
     progress,
     seed_option,
 )
+from relp_cli.cli.waiting import waiting
 from relp_cli.models.placement import placed
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def command(
         circuit=circuit, task=task, metric=metric, pairs=pairs, seed=seed, errors=errors, ablation=ablation, corpus=corpus,
         exclude_layers=exclude_layers, batch_size=batch_size, alone="test",
     )  # fmt: skip
-    at = ready(run, asked, Session(place))
+    at = ready(run, asked, Session(place, say=waiting))
     with progress() as bar:
         files, tests, tested = run_tests(at, how, bar, note)
     for line in at.notes:

@@ -11,13 +11,18 @@ from contextlib import suppress
 from relp_cli.errors import visible
 
 _WIDEST = 70  # characters: a line that wraps cannot be taken back
-_state = {"shown": False}
+_state = {"shown": False, "silent": False}
+
+
+def silence(on: bool) -> None:
+    """While a bar of progress is shown there is no such line."""
+    _state["silent"] = on
 
 
 def waiting(what: str) -> None:
     """Show, in place of what was shown before, what one waits for. Nothing where stderr is no terminal."""
     with suppress(OSError, ValueError):
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not _state["silent"]:
             line = visible(what)
             sys.stderr.write(f"\r\x1b[K{line if len(line) < _WIDEST else line[: _WIDEST - 1] + '…'}")
             sys.stderr.flush()

@@ -44,14 +44,11 @@ class Params(BaseModel):
 class Workload(NamedTuple):
     """What the gradients that a method takes depend on, besides its parameters.
 
-    sites: what paths of activations are taken at (0: not told). share: of all pairs, those of one batch. learning: steps of
-    learning, by default (0: steps cost another thing than a gradient does).
+    sites: what paths of activations are taken at (0: not told).
     """
 
     layers: int
     sites: int
-    share: float
-    learning: int
 
 
 NODES, EDGES = ("nodes",), ("edges",)
@@ -65,6 +62,7 @@ class Method:
     baselines: those it is defined for (None: what the space allows). each: one forward pass per unit. additive: the scores of a
     sum of metrics are the sum of their scores, so that parts of L can be scored apart (`tasks.parts`); points always are.
     gradients: how many forward and backward passes over every pair its steps take (0: not told); None where it has no steps.
+    patches: the share of the nodes that it patches exactly, where that depends on its parameters.
     defaults, fixed: of an alias (`alias_of`), parameters that start or stay at another value than the method's own.
     """
 
@@ -83,6 +81,7 @@ class Method:
     whole: bool = False
     additive: bool = False
     gradients: Callable[[Any, Workload], float] | None = None
+    patches: Callable[[Any], float] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     alias_of: str = ""
@@ -108,10 +107,6 @@ class Method:
 
 def _steps(params: Any, _: Workload) -> float:
     return params.steps
-
-
-def _learning(params: Any, on: Workload) -> float:
-    return (params.steps or on.learning) * on.share if on.learning else 0
 
 
 METHODS: Registry[Method] = Registry("method")
@@ -151,15 +146,15 @@ for _row in (
     Method("screened", "relp_cli.methods.screened:screened:ScreenedParams",
            "c(n), exactly for the budget's share of nodes that estimates call large; scaled estimates for the rest",
            "atp + relp + relp+secant + 1 forward per node of the budget", "what estimates miss", "relp (docs/rules.md)",
-           NODES, "all", baselines=("patch",)),
+           NODES, "all", baselines=("patch",), patches=lambda params: params.budget * (1 + params.audit)),
     Method("learned", f"{LEARNED}:learned:LearnedParams",
            "the place in a ranking whose circuits of every size keep L, unsigned: larger is needed more",
            "steps × (forward + backward) of one batch + 2 forward", "what units do together", "MAttr; relp (docs/learned.md)",
-           by="all", signed=False, whole=True, gradients=_learning),
+           by="all", signed=False, whole=True),
     Method("hard_concrete", f"{LEARNED}:hard_concrete:HardConcreteParams",
            "log α of gates that are pruned to one size at the least loss of L, unsigned",
            "steps × (forward + backward) of one batch + 2 forward", "baseline", "Louizos et al. 2018; Wang et al. 2020",
-           by="all", signed=False, whole=True, gradients=_learning),
+           by="all", signed=False, whole=True),
     Method("eap_gp", "relp_cli.edges.eap_gp:eap_gp:EapGpParams",
            "c(u→v), gradient averaged along a path that follows the gradients",
            "steps × (2 forward + 4 backward) + 5 forward", "saturation along the straight path", "Zhang et al. 2025",

@@ -79,18 +79,24 @@ class Compared:
     notes: tuple[str, ...]
 
 
-def compare_tasks(
-    tasks: Sequence[str], options: CompareOptions, folder: Path, place: str | None, progress: Progress | None
-) -> Compared:
-    """Score every task × model with every method and the reference; write compare.csv and heatmaps per task × model."""
+def checked_cells(tasks: Sequence[str], options: CompareOptions, session: Session) -> list[dict[str, ScoreSpec]]:
+    """Per task × model, the scorings of a comparison by method. Raises RelpError for what can be known to be wrong of any."""
     for what, names in (("task", tasks), ("method", options.methods), ("node kind", options.nodes)):
         distinct(what, names)
-    labels = model_labels(options.models)
-    session = Session(place)
+    model_labels(options.models)
     distinct("task name", [session.task(t).name for t in tasks])  # a misspelt one is found before the first is scored
     cells = [options.specs(task, model) for task in tasks for model in options.models]
     for spec in (spec for specs in cells for spec in specs.values()):
         check_request(spec)
+    return cells
+
+
+def compare_tasks(
+    tasks: Sequence[str], options: CompareOptions, folder: Path, session: Session, progress: Progress | None
+) -> Compared:
+    """Score every task × model with every method and the reference; write compare.csv and heatmaps per task × model."""
+    cells = checked_cells(tasks, options, session)
+    labels = model_labels(options.models)
     check_writable(folder)
     tables, files, notes, made = [], [], [], []
     for specs in cells:

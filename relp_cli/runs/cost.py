@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,21 +10,15 @@ import torch
 from relp_cli.features.kinds import SCORED
 from relp_cli.features.load import load_dictionaries
 from relp_cli.lrp.rules import RULE_SETS
-from relp_cli.methods.nodes import NodeBatch
-from relp_cli.methods.score import resolve_method
-from relp_cli.methods.table import METHODS, Workload, row_of
+from relp_cli.methods.table import METHODS, row_of
 from relp_cli.models.model import Model
 from relp_cli.models.offload import resident
 from relp_cli.nodes.access import units
 from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
 from relp_cli.runs.spec import ScoreSpec
-from relp_cli.scoring import score
 from relp_cli.spaces.graph import Graph
-from relp_cli.spaces.table import space_for
 from relp_cli.tasks.pairs import PairBatch
 from relp_cli.tasks.parts import parts_of
-
-TIMED = 8  # pairs at most
 
 
 def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> dict[str, Any]:
@@ -50,7 +43,7 @@ def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> 
     if several:
         forwards += ", for answer and foil each"
     if row.each:
-        runs = sum(_patched(model, b, k, spec.baseline) for b in parts for k in kinds) + 2 * n_runs
+        runs = sum(patched_runs(model, b, k, spec.baseline) for b in parts for k in kinds) + 2 * n_runs
         forwards = f"at most {runs:,} patched runs of one pair, each from its patch on ({n_pairs} pairs)"
         if spec.nodes == (SCORED,):
             each = "pair, of its answer and its foil," if several else "pair"
@@ -63,70 +56,7 @@ def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> 
     }
 
 
-def expected_time(
-    model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec, params: dict[str, Any], metric: str = "logit_diff"
-) -> str:
-    """About how long it would take here: of methods of a few passes by scoring a few pairs, of those of many by what one
-    gradient takes, of exact ones by one forward pass.
-
-    params: the spec's, dictionaries loaded. "" for all others (searches, choosing rules): timing takes too long.
-    """
-    row = row_of(spec.method)
-    steps = _gradients(model, pairs, spec, params)
-    auto = spec.method.endswith("+auto") or spec.params.get("rules") == "auto"
-    if auto or (row.each and spec.nodes == (SCORED,)) or (row.by == "all" and not steps):
-        return ""
-    n_pairs, first = sum(len(b) for b in pairs), max(pairs, key=len)
-    few = min(TIMED, len(first), spec.batch_size)
-    batch = first.rows(slice(0, few))
-    with torch.no_grad():
-        model.logits(batch.to(model.device).original)  # what the first pass alone takes
-    start = time.perf_counter()
-    if not row.each:
-        given = {k: v for k, v in params.items() if not steps or k == "dictionary"}
-        score(model, [batch], "atp" if steps else spec.method, spec.nodes, metric, spec.direction, spec.baseline, few, False,
-              **given)  # fmt: skip
-        each = (time.perf_counter() - start) / few * n_pairs
-        if not steps:
-            return _about(each, f"{few} pair{'s were' if few > 1 else ' was'} timed")
-        return _about(
-            each * (1 + 0.75 * (steps - 1)), f"a gradient of {few} pair{'s' * (few > 1)} was timed"
-        )  # and δ: 2 + 1 × 2 passes
-    with torch.no_grad():
-        model.logits(batch.to(model.device).original)
-    each = (time.perf_counter() - start) / few
-    if spec.nodes == ("edges",):
-        runs = Graph.of(model.shape).n_edges * n_pairs
-    else:
-        runs = sum(_patched(model, b, NODE_KINDS[k], spec.baseline) for b in parts_of(pairs) for k in spec.nodes)
-    return _about(each * runs, "as many whole forward passes; most patched runs start later and are shorter")
-
-
-def _gradients(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec, params: dict[str, Any]) -> float:
-    """How many forward and backward passes over every pair a method of steps takes; 0 for methods of another sort."""
-    row, space = row_of(spec.method), space_for(spec.nodes)
-    if row.gradients is None:
-        return 0
-    own = {name: value for name, value in params.items() if name not in space.options}
-    _, parsed = resolve_method(spec.method, own, space.name, model)
-    layers, learning = model.shape.n_layers, NodeBatch.learning_steps if space.name == "nodes" else 0
-    sites = {"edges": 2 * layers + 1, "nodes": layers * len(spec.nodes)}.get(space.name, 0)
-    share = min(spec.batch_size, max(map(len, pairs))) / sum(map(len, pairs))
-    return row.gradients(parsed, Workload(layers, sites, share, learning))
-
-
-def _about(seconds: float, how: str) -> str:
-    shown = (
-        f"{seconds:.2g} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.0f} h"
-    )
-    return f"about {shown} here ({how})"
-
-
-def _patched(model: Model, batch: PairBatch, kind: NodeKind, baseline: str) -> int:
+def patched_runs(model: Model, batch: PairBatch, kind: NodeKind, baseline: str) -> int:
     """How many (node, pair) cells differ between source and run at most: none before the first token that does, and in the last
     layer those alone that the last position reads.
     """

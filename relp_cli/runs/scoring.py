@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from relp_cli import __version__
-from relp_cli.config.memory import written
 from relp_cli.errors import RelpError, RunFailed
 from relp_cli.evaluation.behaviour import Behaviour, behaviour, keep_correct
 from relp_cli.features.load import Dictionaries, check_dictionary, load_dictionaries
@@ -20,8 +19,10 @@ from relp_cli.models.load import load_model
 from relp_cli.models.model import Model
 from relp_cli.models.placement import arguments
 from relp_cli.runs.checked import score_spec
+from relp_cli.runs.earlier import Say, quiet
 from relp_cli.runs.pairs import pair_records, write_pairs
 from relp_cli.runs.rundir import RunDir, checksum, provenance
+from relp_cli.runs.scoring_notes import scoring_notes
 from relp_cli.runs.spec import ScoreSpec
 from relp_cli.scoring import score
 from relp_cli.spaces.scores import Scores
@@ -36,15 +37,20 @@ from relp_cli.tasks.task import Task, load_task
 
 @dataclass
 class Session:
-    """Models and tasks that are loaded already; a batch job scores many cells on few of them."""
+    """Models and tasks that are loaded already; a batch job scores many cells on few of them.
 
-    place: str | None = None  # `placement.placed`
+    place: `placement.placed`. say: is told what takes its time before there is progress to report.
+    """
+
+    place: str | None = None
     models: dict[tuple[str, str], Model] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
     saes: dict[tuple[str, str, str], Dictionaries] = field(default_factory=dict)
+    say: Say = quiet
 
     def model(self, name: str, dtype: str = "float32") -> Model:
         if (name, dtype) not in self.models:
+            self.say(f"loading {name} …")
             self.models[name, dtype] = load_model(name, dtype=dtype, **arguments(self.place))
         return self.models[name, dtype]
 
@@ -67,20 +73,26 @@ class Session:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """Pairs of one task, tokenised for one model, and what the model does on them."""
+class Drawn:
+    """Pairs of one task, tokenised for one model."""
 
     model: Model
     task: Task
     pairs: list[PairBatch]
     metric: str
-    behaviour: Behaviour
     bos: str
     notes: tuple[str, ...]
 
 
-def prepare(spec: ScoreSpec, session: Session, at_most: bool = False) -> Prepared:
-    """Load, draw and tokenise pairs, and run the model on them.
+@dataclass(frozen=True)
+class Prepared(Drawn):
+    """And what the model does on them."""
+
+    behaviour: Behaviour
+
+
+def draw(spec: ScoreSpec, session: Session, at_most: bool = False) -> Drawn:
+    """Load, draw and tokenise pairs; `spec.only_correct` is not looked at.
 
     at_most: take what there is where the split holds fewer than `spec.pairs` (and say so in `notes`); so it is of files, which
     hold what they hold.
@@ -101,6 +113,14 @@ def prepare(spec: ScoreSpec, session: Session, at_most: bool = False) -> Prepare
     available = sum(len(b) for b in pairs)
     if available < spec.pairs:
         notes.append(f"{available} {spec.split} pairs exist, {spec.pairs} were asked")
+    return Drawn(model, task, pairs, metric, built.bos, tuple(notes))
+
+
+def prepare(spec: ScoreSpec, session: Session, at_most: bool = False) -> Prepared:
+    """`draw`, and run the model on the pairs."""
+    drawn = draw(spec, session, at_most)
+    model, task, pairs, metric, notes = drawn.model, drawn.task, drawn.pairs, drawn.metric, list(drawn.notes)
+    session.say(f"running {model.name} on {sum(map(len, pairs))} pairs of {task.name} …")
     seen = behaviour(model, pairs, metric)
     if said := seen.note(model.name, task.name):  # of all pairs: those that it gets right say nothing
         notes.append(said)
@@ -110,7 +130,7 @@ def prepare(spec: ScoreSpec, session: Session, at_most: bool = False) -> Prepare
         pairs, seen = kept, behaviour(model, kept, metric)
     if said := sharing_note(prompts_of(pairs)):
         notes.append(said)
-    return Prepared(model, task, pairs, metric, seen, built.bos, tuple(notes))
+    return Prepared(model, task, pairs, metric, drawn.bos, tuple(notes), seen)
 
 
 def check_request(spec: ScoreSpec, folder: Path | None = None) -> None:
@@ -227,58 +247,12 @@ def scored_below(
     return score_run(spec, session, folder, progress, prepared=prepared)[:2]
 
 
-def loaded_params(spec: ScoreSpec, prepared: Prepared, session: Session) -> dict[str, Any]:
+def loaded_params(spec: ScoreSpec, prepared: Drawn, session: Session) -> dict[str, Any]:
     """The spec's parameters as `score` takes them: dictionaries loaded."""
     params = dict(spec.params)
     if "dictionary" in params:
         params["dictionary"] = session.dictionaries(params["dictionary"], prepared.model)
     return params
-
-
-def scoring_notes(scores: Scores) -> list[str]:
-    """What people have to know of scores: what `relp+auto` chose on how many pairs, what `screened` patched, what was
-    learned, batches that memory did not hold, dictionaries that were trained on another model, exact effects that a narrow dtype
-    rounds to 0.
-    """
-    notes, meta = [], scores.meta
-    if other := meta.get("dictionary_of"):
-        notes.append(f"WARNING: these dictionaries say that they are of model '{other}', not of '{meta['model']}'")
-    if meta["dtype"] in ("bfloat16", "float16") and (lost := meta.get("patched_share_no_effect")):
-        notes.append(
-            f"WARNING: in {meta['dtype']} {lost:.0%} of the patched runs left the metric as it was, to the last bit: effects "
-            "smaller than the rounding of logits become 0; float32 keeps them"
-        )
-    if most := meta.get("out_of_memory_pairs_per_pass"):
-        less = "a smaller --memory" if "memory" in meta else f"--batch-size {most}"
-        notes.append(f"out of memory: batches were halved, to {most} pairs or fewer; {less} saves the attempts")
-    if "memory" in meta:
-        notes.append(f"memory: at most {meta['tokens_per_pass']} tokens a pass for a peak of {written(meta['memory'])}")
-    if auto := meta.get("auto"):
-        chosen = "; ".join(f"{kind}: {', '.join(rules) or 'no rules'}" for kind, rules in auto["chosen"].items())
-        aside, of = auto["pairs_set_aside"], auto["pairs_set_aside"] + meta["n_pairs"]
-        notes.append(f"auto: {aside} of {of} pairs were used to choose the rules; chosen for {chosen}")
-    if ranking := meta.get("learned"):
-        notes.append(_learned_note(meta["method"], ranking))
-    return notes + [_screened_note(kind, row) for kind, row in meta.get("screened", {}).items()]
-
-
-def _learned_note(method: str, row: dict[str, Any]) -> str:
-    first, last = row["metric_first_tenth"], row["metric_last_tenth"]
-    line = (
-        f"{method}: {row['cells']} of {row['of']} nodes × positions change with the source and are ranked (the others: 0); "
-        f"metric of masked runs {first:.3f} in the first, {last:.3f} in the last tenth of {row['steps']} steps"
-    )
-    if "threshold" in row:
-        line += f"; {row['open']} gates are open (relp circuit RUN --threshold {row['threshold']:.6g})"
-    return line
-
-
-def _screened_note(kind: str, row: dict[str, Any]) -> str:
-    line = f"screened: {row['exact']} of {row['of']} {kind} nodes patched exactly, the rest {row['slope']:.2f} × the estimate"
-    if not row["audited"]:
-        return line
-    largest, most = row["audit_largest_error"], row["audit_95%"]
-    return f"{line}; of {row['audited']} random ones among these the largest error is {largest:.3g}, 95 % are within {most:.3g}"
 
 
 def with_meta(scores: Scores, prepared: Prepared, spec: ScoreSpec, digest: str) -> Scores:
