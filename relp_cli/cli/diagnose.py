@@ -73,7 +73,7 @@ def command(
     if dry_run:
         from relp_cli.runs.foreseen import diagnosis_cost
 
-        cost = diagnosis_cost(spec, top, thorough, session)
+        cost = diagnosis_cost(spec, method, top, thorough, session)
         print_json(cost) if json else print_fields(cost)
         return
     prepared = prepare(spec, session)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from relp_cli.evaluation.causes import SECANT, secants_by_cause
 from relp_cli.evaluation.diagnose import CANDIDATES, KINDS, THOROUGH
 from relp_cli.runs.comparing import CompareOptions, checked_cells
 from relp_cli.runs.cost import describe_cost
@@ -59,8 +60,10 @@ def comparison_cost(tasks: Sequence[str], options: CompareOptions, session: Sess
     return {"scorings": rows, "time": said}
 
 
-def diagnosis_cost(spec: ScoreSpec, top: int, thorough: bool, session: Session) -> dict[str, Any]:
-    """What `relp diagnose` would run: `scorings`, one per candidate, and the nodes that it patches exactly."""
+def diagnosis_cost(spec: ScoreSpec, method: str, top: int, thorough: bool, session: Session) -> dict[str, Any]:
+    """What `relp diagnose` would run: `scorings`, one per candidate, for atp the secants of each cause alone, and the nodes that
+    it patches exactly.
+    """
     drawn = drawn_for(spec, session)
     tried = (CANDIDATES | THOROUGH) if thorough else CANDIDATES
     specs = {
@@ -72,11 +75,14 @@ def diagnosis_cost(spec: ScoreSpec, top: int, thorough: bool, session: Session) 
     nodes = 2 * top * len(KINDS)
     exact = at.forward(at.few) * LATER * nodes * at.n_pairs
     scored = sum(one.seconds or 0.0 for one in found.values())
+    causes = len(secants_by_cause(drawn.model)) if method == "atp" else 0
+    alone = causes * (found[SECANT].seconds or 0.0)
     keep = ("forwards", "time", "memory")
     return {
         "pairs": at.n_pairs,
         "scorings": [{"method": name, **{k: one.fields.get(k) for k in keep}} for name, one in found.items()],
         "exact patching": f"at most {nodes} nodes, {nodes * at.n_pairs:,} runs of one pair",
-        "time": f"about {spoken(scored + exact)} here in all: {spoken(scored)} for the scorings, {spoken(exact)} for exact "
-        "patching; the failure modes take a few passes more",
+        "secants of one cause": f"{causes} scorings, as of {SECANT}",
+        "time": f"about {spoken(scored + alone + exact)} here in all: {spoken(scored)} for the scorings, {spoken(alone)} for "
+        f"secants of one cause, {spoken(exact)} for exact patching; the failure modes take a few passes more",
     }

@@ -11,6 +11,7 @@ import pytest
 import torch
 from oracles.wrapped import case
 
+from relp_cli.evaluation.diagnose import CANDIDATES
 from relp_cli.runs import timing
 from relp_cli.runs.spec import ScoreSpec
 from relp_cli.scoring import score
@@ -61,5 +62,5 @@ def test_a_comparison_and_a_diagnosis_say_what_they_would_run(relp: Any, tmp_pat
     assert said["time"].startswith("about ")
     said = json.loads(relp("diagnose", "ioi", "--pairs", 8, "--top", 3, "--dry-run", "--json").out)
     assert "at most 36 nodes, 288 runs" in said["exact patching"]
-    assert len(said["scorings"]) == 5
+    assert [row["method"] for row in said["scorings"]] == list(CANDIDATES)
     assert list(tmp_path.iterdir()) == []
