@@ -28,8 +28,8 @@ from relp_cli.cli.common import (
     refuse_typed,
     seed_option,
 )
-from relp_cli.config.memory import bytes_of
 from relp_cli.cli.waiting import waiting
+from relp_cli.config.memory import bytes_of
 from relp_cli.models.placement import placed
 
 ONLY_JOBS = {"override", "engine", "shard", "workers", "address", "cpus_per_worker", "gpus_per_worker", "slurm"}
