@@ -33,7 +33,8 @@ def select(
     top_k:     the k largest. top_p: the fewest that hold a fraction p of the total |score|.
     sign:      "absolute", or only "positive" / "negative" scores (noising: negative = supports the behaviour), or "signed":
                ranked from support to opposition, as MIB does (threshold: keeps what supports by more than τ).
-    aggregate: "none" (per position) or "sum" over positions (Marks et al.): a node is then in everywhere or nowhere.
+    aggregate: "none" (per position) or "sum" over a pair's positions (Marks et al.), averaged over all pairs: a node is then in
+               everywhere or nowhere.
     union:     a node is in if it passes for *any* example instead of on average (threshold and fraction only).
     from_layer: nodes of lower layers are never kept (an evaluation that excludes them counts none of them).
 

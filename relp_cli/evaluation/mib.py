@@ -83,8 +83,7 @@ def without_positions(scores: Scores) -> Scores:
     """Scores of units at all positions together: the mean over all pairs of the sum over positions. Without variances."""
     if scores.labels == ANY_POSITION:
         return scores
-    pairs = int(scores.meta.get("n_pairs", scores.n.max()))
-    total = (scores.dense(scores.mean.double()) * scores.n[:, None]).sum(0) / pairs
+    pairs, total = int(scores.meta.get("n_pairs", scores.n.max())), scores.summed(scores.mean)
     return Scores(
         scores.units,
         ANY_POSITION,

@@ -112,7 +112,7 @@ def _dense(scores: Scores, circuit: Circuit | None) -> tuple[Tensor, Tensor | No
     mean = scores.dense(scores.mean.double()).nan_to_num(0.0)
     if circuit is None or circuit.labels == scores.labels:
         return mean, scores.dense(scores.variance.double()), scores.n
-    return mean.sum(0, keepdim=True), None, scores.n.max()[None]
+    return scores.summed(scores.mean.nan_to_num(0.0))[None], None, scores.n.max()[None]
 
 
 def _ranked(scores: Scores, mean: Tensor, labels: tuple[str, ...], circuit: Circuit | None, most: int) -> Ranked:

@@ -47,7 +47,7 @@ def _steps(strengths: np.ndarray) -> list[list[float | int]]:
     if not len(strengths):
         return [[0.0, 0]]
     counts = np.unique(np.geomspace(1, len(strengths), STEPS).astype(int))
-    steps: list[list[float | int]] = [[short(float(strengths[-1])), 0]]
+    steps: list[list[float | int]] = [[short(float(strengths[-1]) * (1 + 1e-5)), 0]]  # not rounded below the strongest
     for count in counts.tolist():
         below = strengths[-count - 1] if count < len(strengths) else 0.0
         tau = short(float((strengths[-count] + below) / 2))

@@ -110,7 +110,7 @@ def edge_drawing(circuit: Circuit, scores: Scores | None, _: Mapping[str, str] |
     assert scores is not None
     graph: Graph = circuit.units.structure
     mask = edge_mask(circuit)
-    kept, mean = mask.any(0), graph.dense(scores.dense(scores.mean))
+    kept, mean = mask.any(0), graph.dense(scores.dense(scores.mean) * scores.shares[:, None])
     total = (mean * mask).sum(0) if circuit.labels == scores.labels else mean.sum(0)
     middle = (graph.n_heads - 1) / 2
     rows: dict[float, str] = {0.0: "input", 2.0 * graph.n_layers + 1: "logits"}

@@ -29,7 +29,7 @@ def choices(scores: Scores, options: dict[str, Any]) -> pd.DataFrame:
     """How many units thresholds from half of the largest |score| down would keep: threshold, kept, of, largest_share."""
     largest = float(scores.mean.double().abs().nan_to_num(0).max()) if len(scores.mean) else 0.0
     if options.get("aggregate") == "sum":
-        largest = float(scores.dense(scores.mean.double().nan_to_num(0)).sum(0).abs().max())
+        largest = float(scores.summed(scores.mean.nan_to_num(0)).abs().max())
     if not 0 < largest < math.inf:
         raise RelpError("every score is 0: no threshold selects anything; --top-k takes units all the same")
     rows = []

@@ -119,7 +119,13 @@ def feature_meanings(
 
         def size(node: FeatureNode) -> float:
             at = dense[node.site][:, node.feature]
-            return abs(float(at.sum() if node.position == ANY_POSITION[0] else at[found.labels.index(node.position)]))
+            return abs(
+                float(
+                    at @ scores.shares.to(at)
+                    if node.position == ANY_POSITION[0]
+                    else at[found.labels.index(node.position)]
+                )
+            )
 
         nodes = sorted((n for n in feature_nodes(circuit) if n.feature is not None), key=size, reverse=True)
     units = dict.fromkeys((n.site, n.feature) for n in nodes[:most])  # one row per feature, wherever it is

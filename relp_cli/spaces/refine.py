@@ -45,11 +45,10 @@ def stable_signs(
     _, unit = torch.unique(scores.cells % len(scores.units), return_inverse=True)
 
     def signs(counts: Tensor) -> Tensor:
-        n = (counts @ scores.present.double()).clamp(min=1)[:, scores.positions]  # type: ignore[union-attr]
-        means = (counts @ scores.examples.double()) / n  # type: ignore[union-attr]
+        totals = counts @ scores.examples.double()  # type: ignore[union-attr]
         if aggregate == "sum":
-            means = means.new_zeros(len(counts), int(unit.max()) + 1).index_add_(1, unit, means)[:, unit]
-        return means.sign()
+            totals = totals.new_zeros(len(counts), int(unit.max()) + 1).index_add_(1, unit, totals)[:, unit]
+        return totals.sign()
 
     whole = signs(torch.ones(1, len(scores.examples), dtype=torch.float64))[0]
     drawn = torch.from_numpy(resample_counts(len(scores.examples), draws, seed, scores.prompts)).double()

@@ -17,7 +17,7 @@ from relp_cli.spaces.clusters import of_clusters
 from relp_cli.spaces.files import SIGN, load_scores, save_scores, tensor_hash
 from relp_cli.spaces.shown import Shown, ShownView
 from relp_cli.spaces.table import SPACES, space_of
-from relp_cli.spaces.units import Units
+from relp_cli.spaces.units import ANY_POSITION, Units
 from relp_cli.tasks.counted import distinct
 from relp_cli.tasks.shared import PROMPT_OF
 
@@ -141,6 +141,17 @@ class Scores(Shown, Mapping[str, Any]):
         out[..., self.columns] = values
         return out.unflatten(-1, shape)
 
+    @property
+    def shares(self) -> Float[Tensor, " pos"]:
+        """The share of the pairs that has each position, float64: what a mean there counts for in a sum over positions."""
+        if self.labels == ANY_POSITION:
+            return torch.ones(1, dtype=torch.float64)
+        return self.n.double() / int(self.meta.get("n_pairs", self.n.max()))
+
+    def summed(self, values: Float[Tensor, " column"]) -> Float[Tensor, " unit"]:
+        """Means → per unit the mean over pairs of the sum over their positions, float64: pairs need not have the same ones."""
+        return (self.dense(values.double()) * self.shares[:, None]).sum(0)
+
     def table(self, kind: str) -> KindScores:
         """One kind as a table for what ranks and correlates; edges and features as the units of one layer."""
         return space_of(self.units).table(self, kind)
@@ -178,10 +189,13 @@ class Scores(Shown, Mapping[str, Any]):
         """With each example counted `weights` times, without variances: one draw of a bootstrap. Needs single examples."""
         assert self.examples is not None
         assert self.present is not None
-        count = (weights[:, None] * self.present).sum(0).clamp(min=1)
-        mean = (weights.to(self.examples.dtype) @ self.examples / count[self.positions]).double()
+        count = (weights[:, None] * self.present).sum(0)
+        mean = (weights.to(self.examples.dtype) @ self.examples / count.clamp(min=1)[self.positions]).double()
         drawn = weights > 0  # what a union over examples looks at
-        return replace(self, mean=mean, examples=self.examples[drawn], present=self.present[drawn])
+        meta = {**self.meta, "n_pairs": int(weights @ self.present.any(1).to(weights))}
+        return replace(
+            self, mean=mean, n=count.long(), examples=self.examples[drawn], present=self.present[drawn], meta=meta
+        )
 
     def among(self, rows: Bool[Tensor, " example"]) -> Scores:
         """Over some of the examples; 0 at positions that none of them has. Needs single examples."""
@@ -192,7 +206,7 @@ class Scores(Shown, Mapping[str, Any]):
         values = examples.double()
         mean = values.sum(0) / n[at].clamp(min=1)
         variance = ((values - mean).square() * present[:, at]).sum(0) / (n[at] - 1).clamp(min=0)
-        meta = self.meta
+        meta = {**self.meta, "n_pairs": int(present.any(1).sum())}
         if (prompts := self.prompts) is not None:
             prompts = np.unique(prompts[rows.numpy()], return_inverse=True)[1]
             meta = {**{k: v for k, v in meta.items() if k != PROMPT_OF}, "n_prompts": distinct(prompts)}

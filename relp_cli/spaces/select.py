@@ -91,8 +91,11 @@ def strengths_of(scores: Scores, sign: str, aggregate: str, union: bool = False)
     """
     if union and scores.examples is None:
         raise RelpError(NO_EXAMPLES)
+    if not union:
+        mean = scores.summed(scores.mean)[None] if aggregate == "sum" else scores.dense(scores.mean.double())
+        return _of_sign(mean, sign, scores.meta)
     best: Tensor | None = None
-    for values in scores.examples if union and scores.examples is not None else [scores.mean]:
+    for values in scores.examples if scores.examples is not None else ():
         dense = scores.dense(values.double())
         strength = _of_sign(dense.sum(0, keepdim=True) if aggregate == "sum" else dense, sign, scores.meta)
         best = strength if best is None else torch.maximum(best, strength)

@@ -80,6 +80,8 @@ def circuit_table(scores: Scores, circuit: Circuit) -> pd.DataFrame:
     table = unit_table(scores, order[kept[order]])
     if circuit.labels == scores.labels:
         return table
+    share = dict(zip(scores.labels, scores.shares.tolist(), strict=True))
+    table["score"] *= table.position.map(share).astype(float)
     summed = table.groupby(["kind", "layer", "unit"], sort=False, dropna=False, as_index=False)
     table = summed.agg(score=("score", "sum"), n=("n", "max")).assign(position="*", se=float("nan"))
     table["unit"] = pd.Series([None if unit != unit else unit for unit in table.unit.tolist()], dtype=object)

@@ -26,7 +26,7 @@ from relp_cli.spaces.pruning import prune
 from tests.oracles import edges as oracle
 from tests.oracles.forward import forward
 from tests.oracles.make import SHAPES, exact_float64
-from tests.oracles.wrapped import Case, case, close, hook_count, run
+from tests.oracles.wrapped import Case, case, close, hook_count, pairs, run
 
 
 def outcome(f: Callable[[], Any]) -> Any:
@@ -199,6 +199,9 @@ def test_selection() -> None:
     assert relp.select(kept, top_k=40).mask.shape[0] == c.batch.n_pos
     summed = relp.select(kept, top_k=40, aggregate="sum")
     assert torch.equal(summed.mask, relp.select(run(c, "eap", ["edges"]), top_k=40).mask)
+    two = [pairs(3, 6, roles=tuple("abcdef")), pairs(2, 5, roles=tuple("abgef"))]  # c, d and g are not in all
+    anywhere, each = (run(c, "eap", ["edges"], two, positions=positions) for positions in ("sum", "keep"))
+    torch.testing.assert_close(each.summed(each.mean), anywhere.mean, rtol=1e-9, atol=1e-12)
     for bad in ({"top_k": 3, "prune": "some"}, {}, {"top_p": 0.5, "greedy": True}, {"top_k": 3, "threshold": 1}):
         with pytest.raises(RelpError):
             relp.select(edges, **bad)

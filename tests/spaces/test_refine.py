@@ -46,7 +46,8 @@ def test_stable_signs_are_those_of_plain_resampling(aggregate, confidence):
 
     def means(rows):
         found = np.array([examples[rows, c].sum() / max(present[rows, c // 4].sum(), 1) for c in range(8)])
-        return found if aggregate == "none" else np.tile(found[:4] + found[4:], 2)
+        own = examples[rows].reshape(-1, 2, 4).sum(1)  # of each pair, over its positions
+        return found if aggregate == "none" else np.tile(own.mean(0), 2)
 
     whole, agreeing = np.sign(means(np.arange(20))), np.zeros(8)
     for counts in resample_counts(20, 200, 3):

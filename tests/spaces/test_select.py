@@ -11,6 +11,7 @@ from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.files import tensor_hash
 from relp_cli.spaces.nodes import node_circuit
 from relp_cli.spaces.scores import KindScores
+from relp_cli.spaces.top import circuit_table
 from relp_cli.spaces.units import ANY_POSITION
 
 T, F = True, False
@@ -71,6 +72,25 @@ def test_sums_over_positions_are_in_everywhere_or_nowhere():
     assert kept(circuit) == [[F], [T], [F]]
     assert circuit.labels == ANY_POSITION
     assert kept(select(scores(), top_k=1, aggregate="sum", sign="positive")) == [[T], [F], [F]]
+
+
+def test_a_sum_over_positions_is_the_mean_of_each_pairs_own():
+    """Position b is in one pair of two: pairs sum to 5 and 2, positions' means to 1.5 + 4."""
+    examples = torch.tensor([[[1.0, 4.0]], [[2.0, 0.0]]])
+    mean, present = torch.tensor([[1.5, 4.0]], dtype=torch.float64), torch.tensor([[T, T], [T, F]])
+    view = KindScores(
+        "mlp_out", mean, mean, torch.tensor([2, 1]), ("a", "b"), "role", examples, present, {"n_pairs": 2}
+    )
+    whole = view.whole
+    for some, want in (
+        (whole, 3.5),
+        (whole.weighed(torch.tensor([1.0, 3.0])), 2.75),
+        (whole.among(present[:, 1]), 5.0),
+    ):
+        assert some.summed(some.mean).tolist() == [want]
+        assert kept(select(some, threshold=want - 0.1, aggregate="sum")) == [[T]]
+        assert kept(select(some, threshold=want + 0.1, aggregate="sum")) == [[F]]
+    assert circuit_table(whole, select(whole, top_k=1, aggregate="sum")).score.tolist() == [3.5]
 
 
 def test_union_over_examples():
