@@ -3,8 +3,9 @@
 1. A pair's scores are summed over positions: a mechanism is which units matter, wherever a prompt has its words.
 2. `clustering.groups_of` says how many groups there are.
 3. One circuit per group, without positions, from the mean scores of its pairs.
-4. Cross-faithfulness: the circuit of each group's even pairs (0, 2, …) on the odd pairs of each group. Mechanisms that differ
-   have circuits that serve their own pairs alone; rows that are alike say that the groups differ in something else.
+4. Cross-faithfulness: the circuit of each group's even pairs (0, 2, …) on the odd pairs of each group; where pairs share original
+   prompts, of its even and odd prompts, so that no prompt is on both sides. Mechanisms that differ have circuits that serve
+   their own pairs alone; rows that are alike say that the groups differ in something else.
 """
 
 from __future__ import annotations
@@ -41,23 +42,35 @@ def unit_scores(scores: Scores) -> Float[np.ndarray, "example unit"]:
 
 
 def circuits_of_groups(
-    scores: Scores, labels: Int[np.ndarray, " example"], how: Mapping[str, Any], rows: slice | None = None
+    scores: Scores, labels: Int[np.ndarray, " example"], how: Mapping[str, Any], even: bool = False
 ) -> list[Circuit]:
-    """Each group's circuit, without positions, from its pairs (rows: of its pairs, which). how: keywords of `select`."""
+    """Each group's circuit, without positions, from its pairs (even: of its even prompts alone). how: keywords of `select`."""
     circuits = []
     for group in range(int(labels.max()) + 1):
-        members = np.flatnonzero(labels == group)
         kept = torch.zeros(len(labels), dtype=torch.bool)
-        kept[members[rows or slice(None)]] = True
+        kept[members_of(scores, labels, group, 0 if even else None)] = True
         circuits.append(select(scores.among(kept), aggregate="sum", **how))
     return circuits
 
 
-def checked_sizes(labels: Int[np.ndarray, " example"]) -> Int[np.ndarray, " group"]:
-    """How many pairs each group has. Raises: RelpError for one of a single pair."""
+def members_of(
+    scores: Scores, labels: Int[np.ndarray, " example"], group: int, half: int | None = None
+) -> Int[np.ndarray, " member"]:
+    """The pairs of a group. half: those of its even (0) or odd (1) prompts alone."""
+    members: np.ndarray = np.flatnonzero(labels == group)
+    if half is None:
+        return members
+    prompts = members if scores.prompts is None else scores.prompts[members]
+    return members[np.unique(prompts, return_inverse=True)[1] % 2 == half]
+
+
+def checked_sizes(scores: Scores, labels: Int[np.ndarray, " example"]) -> Int[np.ndarray, " group"]:
+    """How many pairs each group has. Raises: RelpError for one of a single pair, or of a single prompt."""
     sizes: np.ndarray = np.bincount(labels)
-    if sizes.min() < 2:
-        raise RelpError("a cluster of one pair leaves none to evaluate its circuit on; ask for fewer clusters")
+    for group in range(len(sizes)):
+        if not len(members_of(scores, labels, group, 1)):
+            of = "pair" if sizes[group] == 1 else "prompt"
+            raise RelpError(f"a cluster of one {of} leaves none to evaluate its circuit on; ask for fewer clusters")
     return sizes
 
 
@@ -75,13 +88,13 @@ def cross_faithfulness(
     """One row per circuit and group of pairs: `circuit`, `pairs` (numbers of groups, from 1), and `evaluate`'s columns.
 
     pairs: those that were scored, in the order of the scores' examples.
-    Raises: RelpError for groups of fewer than two pairs: none would be left to evaluate on.
+    Raises: RelpError for groups of fewer than two pairs or prompts: none would be left to evaluate on.
     """
-    sizes = checked_sizes(labels)
-    circuits = circuits_of_groups(scores, labels, how, slice(None, None, 2))
+    sizes = checked_sizes(scores, labels)
+    circuits = circuits_of_groups(scores, labels, how, even=True)
     tables = []
     for group in range(len(sizes)):
-        own = batches_of(pairs, np.flatnonzero(labels == group)[1::2])
+        own = batches_of(pairs, members_of(scores, labels, group, 1))
         table = evaluate(
             model, own, circuits, metric=metric, dictionary=dictionary, batch_size=batch_size, progress=progress
         )

@@ -43,8 +43,10 @@ from relp_cli.spaces.feature_graph import FeatureEdges, FeatureNode
 from relp_cli.spaces.features import feature_nodes
 from relp_cli.spaces.sites import Site
 from relp_cli.spaces.totals import moments
+from relp_cli.tasks.counted import distinct
 from relp_cli.tasks.pairs import PairBatch, in_batches
 from relp_cli.tasks.parts import parts_of
+from relp_cli.tasks.shared import prompts_of
 
 MAX_NODES = 10_000  # one backward pass each, and a matrix of all pairs
 _ends = itemgetter(0, 1)
@@ -68,8 +70,8 @@ def feature_edges(
 
     method, metric, direction, baseline, params: None (and no params) for what the circuit was found with.
     dictionary: as for `relp.score`; None for the one that the circuit was found with.
-    Sign and units are those of node scores. Cost per batch: the method's, 1 forward, 1 backward (as far as the next sites)
-    per node.
+    Sign and units are those of node scores. Variances are of independent pairs, also where pairs share prompts. Cost per batch:
+    the method's, 1 forward, 1 backward (as far as the next sites) per node.
     Raises: RelpError for methods without gradients, other dictionaries, positions that the circuit has not, and circuits of
     more than MAX_NODES nodes.
     """
@@ -122,6 +124,7 @@ def feature_edges(
         "params": parsed.model_dump(mode="json", exclude=set(row.fixed)),
         "rules": applied,
         "n_pairs": sum(map(len, chunks)),
+        "n_prompts": distinct(prompts_of(pairs)),
         "n_nodes": len(nodes),
     }
     return totals.finish(about)

@@ -100,7 +100,7 @@ def cluster_run(
     """
     check_writable(folder)
     groups = groups_of(unit_scores(scores), k, spec.seed)
-    checked_sizes(groups.labels)
+    checked_sizes(scores, groups.labels)
     circuits = circuits_of_groups(scores, groups.labels, how)
     prepared = prepare_again(spec, scores, session)
     n = sum(map(len, prepared.pairs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +91,8 @@ def show_edges(
         f"{len(edges)} of {edges.meta['n_scored']} edges (|score| > {edges.meta['threshold']:g}); "
         f"{len(edges.reaching())} of {circuit.n_nodes} nodes lead to the metric"
     )
+    if (n_prompts := edges.meta.get("n_prompts", math.inf)) < (n_pairs := edges.meta.get("n_pairs", 0)):
+        title += f"; se: as of {n_pairs} independent pairs, though they are of {n_prompts} prompts"
     shown = edges.table().head(k)
     if shown.empty:
         console.print(title)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import relp_cli
 from relp_cli import clustering
 from relp_cli.clustering import groups_of, silhouette
 from relp_cli.errors import RelpError
-from relp_cli.evaluation.mechanisms import batches_of, circuits_of_groups, cross_faithfulness, unit_scores
+from relp_cli.evaluation.mechanisms import batches_of, circuits_of_groups, cross_faithfulness, members_of, unit_scores
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.units import Block, Units
 
@@ -169,13 +170,21 @@ def test_cells_are_what_plain_means_and_evaluate_give(model, tmp_path):
         there = scores.present.numpy()[members]
         mean = (values[members].sum(0) / np.maximum(there.sum(0), 1)[:, None]).sum(0)
         best = set(np.argsort(-np.abs(mean))[:3].tolist())
-        (circuit,) = [circuits_of_groups(scores, labels, {"top_k": 3}, slice(None, None, 2))[group]]
+        (circuit,) = [circuits_of_groups(scores, labels, {"top_k": 3}, even=True)[group]]
         assert set(circuit.mask[0].nonzero()[:, 0].tolist()) == best
         for other, rows in enumerate((np.arange(1, 5, 2), np.arange(6, 16, 2))):
             want = relp_cli.evaluate(model, batches_of(pairs, rows), circuit)
             got = table[(table.circuit == group + 1) & (table["pairs"] == other + 1)].iloc[0]
             assert got.faithfulness == pytest.approx(want.faithfulness.iloc[0], rel=1e-9)
             assert got.n_pairs == len(rows)
+    two = [0, 0, 1, 1, *range(2, 14)]  # each of the first two prompts is on one side
+    shared = replace(scores, meta={**scores.meta, "prompt_of": two})
+    sides = [members_of(shared, labels, 1, half).tolist() for half in (0, 1)]
+    assert sides == [[5, 7, 9, 11, 13, 15], [6, 8, 10, 12, 14]]
+    assert [members_of(shared, labels, 0, half).tolist() for half in (0, 1)] == [[0, 1, 4], [2, 3]]
+    one = replace(scores, meta={**scores.meta, "prompt_of": [0] * 5 + [1] * 11})
+    with pytest.raises(RelpError, match="a cluster of one prompt leaves none"):
+        cross_faithfulness(model, pairs, one, labels, {"top_k": 3})
     with pytest.raises(RelpError, match="a cluster of one pair leaves none"):
         cross_faithfulness(model, pairs, scores, np.array([0] * 15 + [1]), {"top_k": 3})
 
