@@ -40,7 +40,7 @@ class Terminal(Console):
 # Tables go to stdout, everything else to stderr. A pipe has no width of its own, unless COLUMNS gives it one: tables there are
 # not squeezed.
 out = Terminal(width=None if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit() else 160)
-log = Terminal(stderr=True, soft_wrap=True)
+log = Terminal(stderr=True, soft_wrap=not sys.stderr.isatty())  # a terminal's lines end between words, a pipe's nowhere
 
 COMPONENTS = "resid_pre,attn_out,mlp_out"
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of tables.")]
@@ -161,15 +161,21 @@ def note(text: str) -> None:
 
 
 def print_fields(fields: Mapping[str, Any]) -> None:
-    """`key: value`, one a line, on stdout; a list of such fields is a block of lines each."""
+    """`key: value`, one a line, on stdout; a list of such fields is a block of lines each; of what is counted by name: `key: name 12,
+    other 3`.
+    """
     for key, value in fields.items():
         if isinstance(value, list) and all(isinstance(one, Mapping) for one in value):
             for one in value:
                 out.print(f"{key}:")
                 for name, of_one in one.items():
-                    out.print(f"  {name}: {of_one}")
+                    out.print(f"  {name}: {_field(of_one)}")
         else:
-            out.print(f"{key}: {value}")
+            out.print(f"{key}: {_field(value)}")
+
+
+def _field(value: Any) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
 
 
 def print_json(value: Any) -> None:

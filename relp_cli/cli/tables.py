@@ -24,7 +24,14 @@ def show_scores(scores: Scores, k: int = 10) -> None:
     if meta["rules"]:
         table.attrs["notes"] = ["rules applied (layers): " + ", ".join(f"{r}×{n}" for r, n in meta["rules"].items())]
     where = f"{meta.get('task', '?')}, {meta['model']} ({meta['family']}), {pairs_text(meta['n_pairs'], meta.get('n_prompts'))}"
-    show(table, out, f"{meta['method']} on {where}, {meta['direction']}, {meta['metric']}", digits=4)
+    show(named(table), out, f"{meta['method']} on {where}, {meta['direction']}, {meta['metric']}", digits=4)
+
+
+def named(table: pd.DataFrame) -> pd.DataFrame:
+    """`top_nodes`' rows for a terminal: edges are called so, and a column without any unit is left out."""
+    out_ = table.drop(columns="unit") if table["unit"].isna().all() else table
+    edges = len(out_) and (out_["kind"] == "edges").all()
+    return out_.drop(columns="kind").rename(columns={"position": "edge"}) if edges else out_
 
 
 def show_evaluation(df: pd.DataFrame, title: str) -> None:
@@ -33,9 +40,7 @@ def show_evaluation(df: pd.DataFrame, title: str) -> None:
         {
             "τ": "—" if pd.isna(r["tau"]) else f"{r['tau']:.6g}",
             "edges" if r.get("kind") == "edges" else "nodes": f"{r['n_nodes']}/{r['n_possible']}",
-            **{
-                n: f"{cell(r[n], 2)} [{r[n + '_lo']:.2f}, {r[n + '_hi']:.2f}]" for n in ("faithfulness", "completeness")
-            },
+            **{n: _interval(r, n) for n in ("faithfulness", "completeness")},
             "random": r.get("random_faithfulness"),
             "F(C)": r["F_C"],
             "note": r["note"],
@@ -47,6 +52,12 @@ def show_evaluation(df: pd.DataFrame, title: str) -> None:
         table.attrs["notes"] = [note for note in (table["note"].iloc[0],) if note]
         table = table.drop(columns="note")
     show(table, out, title)
+
+
+def _interval(row: Any, name: str) -> str:
+    if pd.isna(row[name]):
+        return "—"
+    return f"{row[name]:z.2f} [{row[f'{name}_lo']:z.2f}, {row[f'{name}_hi']:z.2f}]"
 
 
 def show_agreement(df: pd.DataFrame) -> None:

@@ -204,7 +204,7 @@ def show(
     for batch in prepared.pairs:
         for original, patch, answer, foil in list(_rows(batch))[:examples]:
             kept = [[i for i in ids if i >= 0] for ids in (answer, foil)]
-            told = [_whole(tokenizer, ids) if batch.several else _some(words(ids)) for ids in kept]
+            told = [_whole(tokenizer, ids) if batch.several else _some(_quoted(words(ids))) for ids in kept]
             example = f"answer {told[0]}, foil {told[1] or 'none'}"
             title = f"{len(batch)} pair{'s' * (len(batch) > 1)} of {batch.n_pos} tokens, such as: {example}"
             old, new = words(original), words(patch) if patch else [""] * len(original)
@@ -220,6 +220,7 @@ def show(
 
 
 def _show_run(path: Path, top: int, json: bool) -> None:
+    from relp_cli.cli.tables import named
     from relp_cli.evaluation.behaviour import said
     from relp_cli.report.characters import KEY, print_map, print_positions
     from relp_cli.report.tables import show as show_table
@@ -240,7 +241,7 @@ def _show_run(path: Path, top: int, json: bool) -> None:
         out.print(f"the model itself: {said(does, meta['metric'])}")
     for line in seen.record.get("notes", []):
         out.print(line)
-    show_table(seen.top(top), out, f"the {top} strongest of each kind", digits=4)
+    show_table(named(seen.top(top)), out, f"the {top} strongest of each kind", digits=4)
     for of_kind in seen.maps:
         print_map(out, of_kind, seen.scores.labels)
     out.print(KEY)

@@ -24,7 +24,7 @@ from relp_cli.report.maps import map_set
 from relp_cli.report.names import counted
 from relp_cli.report.page import Picture, Section, Sheet, render, script_data
 from relp_cli.report.pairs import pair_picker
-from relp_cli.report.tables import cell, is_numeric
+from relp_cli.report.tables import column_cells, is_numeric
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.scores import SIGN, Scores
 from relp_cli.spaces.table import SPACES
@@ -242,7 +242,7 @@ def _evaluation(table: pd.DataFrame) -> dict[str, Any]:
     for name in table.columns:
         if name.endswith(("_lo", "_hi")):
             continue
-        column = [f"{v:z.3f}" if isinstance(v, float) and v == v and name != "tau" else cell(v) for v in table[name]]
+        column = column_cells(str(name), table[name])
         if f"{name}_lo" in table.columns:
             ends = zip(column, table[f"{name}_lo"], table[f"{name}_hi"], strict=True)
             column = [f"{v} [{low:z.2f}, {high:z.2f}]" if low == low else v for v, low, high in ends]

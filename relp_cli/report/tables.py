@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MISSING = "—"
+# Columns with a form of their own: what is small on purpose keeps its digits, and what is counted has no decimals.
+FORMS = {"p": ".2g", "p_holm": ".2g", "tau": ".4g", "passes": "g", "forward": "g", "backward": "g"}
 _TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "τ": r"$\tau$", "δ": r"$\delta$", "Δ": r"$\Delta$",
@@ -129,14 +131,27 @@ def show(table: pd.DataFrame, console: Console, title: str | None = None, digits
 
 
 def cells(table: pd.DataFrame, digits: int = 3) -> list[list[str]]:
-    """Every cell as text."""
-    return [[cell(value, digits) for value in row] for row in table.itertuples(index=False, name=None)]
+    """Every cell as text; a column's numbers have one form (`column_cells`)."""
+    columns = [column_cells(str(name), table.iloc[:, i], digits) for i, name in enumerate(table.columns)]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def column_cells(name: str, values: pd.Series, digits: int = 3) -> list[str]:
+    """Numbers of one column in one form: so many decimals, where any of them is large enough to have them and none too large;
+    else as `cell` has them. Columns in `FORMS` have theirs.
+    """
+    known = [v for v in values if isinstance(v, float) and math.isfinite(v)]
+    largest = max(map(abs, known), default=0.0)
+    form = FORMS.get(name, f"z.{digits}f" if largest == 0 or 10**-digits <= largest < 1e5 else "")
+    return [f"{v:{form}}" if form and isinstance(v, float) and math.isfinite(v) else cell(v, digits) for v in values]
 
 
 def cell(value: Any, digits: int = 3) -> str:
     """A number with `digits` decimals (very small and very large ones in scientific form), — for a missing one."""
     if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
         return MISSING
+    if pd.api.types.is_bool(value):
+        return "yes" if value else "no"
     if isinstance(value, float):
         plain = value == 0 or 10**-digits <= abs(value) < 1e5 or math.isinf(value)
         return f"{value:z.{digits}f}" if plain else f"{value:.{digits}g}"

@@ -1,6 +1,7 @@
 """Tables on a terminal of any width: nothing is cropped. Imports neither pandas nor torch.
 
-1. A table that fits is printed as it is; columns of prose may wrap between words.
+1. A table that fits is printed as it is, with columns closer to each other where that makes it fit; columns of prose may wrap
+   between words.
 2. A wider one of numbers is cut into blocks of columns below each other, its key columns repeated.
 3. A wider one of prose, or whose keys leave no room, becomes a list: a heading a row, and a line a column.
 """
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+WIDE, CLOSE = 3, 2  # characters between columns
 PROSE = 32  # characters: text that is longer may wrap, to no less than this
 
 
@@ -45,7 +47,9 @@ def print_table(
     """Print a table, in the form that fits the console's width; `keys`: how many of its first columns name a row."""
     if title:
         console.print(_text(title))
-    if _fits(console, columns):
+    if _fits(console, columns, WIDE):
+        console.print(_table(columns, WIDE))
+    elif _fits(console, columns):
         console.print(_table(columns))
     elif any(c.prose for c in columns) or not all(_fits(console, [*columns[:keys], c]) for c in columns[keys:]):
         _print_list(console, columns)
@@ -63,11 +67,11 @@ def _text(value: str, bold: bool = False) -> Text:
     return Text(visible(value), style="bold" if bold else "")
 
 
-def _table(columns: Sequence[Column]) -> Table:
+def _table(columns: Sequence[Column], gap: int = CLOSE) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, gap - 2))
     for column in columns:
         least = PROSE if column.prose else max(column.longest, len(column.name))
         justify = "right" if column.numeric else "left"
@@ -77,10 +81,10 @@ def _table(columns: Sequence[Column]) -> Table:
     return table
 
 
-def _fits(console: Console, columns: Sequence[Column]) -> bool:
-    """Every column has two characters of margin and a rule beside it."""
+def _fits(console: Console, columns: Sequence[Column], gap: int = CLOSE) -> bool:
+    """gap: between columns; half of it stands before the first and after the last."""
     least = (PROSE if c.prose else max(c.longest, len(c.name)) for c in columns)
-    return sum(width + 3 for width in least) + 1 <= console.width
+    return sum(width + gap for width in least) + 1 <= console.width
 
 
 def _blocks(console: Console, columns: Sequence[Column], keys: int) -> Iterator[list[Column]]:

@@ -124,9 +124,9 @@ def _of_evaluation(table: pd.DataFrame) -> str:
         what = f"{len(table)} circuits" + (f" of {kinds}" if kinds else "")
         return f"evaluation: a sweep of {what} ({sizes}), {about}" + ("" if best is None else f"; {best}")
     parts = [
-        f"{name} {first[name]:.2f} [{first[f'{name}_lo']:.2f}, {first[f'{name}_hi']:.2f}]"
+        f"{name} {first[name]:z.2f} [{first[f'{name}_lo']:z.2f}, {first[f'{name}_hi']:z.2f}]"
         for name in ("faithfulness", "completeness")
     ]
     if pd.notna(first.get("random_faithfulness")):
-        parts.append(f"random circuits' faithfulness {first['random_faithfulness']:.2f}")
+        parts.append(f"random circuits' faithfulness {first['random_faithfulness']:z.2f}")
     return f"evaluation of this circuit: {', '.join(parts)} on {about}" + (f" ({first.note})" if first.note else "")
