@@ -41,9 +41,10 @@ const relpGraph = (() => {
   // Places in pixels; the same for every threshold.
   let at = null;
   const measure = () => {
-    const W = Math.max(svg.clientWidth || svg.parentNode.clientWidth || 0, 300), narrow = W < 560;
+    const room = Math.max(svg.parentNode.clientWidth || 0, 300), narrow = room < 560;
     const left = 22 + 6 * Math.max(...data.rows.map((label) => label.length)), top = 18, [w, h] = plan.size;
-    const sx = Math.min(Math.max((W - left - 14) / (w + 0.2), 7), data.positions ? 52 : 90);
+    const sx = Math.min(Math.max((room - left - 14) / (w + 0.2), narrow ? 14 : 9), data.positions ? 52 : 90);
+    const W = Math.max(room, Math.ceil(left + 14 + (w + 0.2) * sx));  // wider than the stage: it scrolls
     const sy = Math.min(Math.max(880 / h, 15), 46), inner = W - left - 14;
     const shift = left + Math.max(0, (inner - w * sx) / 2);
     const labels = data.columns.map((c) => (data.positions || !narrow ? c.label : c.label.replace("head ", "")));
@@ -210,6 +211,7 @@ const relpGraph = (() => {
   const arrange = () => {
     measure();
     svg.setAttribute("height", at.H);
+    svg.style.minWidth = `${at.W}px`;
     svg.setAttribute("viewBox", `0 0 ${at.W} ${at.H}`);
     drawBack();
     marks.forEach((m, i) => m && place(i));

@@ -91,6 +91,7 @@ relp.maps = (root, set) => {
       const svg = relp.heat({ kind: row.kind, title: `${row.title} ${panel.name}`, mean: panel.mean, labels, limit: row.limit, wide, unit: row.unit, describe });
       if (panel.title) figure.append(relp.make("figcaption", {}, panel.title));
       figure.append(svg);
+      if (root.classList.contains("figures")) group.style.minWidth = `min(100%, ${Math.max(320, svg.getAttribute("width"))}px)`;
       panels.append(figure);
     }
     group.append(head, panels);
