@@ -93,7 +93,17 @@ def test_a_diagnosis(relp, tmp_path):
     about = json.loads((tmp_path / "found/diagnosis.json").read_text())
     assert about["recommended"] == json.loads(done.out)["recommended"]
     got = sections(relp("report", "found", "--json"))
-    assert got == ["summary", "methods", "patched", "suspects", "attention", "cancellation", "gradient", "provenance"]
+    assert got == [
+        "summary",
+        "causes",
+        "methods",
+        "patched",
+        "suspects",
+        "attention",
+        "cancellation",
+        "gradient",
+        "provenance",
+    ]
     nodes = pd.read_csv(tmp_path / "found/nodes.csv")
     data = data_of((tmp_path / "found/report.html").read_text())
     assert len(data["tables"]["patched"]["rows"]) == int(nodes.exact.notna().sum())
