@@ -10,6 +10,7 @@ import pandas as pd
 
 from relp_cli.errors import RelpError
 from relp_cli.report.tables import read_table
+from relp_cli.runs.evaluated import circuit_of
 
 SETTINGS = ("kind", "ablation", "metric", "exclude_layers")  # columns that are the same in every row of a table
 Say = Callable[[str], None]
@@ -40,17 +41,13 @@ def keep_earlier(path: Path, table: pd.DataFrame, say: Say, beside: tuple[Path, 
                 if note.is_file():
                     note.replace(moved)
         say(f"{path.name} was of other settings, and is kept as {path.stem}-{label}{path.suffix}")
-    elif _circuit(before) != _circuit(table):
-        say(f"{path.name} was of another circuit, {_circuit(before)}, and is replaced (-o FILE keeps both)")
+    elif circuit_of(before) != circuit_of(table):
+        say(f"{path.name} was of another circuit, {circuit_of(before)}, and is replaced (-o FILE keeps both)")
     elif len(before) != len(table):
         say(f"{path.name} had {len(before)} rows of the same settings, and is replaced (-o FILE keeps both)")
 
 
 def _label(table: pd.DataFrame) -> str:
-    what = [] if "test" in table else ["sweep" if _circuit(table) is None else "circuit"]
+    what = [] if "test" in table else ["sweep" if circuit_of(table) is None else "circuit"]
     said = [str(table[name].iloc[0]) for name in SETTINGS if name in table and len(table)]
     return re.sub(r"[^\w.+-]+", "_", "-".join([*what, *said]))[:150]
-
-
-def _circuit(table: pd.DataFrame) -> str | None:
-    return str(table["circuit"].iloc[0]) if "circuit" in table and len(table) else None

@@ -25,6 +25,11 @@ def read_evaluation(path: Path) -> pd.DataFrame | None:
     return table
 
 
+def circuit_of(table: pd.DataFrame | None) -> str | None:
+    """The hash of the one circuit that a table is of; None of a sweep, and where there is no table."""
+    return None if table is None or "circuit" not in table or table.empty else str(table["circuit"].iloc[0])
+
+
 @dataclass(frozen=True)
 class Suggestion:
     """A τ of a sweep, and the row of the sweep that it is of."""

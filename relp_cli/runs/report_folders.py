@@ -25,7 +25,7 @@ from relp_cli.report.tables import read_table
 from relp_cli.runs.checked import score_spec
 from relp_cli.runs.comparing import shared_tokens
 from relp_cli.runs.diagnosing import RECORD, read_diagnosis
-from relp_cli.runs.evaluated import read_evaluation
+from relp_cli.runs.evaluated import circuit_of, read_evaluation
 from relp_cli.runs.evaluating import own_circuit
 from relp_cli.runs.made import command_of, read_made, when
 from relp_cli.runs.pairs import read_pairs, token_examples
@@ -82,11 +82,7 @@ def _graph(runs: Mapping[str, tuple[RunDir, ScoreSpec, Scores]]) -> str:
     run, _, scores = runs[name]
     circuit = own_circuit(run, scores) if run.circuit.is_file() else None
     evaluation = read_evaluation(run.path / "evaluation.csv")
-    if (
-        evaluation is not None
-        and "circuit" in evaluation
-        and (circuit is None or evaluation["circuit"][0] != circuit.hash)
-    ):
+    if circuit_of(evaluation) not in (None, circuit and circuit.hash):
         evaluation = None  # of another circuit
     pairs = read_pairs(run, run.read())
     by_name = {name: scores} | {n: one for n, (*_, one) in runs.items()}

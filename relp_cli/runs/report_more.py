@@ -9,7 +9,7 @@ import pandas as pd
 from relp_cli.report.dots import in_both, strips_figure
 from relp_cli.report.page import Section, Sheet
 from relp_cli.report.tables import read_table
-from relp_cli.runs.evaluated import read_evaluation
+from relp_cli.runs.evaluated import circuit_of, read_evaluation
 from relp_cli.runs.made import command_of, read_made
 from relp_cli.runs.robustness import FACTORS
 
@@ -87,8 +87,8 @@ def _section(path: Path, title: str, table: pd.DataFrame, text: list[str]) -> Se
 
 
 def _of_other(table: pd.DataFrame, circuit: str | None) -> list[str]:
-    theirs = table["circuit"].iloc[0] if "circuit" in table and len(table) else None
-    return [] if theirs is None else _other(str(theirs), circuit)
+    theirs = circuit_of(table)
+    return [] if theirs is None else _other(theirs, circuit)
 
 
 def _other(theirs: str, circuit: str | None) -> list[str]:

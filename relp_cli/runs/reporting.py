@@ -16,7 +16,7 @@ from relp_cli.report.html import write_html
 from relp_cli.report.page import Page, render_sections
 from relp_cli.runs.checked import distinct, file_label
 from relp_cli.runs.comparing import shared_tokens
-from relp_cli.runs.evaluated import read_evaluation
+from relp_cli.runs.evaluated import circuit_of, read_evaluation
 from relp_cli.runs.evaluating import own_circuit
 from relp_cli.runs.features import feature_meanings
 from relp_cli.runs.folders import FOLDERS
@@ -107,8 +107,7 @@ def report_run(path: Path, output: Path | None = None, annotations: Path | None 
     record = run.read()
     table = run.path / "evaluation.csv"
     evaluation = read_evaluation(table)
-    theirs = None if evaluation is None or "circuit" not in evaluation else evaluation["circuit"][0]
-    if theirs is not None and circuit is not None and theirs != circuit.hash:
+    if circuit is not None and circuit_of(evaluation) not in (None, circuit.hash):
         evaluation = None
         record["notes"] = [*record.get("notes", []), f"evaluation.csv is of another circuit: relp evaluate {path}"]
     meanings = None

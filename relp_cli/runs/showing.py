@@ -12,7 +12,7 @@ from relp_cli.errors import RelpError
 from relp_cli.nodes.kinds import mixed_warning
 from relp_cli.report.characters import Strongest, strongest
 from relp_cli.report.digest import top_nodes
-from relp_cli.runs.evaluated import read_evaluation, suggested, swept_kinds
+from relp_cli.runs.evaluated import circuit_of, read_evaluation, suggested, swept_kinds
 from relp_cli.runs.evaluating import own_circuit
 from relp_cli.runs.rundir import RunDir
 from relp_cli.runs.scoring import open_run
@@ -91,7 +91,7 @@ def view_run(path: Path) -> RunView:
         evaluation = read_evaluation(run.path / "evaluation.csv")
     except RelpError as error:
         problems.append(f"evaluation: {error}")
-    if evaluation is not None and "circuit" in evaluation and (not circuit or evaluation["circuit"][0] != circuit.hash):
+    if circuit_of(evaluation) not in (None, circuit and circuit.hash):
         evaluation = None
         problems.append(f"evaluation: evaluation.csv is of another circuit than circuit.json (relp evaluate {path})")
     return RunView(run, run.read(), scores, circuit, evaluation, tuple(problems))

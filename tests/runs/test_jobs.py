@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -84,24 +81,6 @@ def test_same_command_again_computes_nothing(relp, job, finished):
     done = relp("evaluate", job, "-o", "out")
     assert "0 cells computed, 6 found finished" in done.err
     assert stamps == {p: p.stat().st_mtime_ns for p in stamps}
-
-
-def test_killed_half_way_it_finishes_with_identical_results(relp, job, finished, tmp_path):
-    code = "import sys; from relp_cli.cli.main import run; sys.argv = ['relp', *sys.argv[1:]]; run()"
-    running = subprocess.Popen([sys.executable, "-c", code, "evaluate", str(job), "-o", "killed"], cwd=tmp_path)
-    cell_folder = tmp_path / "killed/cells"
-    deadline = time.monotonic() + 120
-    while len(list(cell_folder.glob("*.json"))) < 2:
-        assert running.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
-    kept = {p: p.stat().st_mtime_ns for p in cell_folder.glob("*.json")}
-    assert 2 <= len(kept) < 6
-    assert relp("evaluate", job, "-o", "killed").code == 0
-    assert kept == {p: p.stat().st_mtime_ns for p in kept}
-    pd.testing.assert_frame_equal(results(tmp_path / "killed"), results(finished))
 
 
 def test_a_finished_job_needs_no_model_and_no_folder_of_it(relp, job, tmp_path, monkeypatch):
