@@ -154,7 +154,7 @@ def notebook(content: dict[str, Any]) -> str:
                     "",
                 ]
             elif "text/html" in data:
-                lines += ["<div>", re.sub(r"\n\s*\n", "\n", "".join(data["text/html"])), "</div>", ""]
+                lines += ['<div class="out">', re.sub(r"\n\s*\n", "\n", "".join(data["text/html"])), "</div>", ""]
             else:
                 lines += ["```text", "".join(data["text/plain"]).rstrip(), "```", ""]
     return "\n".join(lines)

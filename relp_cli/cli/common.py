@@ -161,8 +161,8 @@ def note(text: str) -> None:
 
 
 def print_fields(fields: Mapping[str, Any]) -> None:
-    """`key: value`, one a line, on stdout; a list of such fields is a block of lines each; of what is counted by name: `key: name 12,
-    other 3`.
+    """`key: value`, one a line, on stdout; a list of such fields is a block of lines each; of what is counted by name:
+    `key: name 12, other 3`.
     """
     for key, value in fields.items():
         if isinstance(value, list) and all(isinstance(one, Mapping) for one in value):

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from relp_cli.errors import RelpError
-from relp_cli.report.tables import cell, latex, markdown, show, table5, write_table
+from relp_cli.report.tables import cell, cells, latex, markdown, show, table5, write_table
 from tests.report.made import agreement_rows
 
 
@@ -127,3 +127,15 @@ def test_csv_cells_are_no_formulas_and_numbers_stay_numbers(tmp_path):
     again = pd.read_csv(tmp_path / "table.csv")
     assert again.task.tolist() == ["'=1+1", "'+x", "'-x", "'@x", "a=b"]
     assert again.score.tolist() == [-1.5, 2, 3, 4, -5]
+
+
+def test_a_columns_numbers_have_one_form():
+    """So many decimals, whatever is small beside the others; the exceptions are what is small on purpose, and counts."""
+    table = pd.DataFrame({"random": [0.06, -5.2e-10, -0.0004], "tiny": [2e-7, -1e-5, 0.0], "p": [1e-9, 0.04, 0.5],
+                          "passes": [4.0, 32.0, 2.5], "rejected": [True, False, True]})  # fmt: skip
+    columns = list(zip(*cells(table), strict=True))
+    assert columns[0] == ("0.060", "0.000", "0.000")
+    assert columns[1] == ("2e-07", "-1e-05", "0.000")
+    assert columns[2] == ("1e-09", "0.04", "0.5")
+    assert columns[3] == ("4", "32", "2.5")
+    assert columns[4] == ("yes", "no", "yes")
