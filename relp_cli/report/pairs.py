@@ -39,9 +39,9 @@ def pair_picker(records: Mapping[str, Any], scores: Scores) -> dict[str, Any] | 
         "n": scores.n.tolist(),
     }  # fmt: skip
     if scores.examples is None or scores.present is None or len(scores.examples) != of:
-        several = scores.examples is not None
+        other = scores.examples is not None
         notes.append(
-            "answers of several tokens: no scores of single pairs" if several
+            "the scores that were kept are of other pairs" if other
             else "single pairs' scores were not kept (relp score --per-example keeps them)"
         )  # fmt: skip
         return {**out, "pairs": [p | {"scored": False} for p in shown], "note": "; ".join(notes), "maps": [], "top": []}

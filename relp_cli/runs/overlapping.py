@@ -16,12 +16,17 @@ from relp_cli.runs.scoring import open_run
 
 
 def overlap_of(first: Path, second: str) -> dict[str, Any]:
-    """`overlap(first, second)`; for two runs with common kinds and positions also the PCC of their scores per kind."""
+    """`overlap(first, second)`; for two runs with common kinds and positions also the PCC of their scores per kind, or of their
+    sizes where those of one run have no sign.
+    """
     rows = overlap(_circuit(str(first)), _circuit(second))
     if RunDir(first).exists() and RunDir(Path(second)).exists():
-        mine, theirs = open_run(first)[2], open_run(Path(second))[2]
-        for kind in (k for k in mine if k in theirs and mine[k].labels == theirs[k].labels):
-            rows[f"PCC of {kind} scores"] = agreement(mine.table(kind), theirs.table(kind), bootstrap=0).pcc
+        runs = [open_run(path)[2] for path in (first, Path(second))]
+        estimate, exact = sorted(runs, key=lambda scores: bool(scores.meta.get("signed", True)))  # without sign: first
+        unsigned = not estimate.meta.get("signed", True)
+        for kind in (k for k in runs[0] if k in runs[1] and estimate[k].labels == exact[k].labels):
+            name = f"PCC of |{kind} scores|" if unsigned else f"PCC of {kind} scores"
+            rows[name] = agreement(estimate.table(kind), exact.table(kind), bootstrap=0, unsigned=unsigned).pcc
     return rows
 
 

@@ -12,6 +12,8 @@ from functools import cache
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import relp_cli
 from relp_cli.runs import bench
@@ -222,6 +224,16 @@ def test_overlap_of_a_run_with_itself_is_complete(relp):
     row = json.loads(relp("overlap", "run", "run", "--json").out)
     assert (row["jaccard"], row["precision"], row["recall"], row["n"]) == (1, 1, 1, 5)
     assert row["PCC of head scores"] == pytest.approx(1)
+    relp(
+        "score", "ioi", "--nodes", "head", "--pairs", 4, "--method", "delta", "-o", "sizes"
+    )  # no sign: sizes correlate
+    relp("circuit", "sizes", "--top-k", 5)
+    size, score = (load_file(f"{run}/scores.safetensors")["head/mean"].flatten().double() for run in ("sizes", "run"))
+    want = torch.corrcoef(torch.stack([size, score.abs()]))[0, 1].item()
+    for order in (("run", "sizes"), ("sizes", "run")):
+        assert json.loads(relp("overlap", *order, "--json").out)["PCC of |head scores|"] == pytest.approx(
+            want, abs=1e-6
+        )
     refused = relp("overlap", "run", "ioi_gpt2_small")
     assert refused.code == 2
     assert "gpt2 and tiny-gpt2" in refused.err
