@@ -149,10 +149,15 @@ def refuse_typed(context: typer.Context, known: Iterable[str], why: str) -> None
     """Raises RelpError for an option that was typed and is none of `known` (parameter names): it would do nothing."""
     for parameter in context.command.params:
         name = str(parameter.name)
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE" and name not in known:
+        if typed(context, name) and name not in known:
             option = max(parameter.opts, key=len)
             raise RelpError(f"{option} {why}")
+
+
+def typed(context: typer.Context, name: str) -> bool:
+    """Whether an option (by its parameter's name) was given on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def note(text: str) -> None:

@@ -20,6 +20,7 @@ from relp_cli.cli.common import (
     print_json,
     progress,
     refuse_typed,
+    typed,
 )
 from relp_cli.cli.options import BoundedOptions, takes
 from relp_cli.cli.waiting import waiting
@@ -68,7 +69,7 @@ def command(
     if output is None:
         names = [*(Path(t).stem for t in targets), *(Path(m).name for m in options.models if not runs)]
         output = Path("runs") / "-".join(["compare", *names])[:120]
-    session = Session(how.place, say=waiting)
+    session = Session(how.place, say=waiting, at_most=not typed(context, "pairs"))
     if dry_run:
         from relp_cli.runs.foreseen import comparison_cost
 

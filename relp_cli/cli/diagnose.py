@@ -20,6 +20,7 @@ from relp_cli.cli.common import (
     print_fields,
     print_json,
     progress,
+    typed,
 )
 from relp_cli.cli.options import PairOptions, takes
 from relp_cli.cli.waiting import waiting
@@ -34,6 +35,7 @@ PLACE = ("kind", "layer", "position", "head", "query")  # what names a row, at t
 @takes(PairOptions, pairs=40)
 def command(
     how: PairOptions,
+    context: typer.Context,
     task: Annotated[str, typer.Argument(help="A shipped task (relp ls tasks), a task YAML, or a file of pairs.")],
     model: Annotated[
         str, typer.Option("--model", "-m", help="Embedded name, local folder, or hub name.")
@@ -69,7 +71,7 @@ def command(
     check_candidate(method)
     if output is not None:
         check_writable(output / RECORD)
-    session = Session(how.place, say=waiting)
+    session = Session(how.place, say=waiting, at_most=not typed(context, "pairs"))
     if dry_run:
         from relp_cli.runs.foreseen import diagnosis_cost
 

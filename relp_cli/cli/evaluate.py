@@ -27,6 +27,7 @@ from relp_cli.cli.common import (
     progress,
     refuse_typed,
     seed_option,
+    typed,
 )
 from relp_cli.cli.waiting import waiting
 from relp_cli.config.memory import bytes_of
@@ -63,7 +64,7 @@ def command(
     metric: Annotated[
         str | None, typer.Option(help="logit_diff, prob_diff, kl or accuracy (default: the run's).")
     ] = None,
-    pairs: Annotated[int, count_option(1, help="Held-out pairs (as many as exist, at most).")] = 100,
+    pairs: Annotated[int, count_option(1, help="Held-out pairs (by default as many as exist, at most).")] = 100,
     seed: Annotated[int, seed_option(help="Draws held-out pairs, random circuits and bootstrap samples.")] = 0,
     random: Annotated[int, count_option(0, help="Random circuits of the same size per point.")] = 3,
     errors: Annotated[
@@ -146,7 +147,7 @@ def command(
         memory=None if memory is None else bytes_of(memory, "--memory"),
         alone="drop nodes of" if minimality else "",
     )  # fmt: skip
-    at = ready(Path(target), asked, Session(place, say=waiting), output)
+    at = ready(Path(target), asked, Session(place, say=waiting, at_most=not typed(context, "pairs")), output)
     with progress() as bar:
         path, table = evaluate_run(at, random, output, bar, note)
     dropped = None

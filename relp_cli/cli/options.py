@@ -35,7 +35,7 @@ from relp_cli.models.placement import placed
 class PairOptions:
     """Which pairs of a task are run, how, and what is measured on them."""
 
-    pairs: Annotated[int, count_option(1, help="How many prompt pairs.")] = 100
+    pairs: Annotated[int, count_option(1, help="How many prompt pairs (by default as many as exist, at most).")] = 100
     seed: Annotated[int, seed_option(help="Draws the pairs, and whatever else is drawn.")] = 0
     split: Annotated[str, typer.Option(help="discovery, heldout or all.")] = "discovery"
     metric: Annotated[

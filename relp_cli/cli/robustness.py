@@ -22,12 +22,14 @@ from relp_cli.cli.common import (
     print_json,
     progress,
     seed_option,
+    typed,
 )
 from relp_cli.cli.waiting import waiting
 from relp_cli.models.placement import placed
 
 
 def command(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="A run directory that `relp score` wrote.")],
     methods: Annotated[str | None, typer.Option(help="Methods (default: the run's own, and atp).")] = None,
     ablations: Annotated[str, typer.Option(help="Ablations, as `relp evaluate --ablation`.")] = "mean,zero",
@@ -43,7 +45,7 @@ def command(
     exclude_layers: Annotated[
         int | None, count_option(0, help="First layers left unablated (default: a third; 0: none).")
     ] = None,
-    pairs: Annotated[int, count_option(1, help="Held-out pairs (as many as exist, at most).")] = 100,
+    pairs: Annotated[int, count_option(1, help="Held-out pairs (by default as many as exist, at most).")] = 100,
     seed: Annotated[int, seed_option(help="Draws held-out pairs and resamples.")] = 0,
     batch_size: Annotated[int, count_option(1, help="Pairs per pass.")] = BATCH_SIZE,
     device: DeviceOption = None,
@@ -78,7 +80,7 @@ def command(
         print_json(cost) if json else print_fields(cost)
         return
     with progress() as bar:
-        got = robustness_of_run(run, grid, Session(place, say=waiting), bar)
+        got = robustness_of_run(run, grid, Session(place, say=waiting, at_most=not typed(context, "pairs")), bar)
     for line in got.notes:
         note(line)
     if json:

@@ -23,6 +23,7 @@ from relp_cli.cli.common import (
     print_fields,
     print_json,
     progress,
+    typed,
 )  # fmt: skip
 from relp_cli.cli.options import BoundedOptions, takes
 from relp_cli.cli.waiting import waiting
@@ -31,6 +32,7 @@ from relp_cli.cli.waiting import waiting
 @takes(BoundedOptions)
 def command(
     how: BoundedOptions,
+    context: typer.Context,
     task: Annotated[str, typer.Argument(help="A shipped task (relp ls tasks), a task YAML, or a file of pairs.")],
     model: Annotated[
         str, typer.Option("--model", "-m", help="Embedded name, local folder, or hub name.")
@@ -80,7 +82,7 @@ def command(
     from relp_cli.runs.scoring import Prepared, Session, check_request, score_run, scoring_notes
     from relp_cli.runs.shards import score_shard, shard_of
 
-    session = Session(how.place, say=waiting)
+    session = Session(how.place, say=waiting, at_most=not typed(context, "pairs"))
     share = None if shard is None else shard_of(shard)
     check_request(spec, output)
     if annotations is not None:

@@ -22,6 +22,7 @@ from relp_cli.cli.common import (
     print_json,
     refuse_typed,
     seed_option,
+    typed,
 )
 from relp_cli.cli.waiting import waiting
 from relp_cli.errors import RelpError
@@ -145,7 +146,8 @@ def show(
     model: Annotated[str, typer.Option("--model", "-m", help="Whose tokenizer and behaviour to show.")] = "tiny-gpt2",
     revision: RevisionOption = None,
     pairs: Annotated[
-        int, count_option(1, help="Pairs to measure the model's behaviour on (as many as exist, at most).")
+        int,
+        count_option(1, help="Pairs to measure the model's behaviour on (by default as many as exist, at most)."),
     ] = 100,
     examples: Annotated[int, count_option(0, help="Pairs to print per token length.")] = 1,
     seed: Annotated[int, seed_option(help="Draws the pairs.")] = 0,
@@ -183,7 +185,7 @@ def show(
         ids_of=ids_of,
     )  # fmt: skip
     waiting(f"loading {at_revision(model, revision)} …")
-    prepared = prepare(spec, Session(say=waiting), at_most=True)
+    prepared = prepare(spec, Session(say=waiting, at_most=not typed(context, "pairs")))
     tokenizer = prepared.model.tokenizer
 
     def words(ids: list[int]) -> list[str]:
@@ -197,7 +199,7 @@ def show(
             for o, p, a, f in list(_rows(b))[:examples]
         ]
         about = {"task": prepared.task.name, "model": prepared.model.name, "bos": prepared.bos, "notes": prepared.notes}
-        print_json({**about, **seen.as_dict(), "pairs": rows})
+        print_json({**about, **seen.as_dict(), "examples": rows})
         return
     for line in prepared.notes:
         note(line)

@@ -21,6 +21,7 @@ from relp_cli.cli.common import (
     print_json,
     progress,
     seed_option,
+    typed,
 )
 from relp_cli.cli.waiting import waiting
 from relp_cli.models.placement import placed
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 
 def command(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="A run directory that has a circuit (relp circuit RUN).")],
     circuit: Annotated[Path | None, typer.Option(help="Test this circuit file instead.")] = None,
     task: Annotated[str | None, typer.Option(help="Test on another task, or file of pairs (tests-TASK.csv).")] = None,
@@ -51,7 +53,7 @@ def command(
     units: Annotated[
         int, count_option(1, help="Units that minimality tests, drawn at random from a circuit of more.")
     ] = 100,
-    pairs: Annotated[int, count_option(1, help="Held-out pairs (as many as exist, at most).")] = 100,
+    pairs: Annotated[int, count_option(1, help="Held-out pairs (by default as many as exist, at most).")] = 100,
     seed: Annotated[int, seed_option(help="Draws held-out pairs, random circuits, paths and permutations.")] = 0,
     errors: Annotated[
         str | None, typer.Option(help="Error terms of feature circuits: all, residual (not of attention, MLP), none.")
@@ -93,7 +95,7 @@ def command(
         circuit=circuit, task=task, metric=metric, pairs=pairs, seed=seed, errors=errors, ablation=ablation, corpus=corpus,
         exclude_layers=exclude_layers, batch_size=batch_size, alone="test",
     )  # fmt: skip
-    at = ready(run, asked, Session(place, say=waiting))
+    at = ready(run, asked, Session(place, say=waiting, at_most=not typed(context, "pairs")))
     with progress() as bar:
         files, tests, tested = run_tests(at, how, bar, note)
     for line in at.notes:

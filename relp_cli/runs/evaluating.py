@@ -218,7 +218,7 @@ def ready(path: Path, asked: Evaluation, session: Session, output: Path | None =
         split = "discovery" if spec.split == "all" else spec.split
         spec = spec.model_copy(update={"task": asked.task, "split": split})
     spec = held_out(spec, asked.pairs, asked.seed, asked.metric)
-    prepared = prepare_again(spec, scores, session, at_most=True, same_task=not transfer)
+    prepared = prepare_again(spec, scores, session, session.takes_fewer, same_task=not transfer)
     exclude = excluded_layers(scores.units.space, prepared.model.shape.n_layers, asked.exclude_layers)
     if file:
         own = asked.circuit is None

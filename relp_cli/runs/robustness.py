@@ -200,7 +200,7 @@ def _values(
     values = np.full((*shape, n_points, len(grid.ablations)), np.nan)
     sizes, everything = np.zeros((*shape, n_points), dtype=int), []
     for t, part in enumerate(parts):
-        prepared = prepare(part, session)
+        prepared = prepare(part, session, at_most=True)
         circuits = []
         for m in specs.values():
             one = m.model_copy(update={"task": part.task, "pairs": part.pairs})
@@ -209,7 +209,7 @@ def _values(
                 circuits += c
         sizes[:, t] = np.reshape([c.counted(exclude) for c in circuits], (len(specs), grid.resamples, n_points))
         everything += circuits
-        held = prepare(held_out(part, -(-grid.pairs // len(parts)), grid.seed), session, at_most=True)
+        held = prepare(held_out(part, -(-grid.pairs // len(parts)), grid.seed), session, session.takes_fewer)
         for a, ablation in enumerate(grid.ablations):
             found = _faithfulness(held, circuits, ablation, grid, exclude, part.params.get("dictionary"), progress)
             values[:, t, :, :, a] = found.reshape(len(specs), grid.resamples, n_points)
@@ -267,7 +267,7 @@ def _transfer(
         count = math.ceil(grid.keep * int(scores.units.counted(exclude).sum()))
         aggregate = {} if scores.axis == "all" else {"aggregate": "sum"}
         found[prepared.task.name] = select(scores, top_k=count, from_layer=exclude, **aggregate)  # type: ignore[arg-type]
-        held[prepared.task.name] = prepare(held_out(one, grid.pairs, grid.seed), session, at_most=True)
+        held[prepared.task.name] = prepare(held_out(one, grid.pairs, grid.seed), session, session.takes_fewer)
         notes += [f"{prepared.task.name}: {line}" for line in held[prepared.task.name].notes]
     rows = []
     for name, circuit in found.items():

@@ -28,7 +28,7 @@ from relp_cli.scoring import score
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.table import space_for
 from relp_cli.tasks.counted import sharing_note
-from relp_cli.tasks.generate import TooFewPairs
+from relp_cli.tasks.generate import AtMost
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
 from relp_cli.tasks.shared import PROMPT_OF, prompts_of
@@ -39,7 +39,8 @@ from relp_cli.tasks.task import Task, load_task
 class Session:
     """Models and tasks that are loaded already; a batch job scores many cells on few of them.
 
-    place: `placement.placed`. say: is told what takes its time before there is progress to report.
+    place: `placement.placed`. say: is told what takes its time before there is progress to report. at_most: where there are
+    fewer pairs than a spec says, take these (None: of files alone, which hold what they hold).
     """
 
     place: str | None = None
@@ -47,6 +48,12 @@ class Session:
     tasks: dict[str, Task] = field(default_factory=dict)
     saes: dict[tuple[str, str, str], Dictionaries] = field(default_factory=dict)
     say: Say = quiet
+    at_most: bool | None = None
+
+    @property
+    def takes_fewer(self) -> bool:
+        """Whether held-out pairs may be fewer than asked."""
+        return self.at_most is not False
 
     def model(self, name: str, dtype: str = "float32") -> Model:
         if (name, dtype) not in self.models:
@@ -94,26 +101,18 @@ class Prepared(Drawn):
 def draw(spec: ScoreSpec, session: Session, at_most: bool = False) -> Drawn:
     """Load, draw and tokenise pairs; `spec.only_correct` is not looked at.
 
-    at_most: take what there is where the split holds fewer than `spec.pairs` (and say so in `notes`); so it is of files, which
-    hold what they hold.
+    at_most: take what there is where the split holds fewer than `spec.pairs`, and say so in `notes` (`Session.at_most` too).
+    Raises: RelpError for fewer pairs else.
     """
     task = session.task(spec.task).with_ids_of(spec.ids_of)
     task.foreign()  # bad tasks, and tokenizers that are not there, are found before a model is loaded
     metric = task.metric if spec.metric is None else spec.metric
     METRICS[metric]
     model = session.model(spec.model, spec.dtype)
-    drawn = (spec.seed, spec.split, spec.bos, spec.unusable, metric)
-    try:
-        built = task.build(model, spec.pairs, *drawn)
-    except TooFewPairs as error:
-        if not (at_most or task.fixed) or not error.count:
-            raise
-        built = task.build(model, error.count, *drawn)
-    pairs, notes = built.batches, list(built.notes)
-    available = sum(len(b) for b in pairs)
-    if available < spec.pairs:
-        notes.append(f"{available} {spec.split} pairs exist, {spec.pairs} were asked")
-    return Drawn(model, task, pairs, metric, built.bos, tuple(notes))
+    unasked = bool(task.fixed) if session.at_most is None else session.at_most
+    n = AtMost(spec.pairs) if at_most or unasked else spec.pairs
+    built = task.build(model, n, spec.seed, spec.split, spec.bos, spec.unusable, metric)
+    return Drawn(model, task, built.batches, metric, built.bos, built.notes)
 
 
 def prepare(spec: ScoreSpec, session: Session, at_most: bool = False) -> Prepared:
@@ -300,9 +299,10 @@ def open_run(path: Path) -> tuple[RunDir, ScoreSpec, Scores]:
 
 
 def prepare_again(
-    spec: ScoreSpec, scores: Scores, session: Session, at_most: bool = False, same_task: bool = True
+    spec: ScoreSpec, scores: Scores, session: Session, at_most: bool = True, same_task: bool = True
 ) -> Prepared:
-    """`prepare` for a run that exists; `spec` may ask for other pairs of its task, or, unless `same_task`, for another task.
+    """`prepare` for a run that exists, whose own pairs are as many as there were; `spec` may ask for other pairs of its task, or,
+    unless `same_task`, for another task.
 
     Raises: RelpError where the task, the model, its tokenizer or the dictionaries are no longer those that were scored.
     """

@@ -111,16 +111,22 @@ def expected_time(
         return _searching(at, row)
     if row.each:
         return _patching(at)
-    return _gradients(at, row, parsed)
+    return _gradients(at)
 
 
-def _gradients(at: Timing, row: Method, parsed: Params) -> Duration:
+def points_of(at: Timing) -> float:
+    """How many forward and backward passes over every pair a method of steps takes; 0 for methods of another sort."""
+    row, parsed = at.resolved()
+    if row.gradients is None:
+        return 0
+    layers = at.model.shape.n_layers
+    sites = {"edges": 2 * layers + 1, "nodes": layers * len(at.spec.nodes)}.get(space_for(at.spec.nodes).name, 0)
+    return row.gradients(parsed, Workload(layers, sites))
+
+
+def _gradients(at: Timing) -> Duration:
     """Of methods of a few passes a few pairs are scored; of those of many points, one gradient."""
-    few, steps = len(at.few), 0.0
-    if row.gradients is not None:
-        layers = at.model.shape.n_layers
-        sites = {"edges": 2 * layers + 1, "nodes": layers * len(at.spec.nodes)}.get(space_for(at.spec.nodes).name, 0)
-        steps = row.gradients(parsed, Workload(layers, sites))
+    few, steps = len(at.few), points_of(at)
     if not steps:
         took = at.scoring(at.few, at.spec.method, at.params)
         return Duration(took / few * at.n_pairs, f"{few} pair{'s were' if few > 1 else ' was'} timed")

@@ -53,6 +53,10 @@ def digest(content: str) -> int:
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big")
 
 
+class AtMost(int):
+    """A number of pairs that is not asked for: where there are fewer, these are taken. A plain int is asked for."""
+
+
 class TooFewPairs(RelpError):
     """More pairs were asked than exist; `count` do."""
 

@@ -14,7 +14,7 @@ from relp_cli.errors import RelpError
 from relp_cli.tasks.bos import Bos, HasTokenizer, choose_bos
 from relp_cli.tasks.encoder import Encoder
 from relp_cli.tasks.foreign import Foreign
-from relp_cli.tasks.generate import TooFewPairs, check_split, generate, too_few
+from relp_cli.tasks.generate import AtMost, TooFewPairs, check_split, generate, too_few
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.pairs import PairBatch
 from relp_cli.tasks.prompt import PromptPair, RawPair
@@ -23,6 +23,7 @@ from relp_cli.tasks.spec import TaskSpec, TaskText
 from relp_cli.tasks.tokenise import TokenPair, tokenise, vocabulary
 
 T = TypeVar("T")
+PAIRS = AtMost(100)
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,15 @@ class Task:
     def pairs(
         self,
         model: HasTokenizer,
-        n: int | None = 100,
+        n: int | None = PAIRS,
         seed: int = 0,
         split: str = "discovery",
         bos: bool | None = None,
         unusable: str | None = None,
         metric: str | None = None,
     ) -> list[PairBatch]:
-        """`n` pairs (None: all) as batches, one per (token length, roles). Same seed, same pairs.
+        """`n` pairs (None: all) as batches, one per (token length, roles). Same seed, same pairs. Where `n` is not given: 100, or
+        as many as there are.
 
         split: "discovery", "heldout" (disjoint from it), or "all". bos: prepend BOS or not; None: the
         model's own (TransformerLens's default, unless it was loaded with another). Prompts that start with BOS get no other.
@@ -97,7 +99,7 @@ class Task:
     def build(
         self,
         model: HasTokenizer,
-        n: int | None = 100,
+        n: int | None = PAIRS,
         seed: int = 0,
         split: str = "discovery",
         bos: bool | None = None,
@@ -110,6 +112,15 @@ class Task:
         check_split(split)
         if n is not None and n < 1:
             raise RelpError(f"expected at least one pair, got {n}")
+        if isinstance(n, AtMost):
+            try:
+                return self.build(model, int(n), seed, split, bos, unusable, metric)
+            except TooFewPairs as error:
+                if not error.count:
+                    raise
+                note = f"{error.count} {split} pairs exist, {n} were asked"
+                fewer = self.build(model, error.count, seed, split, bos, unusable, metric)
+                return replace(fewer, notes=(*fewer.notes, note))
         chosen = choose_bos(model, bos)
         encoder = Encoder(model.tokenizer, model.name, chosen.id)
         several = METRICS[metric or self.metric].several

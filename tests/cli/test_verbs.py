@@ -153,7 +153,7 @@ def test_show_aligns_roles(relp):
     done = relp("show", "ioi", "--pairs", 6, "--json")
     content = json.loads(done.out)
     assert content["accuracy"] == 1.0
-    for pair in content["pairs"]:
+    for pair in content["examples"]:
         changed = [r for r, a, b in zip(pair["roles"], pair["original"], pair["patch"], strict=True) if a != b]
         assert changed == ["S1", "IO", "S2"]
         assert pair["roles"][-1] == "end"
