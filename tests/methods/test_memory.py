@@ -95,10 +95,10 @@ def test_a_limit_by_hand(held: int, free: int, tokens: int, monkeypatch: pytest.
     assert chosen().peak == held + (200 + 200 * max(1, tokens // 6)) * KB
 
 
-FREE = {"resid_pre": 600_000, "mlp_neuron": 1_200_000, "edges": 1_200_000, "mlp_out": 400_000}
+FREE = {"resid_pre": 600_000, "mlp_neuron": 800_000, "edges": 1_200_000, "mlp_out": 400_000}
 METHODS: list[tuple[str, list[str], dict[str, Any]]] = [
     ("atp", ["resid_pre", "attn_out", "mlp_out"], {}),
-    ("relp+secant", ["mlp_neuron"], {}),
+    ("relp", ["mlp_neuron"], {}),
     ("ig_inputs", ["edges"], {"steps": 3}),
     ("act_patch", ["mlp_out", "head"], {}),
 ]
@@ -188,8 +188,8 @@ from relp_cli.scoring import score
 from relp_cli.tasks.pairs import PairBatch
 
 torch.manual_seed(0)
-model = wrap(GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=128, n_layer=16, n_head=4)), None, "x")
-ids = torch.randint(64, (2, 40, 16))
+model = wrap(GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=128, n_layer=12, n_head=4)), None, "x")
+ids = torch.randint(64, (2, 24, 16))
 pairs = [PairBatch(ids[0], ids[1], ids[0][:, 0], ids[1][:, 0])]
 memory.LIBRARIES["cpu"] = 0
 score(model, [pairs[0].rows(slice(0, 1))], "relp", ["mlp_neuron"])  # what is read of libraries when they are first used
@@ -202,11 +202,10 @@ for method, nodes, options, free in json.loads(sys.argv[1]):
 
 
 def test_the_peak_of_a_process_stays_below_it() -> None:
-    """Measured: what 16 layers of 128 take above what is held, in a process of its own."""
+    """Measured: what 12 layers of 128 take above what is held, in a process of its own."""
     cases = [
-        ["atp", ["resid_pre", "attn_out", "mlp_out"], {}, 40 << 20],
-        ["relp", ["mlp_neuron"], {}, 60 << 20],
-        ["ig_inputs", ["edges"], {"steps": 2}, 60 << 20],
+        ["relp", ["mlp_neuron"], {}, 40 << 20],
+        ["atp", ["edges"], {}, 30 << 20],
     ]
     done = subprocess.run(
         [sys.executable, "-c", PEAKS, json.dumps(cases)],
@@ -219,4 +218,4 @@ def test_the_peak_of_a_process_stays_below_it() -> None:
         above, tokens = json.loads(line)
         if above != above:
             pytest.skip("this system does not say what a process held at most")
-        assert 0.25 * free < above * memory.MIB < free, (method, above, tokens)
+        assert 0.2 * free < above * memory.MIB < free, (method, above, tokens)
