@@ -73,8 +73,19 @@ def fail(message: str, code: int) -> None:
         line = f"{line[: LONGEST * 2 // 3]} … {line[-LONGEST // 3 :]}"
     if line:
         with suppress(OSError):
-            sys.stderr.write(f"error: {line}\n")
+            sys.stderr.write(_broken(f"error: {line}") + "\n")
     _leave(code)
+
+
+def _broken(line: str) -> str:
+    """On a terminal, broken between words, and further in than its first word; one line elsewhere."""
+    if not sys.stderr.isatty():
+        return line
+    import shutil
+    import textwrap
+
+    width = max(20, shutil.get_terminal_size().columns)
+    return textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _usage(error: Any) -> str:

@@ -5,6 +5,7 @@ Neither a thread nor a hidden cursor: an interrupt at any time leaves a plain te
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
 
@@ -20,9 +21,11 @@ def silence(on: bool) -> None:
 
 
 def waiting(what: str) -> None:
-    """Show, in place of what was shown before, what one waits for. Nothing where stderr is no terminal."""
+    """Show, in place of what was shown before, what one waits for. Nothing where stderr is no terminal, or one that takes no
+    line back.
+    """
     with suppress(OSError, ValueError):
-        if sys.stderr.isatty() and not _state["silent"]:
+        if sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown") and not _state["silent"]:
             line = visible(what)
             sys.stderr.write(f"\r\x1b[K{line if len(line) < _WIDEST else line[: _WIDEST - 1] + '…'}")
             sys.stderr.flush()

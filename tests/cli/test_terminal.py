@@ -155,14 +155,23 @@ def test_on_a_terminal_it_says_at_once_what_loads_and_takes_it_back():
     import pty
 
     code = "import sys; from relp_cli.cli.main import run; sys.argv = ['relp', 'score', 'ioi', '--pais']; run()"
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=theirs)
-    process.wait(60)
-    os.close(theirs)
-    said = os.read(ours, 4096).decode()
-    os.close(ours)
+    said = {}
+    for term in ("xterm", "dumb"):
+        ours, theirs = pty.openpty()
+        environment = {**os.environ, "TERM": term, "COLUMNS": "40"}
+        subprocess.run(
+            [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=theirs, env=environment, check=False
+        )
+        os.close(theirs)
+        said[term] = os.read(ours, 4096).decode()
+        os.close(ours)
     clear = "\r\x1b[K"
-    assert said.startswith(f"{clear}relp score: loading torch …{clear}error: relp score: unknown option")
+    assert said["xterm"] == f"{clear}relp score: loading torch …{clear}{said['dumb']}"
+    assert said["dumb"].startswith("error: relp score: unknown option")
+    lines = said["dumb"].splitlines()
+    assert len(lines) > 1
+    assert max(map(len, lines)) <= 40
+    assert all(line.startswith("  ") for line in lines[1:])
     piped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert piped.stderr.startswith("error: ")
 
