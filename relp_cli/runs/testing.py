@@ -54,4 +54,5 @@ def testing_cost(path: Path, circuit: Path | None, pairs: int, levels: Levels) -
         "units of the circuit": units,
         "held-out pairs": f"at most {pairs}",
         "forward passes per pair": f"at most {4 + 4 * levels.references + tested}",
+        "when interrupted": "starts over: nothing is kept until the tests are done",
     }
