@@ -193,6 +193,7 @@ def test_a_device_map_is_taken(relp, monkeypatch):
     monkeypatch.setattr(
         "relp_cli.runs.exporting.export_graph", lambda *given: places.append(given[2]) or Drawn(0, 0, 0, "")
     )
+    relp("score", "ioi", "--pairs", 2, "--nodes", "mlp_out", "--method", "atp", "-o", "run")
     assert relp("export", "run", "g.json", "--format", "circuit-tracer", "--device-map", "offload").code == 0
     assert places == ["offload"]
     both = relp("export", "run", "g.json", "--format", "circuit-tracer", "--device-map", "auto", "--device", "cpu")
