@@ -38,10 +38,7 @@ LIBRARIES = {"cpu": 640 * MIB}  # what Python and the libraries hold, once a mod
 OTHER_LIBRARIES = 512 * MIB  # of a GPU's memory: its context
 HELD = 2.25  # bytes that an allocator holds at the peak for one that is alive: blocks of many sizes come and go
 PASSES = 12  # as large as they get: by then a method has gone through what it repeats
-KEPT, WRITTEN = (
-    2,
-    4,
-)  # copies of single scores: while pairs are computed (the last batches wait to be written), and at the end
+WRITTEN = 4  # copies of single scores while they are written: what the passes took is not given back by then
 SUMS = 48  # bytes a score: sums, squares, moments and what goes between
 MOST = 1 << 14  # tokens: more gain nothing (docs/memory.md)
 
@@ -128,7 +125,7 @@ def plan(
     Raises: RelpError where not even one pair fits, or single scores do not.
     """
     held = LIBRARIES.get(model.device.type, OTHER_LIBRARIES) + resident(model.hf) + kept
-    always, last, held = held, held + WRITTEN * singles, held + KEPT * singles
+    always, held = held, held + WRITTEN * singles
     tokens, peaks = MOST, list[tuple[int, float, float]]()
     for n_pos in {batch.n_pos for batch in (min(pairs, key=_length), max(pairs, key=_length))}:
         batch = next(batch for batch in pairs if batch.n_pos == n_pos)
@@ -139,8 +136,8 @@ def plan(
 
         alive(1)  # once what is computed of a model but once is no part of it
         one = alive(1)
-        if (least := max(held + one, last)) > memory:
-            kept_too = f" and {written(last - always)} for single scores (--no-per-example: none)" if singles else ""
+        if (least := held + one) > memory:
+            kept_too = f" and {written(held - always)} for single scores (--no-per-example: none)" if singles else ""
             raise RelpError(
                 f"memory {written(memory)}: one pair of {n_pos} tokens at a time takes up to {written(least)}, "
                 f"{written(always)} of it for libraries, model and results{kept_too}; give at least as much"
@@ -151,7 +148,7 @@ def plan(
         most = 1 + int((memory - held - one) / each)
         tokens = min(tokens, _power_of_two(most * n_pos))
         peaks.append((n_pos, one, each))
-    peak = max(last, *(held + one + each * (fitting(n_pos, tokens) - 1) for n_pos, one, each in peaks))
+    peak = max(held + one + each * (fitting(n_pos, tokens) - 1) for n_pos, one, each in peaks)
     return Plan(memory, tokens, round(peak))
 
 
