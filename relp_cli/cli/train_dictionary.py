@@ -10,6 +10,7 @@ import typer
 from relp_cli.cli.common import (
     DeviceMapOption,
     DeviceOption,
+    DryRunFlag,
     JsonFlag,
     RevisionOption,
     at_revision,
@@ -18,6 +19,7 @@ from relp_cli.cli.common import (
     log,
     out,
     output_option,
+    print_fields,
     print_json,
     progress,
     seed_option,
@@ -46,6 +48,7 @@ def command(
     device: DeviceOption = None,
     device_map: DeviceMapOption = None,
     output: Annotated[Path, output_option(help="Folder: one SAELens folder per site.")] = Path("dictionaries"),
+    dry_run: DryRunFlag = False,
     json: JsonFlag = False,
 ) -> None:
     """Train small sparse autoencoders on a model's activations, for --dictionary.
@@ -53,7 +56,7 @@ def command(
     Example: relp train-dictionary --model tiny-pythia --sites resid_out_layer2 -o my-dictionaries
     """
     from relp_cli.features.train import TrainSpec, enough
-    from relp_cli.features.trainset import read_card, read_lines, task_lines, train_dictionaries
+    from relp_cli.features.trainset import read_card, read_lines, task_lines, train_dictionaries, training_cost
     from relp_cli.files import check_writable
     from relp_cli.models.load import load_model
     from relp_cli.spaces.sites import all_sites, must_be_site, site_of
@@ -71,6 +74,10 @@ def command(
     loaded = load_model(at_revision(model, revision), **arguments(placed(device, device_map)))
     material = task_lines(lines) if given is None else given
     wanted = [site_of(name, loaded) for name in names] or all_sites(loaded)
+    if dry_run:
+        cost = training_cost(loaded, material, wanted, spec)
+        print_json(cost) if json else print_fields(cost)
+        return
     with progress() as bar:
         table = train_dictionaries(loaded, material, wanted, spec, output, bar)
     if json:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,24 @@ def train_dictionaries(
             rows[site.name] = {"site": site.name, "features": spec.features, **measured, "tokens": text.n_train}
             _write_card(folder, model, spec, made, len(lines), rows)
     return pd.DataFrame([rows[site.name] for site in sites])
+
+
+def training_cost(model: Model, lines: Sequence[str], sites: Sequence[Site], spec: TrainSpec) -> dict[str, Any]:
+    """What training would take, from the activations of one batch of text and a few steps at the first site."""
+    text, few = Text.of(model, lines), min(spec.steps, 10)
+    start = time.perf_counter()
+    x = activations_at(model, text.train[:1], sites[:1], text.skip)[sites[0]]
+    read = (time.perf_counter() - start) * text.n_train / max(1, len(x))
+    start = time.perf_counter()
+    train_dictionary(x, spec.model_copy(update={"steps": few}))
+    step = (time.perf_counter() - start) / few
+    seconds = len(sites) * (read + step * spec.steps)
+    return {
+        "sites": len(sites), "positions to train on": text.n_train, "steps": f"{spec.steps} at each site",
+        "forward passes": f"one over the text per site, and held-out lines for what is measured ({len(lines)} lines)",
+        "time": f"about {seconds:.0f} s here ({few} steps and one batch of text were timed)",
+        "memory": f"{text.n_train * x.shape[1] * 4 / 2**20:.0f} MiB for the activations of a site, beside the model",
+    }  # fmt: skip
 
 
 def _settings(model: Model, lines: Sequence[str], spec: TrainSpec) -> str:

@@ -64,3 +64,11 @@ def test_a_comparison_and_a_diagnosis_say_what_they_would_run(relp: Any, tmp_pat
     assert "at most 36 nodes, 288 runs" in said["exact patching"]
     assert [row["method"] for row in said["scorings"]] == list(CANDIDATES)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_training_dictionaries_says_what_it_would_take(relp: Any, tmp_path: Any) -> None:
+    how = ("--lines", 60, "--steps", 30, "--sites", "resid_out_layer1,mlp_out_layer0", "--dry-run", "--json")
+    said = json.loads(relp("train-dictionary", *how).out)
+    assert (said["sites"], said["steps"]) == (2, "30 at each site")
+    assert said["time"].startswith("about ")
+    assert list(tmp_path.iterdir()) == []
