@@ -32,6 +32,7 @@ from relp_cli.spaces.scores import KindScores, Scores
 from relp_cli.spaces.totals import Totals
 from relp_cli.tasks.pairs import PairBatch, in_batches
 from relp_cli.tasks.parts import parts_of
+from relp_cli.tasks.shared import PROMPT_OF, about_prompts, prompts_of, together
 
 
 def candidates(cheap: Sequence[KindScores], k: int) -> Tensor:
@@ -75,9 +76,12 @@ def exact_scores(
     """Exact scores of the masked nodes (kind → Bool[layer, pos, *unit]), 0 elsewhere; `meta` has metric and direction."""
     axis, labels = position_axis(parts_of(pairs))
     kinds = tuple(NODE_KINDS[name] for name in masks)
-    request = Request(meta["metric"], meta["direction"])
+    request, prompts = Request(meta["metric"], meta["direction"]), prompts_of(pairs)
+    pairs, order = together(pairs)
+    shared = None if order is None else prompts[order]
     chunks = in_batches(pairs, batch_size, model.device)
-    totals, done = Totals(units_of(model, list(masks)), labels, sum(map(len, chunks)), keep=None), 0
+    totals = Totals(units_of(model, list(masks)), labels, sum(map(len, chunks)), None, shared, order)
+    done = 0
     for chunk in chunks:
         found = []
         for part in parts_of([chunk]):
@@ -91,7 +95,8 @@ def exact_scores(
             progress(done, totals.total, "exact patching of candidates")
     n_candidates = sum(int(mask.sum()) for mask in masks.values())
     about = {**meta, "method": "act_patch", "rules": {}, "signed": True, "n_candidates": n_candidates}
-    return totals.finish(axis, about)
+    about |= {"n_pairs": totals.total}  # `meta` may be of some of the pairs (`relp+auto`)
+    return totals.finish(axis, {k: v for k, v in about.items() if k != PROMPT_OF} | about_prompts(prompts))
 
 
 def confirmed(

@@ -102,4 +102,5 @@ def rank_average(parts: Sequence[Scores], sign: str = "absolute", aggregate: str
     meta |= {"signed": False, "method": "rank average of " + ", ".join(str(part.meta.get("method")) for part in parts)}
     labels, axis = (ANY_POSITION, "all") if aggregate == "sum" else (first.labels, first.axis)
     n = torch.tensor([sum(int(part.n.max()) for part in parts)] * len(labels))
+    meta["n_pairs"] = int(n[0])  # of all runs, as n is
     return Scores(first.units, labels, axis, n, mean, torch.full_like(mean, torch.nan), meta=meta)

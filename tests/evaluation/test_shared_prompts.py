@@ -15,6 +15,7 @@ from relp_cli.evaluation.compare import run_comparison
 from relp_cli.evaluation.evaluate import evaluate
 from relp_cli.evaluation.overlap import stability
 from relp_cli.evaluation.verdicts import Levels
+from relp_cli.evaluation.verify import rescore
 from relp_cli.methods.request import Request
 from relp_cli.methods.score import score_share, score_units
 from relp_cli.methods.unfinished import Shard, Unfinished
@@ -154,6 +155,21 @@ def test_shards_of_shared_prompts_are_the_whole_to_the_bit(tmp_path, count: int)
     merged = score_units(model, SHARED, "relp", KINDS, request("shards"))
     assert torch.equal(whole.mean, merged.mean)
     assert torch.equal(whole.variance, merged.variance)
+
+
+def test_exact_scores_of_candidates_are_of_prompts_too() -> None:
+    """And of all pairs, also where the first of the cheap methods scored some of them alone (`relp+auto`)."""
+    c = case("pythia")
+    cheap, exact = run(c, "atp", ("mlp_out",), SHARED), run(c, "act_patch", ("mlp_out",), SHARED)
+    of_some = cheap.among(torch.arange(11) < 7)
+    with exact_float64():
+        found = rescore(c.model, SHARED, [of_some], cheap.n_nodes, batch_size=3)
+    assert of_some.meta["n_pairs"] == 7
+    assert (found.meta["n_pairs"], found.meta["n_prompts"], found.prompts.tolist()) == (11, 6, PROMPTS.tolist())
+    assert torch.equal(found.n, exact.n)
+    close(found.mean, exact.mean)
+    close(found.variance[~exact.variance.isnan()], exact.variance[~exact.variance.isnan()])
+    close(found.examples, exact.examples)
 
 
 def test_clusters_are_drawn_whole() -> None:

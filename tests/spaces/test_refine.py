@@ -103,6 +103,14 @@ def test_ranks_by_hand():
     assert summed.mean.tolist() == pytest.approx([(2 + 3) / 8, (4 + 2) / 8, (1 + 1) / 8, (3 + 4) / 8])
 
 
+def test_averaged_ranks_are_added_up_over_positions_once():
+    """Not once for each of the runs, whose pairs are counted together."""
+    parts = [scores_of([1.0, 0, 0, 0, 1, 5, 0, 4], n_pairs=9), scores_of([3.0, 2, 1, 4, 0, 0, 2, 1], n_pairs=9)]
+    average = rank_average(parts)
+    assert average.meta["n_pairs"] == 18 == int(average.n.max())
+    assert torch.allclose(average.summed(average.mean), average.mean.view(2, 4).sum(0))
+
+
 def test_rank_average_does_not_care_for_scale_or_order():
     rng = np.random.default_rng(0)
     parts = [scores_of(rng.standard_normal(8).tolist()) for _ in range(3)]
