@@ -177,14 +177,16 @@ def load_one(folder: Path, root: Path, model: Model) -> tuple[Site, Dictionary]:
 def other_model(folder: Path, model: Model) -> list[str]:
     """[the model that a folder names as its own], where that is not this one; [] for folders that do not say.
 
-    Ours say their model's revision. Others' names are matched loosely ("gpt2-small" and "gpt2" are the same).
+    Ours say their model's revision: NAME@REVISION is a model of the same name with other weights. Others' names are matched
+    loosely ("gpt2-small" and "gpt2" are the same).
     """
     if (folder / dictionary_learning.WEIGHTS).is_file():
         name, revision = dictionary_learning.settings(folder).get("lm_name") or "", ""
     else:
         name, revision = saelens.owner(folder)
     if revision:
-        return [name] if revision != model.revision else []
+        told = f"{name}@{revision}" if name == model.name else name
+        return [told] if revision != model.revision else []
     theirs, mine = (n.rpartition("/")[2].lower() for n in (name, model.name))
     return [name] if theirs and theirs not in mine and mine not in theirs else []
 

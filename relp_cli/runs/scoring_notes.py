@@ -15,7 +15,10 @@ def scoring_notes(scores: Scores) -> list[str]:
     """
     notes, meta = [], scores.meta
     if other := meta.get("dictionary_of"):
-        notes.append(f"WARNING: these dictionaries say that they are of model '{other}', not of '{meta['model']}'")
+        mine = meta["model"]
+        if other.startswith(f"{mine}@"):  # by name they are the same: then revisions tell them apart
+            mine = f"{mine}@{meta['revision']}"
+        notes.append(f"WARNING: these dictionaries say that they are of model '{other}', not of '{mine}'")
     if meta["dtype"] in ("bfloat16", "float16") and (lost := meta.get("patched_share_no_effect")):
         notes.append(
             f"WARNING: in {meta['dtype']} {lost:.0%} of the patched runs left the metric as it was, to the last bit: effects "

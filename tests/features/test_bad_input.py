@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ from oracles.wrapped import case
 
 from relp_cli.errors import RelpError
 from relp_cli.features.load import load_dictionaries
+from relp_cli.models.load import load_model
+from relp_cli.runs.scoring_notes import scoring_notes
+from relp_cli.scoring import score
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.features import feature_masks
 from relp_cli.spaces.sites import Site
+from relp_cli.tasks.task import load_task
 
 from .folders import auto_encoder_state, write_learning, write_lens
 from .formulas import LEARNING, LENS
@@ -76,7 +81,7 @@ def test_configurations_of_other_types(tmp_path: Path, config: dict[str, Any]) -
         ({"model_name": "gpt2-small"}, "gpt2-small"),
         ({"model_name": "EleutherAI/pythia"}, None),
         ({"model_name": "pythia-70m"}, None),
-        ({"model_name": "pythia", "revision": "elsewhere"}, "pythia"),
+        ({"model_name": "pythia", "revision": "elsewhere"}, "pythia@elsewhere"),
         ({"model_name": "renamed", "revision": MODEL.revision}, None),
         ({}, None),
     ],
@@ -264,4 +269,16 @@ def test_a_dictionary_of_what_enters_gpt2_can_be_used(relp, tmp_path: Path) -> N
     done = relp("score", "sva_simple", "-m", "tiny-gpt2", "--pairs", "4", "--dictionary", "mine", "-o", "run")
     assert done.code == 0, done.err
     other = relp("score", "sva_simple", "-m", "tiny-pythia", "--pairs", "4", "--dictionary", "mine", "-o", "other")
-    assert "WARNING: these dictionaries say that they are of model 'tiny-gpt2'" in other.err
+    assert "WARNING: these dictionaries say that they are of model 'tiny-gpt2', not of 'tiny-pythia'" in other.err
+
+
+def test_dictionaries_of_other_weights_of_the_same_name_say_which() -> None:
+    """A model that was trained again is called as before: names alone would say that they are of it, and not of it."""
+    model = load_model("tiny-pythia")
+    pairs = load_task("sva_simple").pairs(model, n=2)
+    mine = score(model, pairs, "atp", "feature", dictionary="tiny-pythia")
+    assert "dictionary_of" not in mine.meta
+    again = replace(model, revision="0123456789abcdef")
+    notes = scoring_notes(score(again, pairs, "atp", "feature", dictionary="tiny-pythia"))
+    theirs, its = f"tiny-pythia@{model.revision}", "tiny-pythia@0123456789abcdef"
+    assert notes == [f"WARNING: these dictionaries say that they are of model '{theirs}', not of '{its}'"]
