@@ -30,8 +30,10 @@ from relp_cli.models.model import Model
 from relp_cli.models.offload import resident
 from relp_cli.spaces.table import space_of
 from relp_cli.spaces.totals import singles
+from relp_cli.tasks.counted import distinct
 from relp_cli.tasks.pairs import PairBatch
 from relp_cli.tasks.parts import parts_of
+from relp_cli.tasks.shared import prompts_of
 
 MIB = 1 << 20
 LIBRARIES = {"cpu": 640 * MIB}  # what Python and the libraries hold, once a model is loaded
@@ -39,7 +41,7 @@ OTHER_LIBRARIES = 512 * MIB  # of a GPU's memory: its context
 HELD = 2.25  # bytes that an allocator holds at the peak for one that is alive: blocks of many sizes come and go
 PASSES = 12  # as large as they get: by then a method has gone through what it repeats
 WRITTEN = 4  # copies of single scores while they are written: what the passes took is not given back by then
-SUMS = 48  # bytes a score: sums, squares, moments and what goes between
+SUMS, CLUSTERED = 48, 24  # bytes a score: sums, squares, moments and what goes between; more where pairs share prompts
 MOST = 1 << 14  # tokens: more gain nothing (docs/memory.md)
 
 
@@ -190,6 +192,7 @@ def planned(
     memory, n_pairs = request.memory, sum(map(len, pairs))
     cells = len(scorer.units) * len(scorer.labels)
     kept = 0 if space_of(scorer.units).sparse else 4 * singles(n_pairs, cells, request.keep_examples)
+    sums = SUMS + (CLUSTERED if distinct(prompts_of(pairs)) < n_pairs else 0)
 
     def some(few: PairBatch, room: Room) -> None:
         parts = parts_of([few.to(model.device)])
@@ -198,7 +201,7 @@ def planned(
             scorer.blocks(compute(scorer.batch(part, Passes(), room, None)).scores)
 
     def decide() -> Plan:
-        return plan(memory, model, pairs, some, row.each, SUMS * cells, kept)
+        return plan(memory, model, pairs, some, row.each, sums * cells, kept)
 
     left = request.unfinished
     return decide() if left is None else Plan(**left.agreed("memory", lambda: vars(decide())))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,21 @@ def test_numbers_are_those_of_the_default(held: int, method: str, nodes: list[st
     torch.testing.assert_close(got.examples, whole.examples, rtol=1e-9, atol=1e-12)
     assert 1 < got.meta["tokens_per_pass"] <= 16  # of 20
     assert got.meta["memory_expected"] <= limit == got.meta["memory"]
+
+
+def test_sums_of_prompts_take_room_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where pairs share prompts there are more sums, beside those of independent pairs."""
+    kept: list[int] = []
+
+    def chosen(*given: Any) -> memory.Plan:
+        kept.append(given[5])
+        return memory.Plan(10**9, 64, 10**8)
+
+    monkeypatch.setattr(memory, "plan", chosen)
+    own = pairs(4, 4)
+    shared = replace(own, original=own.original[[0, 0, 1, 1]])
+    cells = [run(case("gpt2"), "atp", ["mlp_out"], batch, memory=10**9).n_nodes for batch in (own, shared)]
+    assert kept == [memory.SUMS * cells[0], (memory.SUMS + memory.CLUSTERED) * cells[1]]
 
 
 @pytest.mark.parametrize("count", [3, 7])
