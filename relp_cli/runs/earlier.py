@@ -23,8 +23,9 @@ def quiet(_: str) -> None:
 def keep_earlier(path: Path, table: pd.DataFrame, say: Say, beside: tuple[Path, ...] = ()) -> None:
     """Before `table` is written to `path`: rename what is there, if it is of other settings, and say what becomes of it.
 
-    `evaluation.csv` becomes `evaluation-sweep-mlp_neuron-mean-logit_diff-1.csv`. beside: files that belong to it and are
-    renamed with it (`tests-units.csv`). What cannot be read is replaced; an earlier table of the same settings too.
+    `evaluation.csv` becomes `evaluation-sweep-mlp_neuron-mean-logit_diff-1.csv`, where that is there already in its place.
+    beside: files that belong to it and are renamed with it (`tests-units.csv`). What cannot be read is replaced; an earlier
+    table of the same settings too.
     """
     if not path.is_file():
         return
@@ -33,6 +34,8 @@ def keep_earlier(path: Path, table: pd.DataFrame, say: Say, beside: tuple[Path, 
     except RelpError:
         return
     if (label := _label(before)) != _label(table):
+        there = path.with_name(f"{path.stem}-{label}{path.suffix}")
+        changed = there.is_file() and there.read_bytes() != path.read_bytes()
         for one in (path, *beside):
             if one.is_file():
                 kept = one.with_name(f"{one.stem}-{label}{one.suffix}")
@@ -40,7 +43,10 @@ def keep_earlier(path: Path, table: pd.DataFrame, say: Say, beside: tuple[Path, 
                 note, moved = (place.parent / "made" / f"{place.name}.json" for place in (one, kept))
                 if note.is_file():
                     note.replace(moved)
-        say(f"{path.name} was of other settings, and is kept as {path.stem}-{label}{path.suffix}")
+        say(
+            f"{path.name} was of other settings, and is kept as {there.name}"
+            + (", in place of what had this name" if changed else "")
+        )
     elif circuit_of(before) != circuit_of(table):
         say(f"{path.name} was of another circuit, {circuit_of(before)}, and is replaced (-o FILE keeps both)")
     elif len(before) != len(table):

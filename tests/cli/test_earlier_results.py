@@ -37,6 +37,21 @@ def test_an_evaluation_of_other_settings_is_kept_and_named(relp):
     assert "Evaluation: sweep-head-zero-logit_diff-1" in page
 
 
+def test_what_is_kept_in_place_of_an_earlier_one_says_so(relp):
+    """Two circuits' evaluations of the same settings have one name."""
+    relp("score", "ioi", "--pairs", 4, "--nodes", "head", "-o", "run")
+    how = ("evaluate", "run", "--pairs", 4, "--random", 0)
+    for kept in (3, 5):
+        relp("circuit", "run", "--top-k", kept)
+        relp(*how)
+        said = relp(*how, "--ablation", "zero").err
+        assert "kept as evaluation-circuit-head-mean-logit_diff-1.csv" in said
+        assert said.count("in place of what had this name") == (kept == 5)
+        relp(*how)  # the zeros are kept, and stand in the place of nothing else next time
+        Path("run/evaluation-circuit-head-zero-logit_diff-1.csv").unlink()
+    assert "in place of" not in relp(*how, "--ablation", "zero").err  # the same table once more
+
+
 def test_tests_keep_their_units_beside_them(relp):
     relp("score", "ioi", "--pairs", 4, "--nodes", "head", "-o", "run")
     relp("circuit", "run", "--top-k", 2)
