@@ -137,17 +137,16 @@ def _gradients(at: Timing) -> Duration:
 
 
 def _patching(at: Timing) -> Duration:
-    runs = (
-        Graph.of(at.model.shape).n_edges * sum(map(len, parts_of(at.pairs)))
-        if at.spec.nodes == ("edges",)
-        else _runs(at)
-    )
     return Duration(
-        at.forward(at.few) * runs, "as many whole forward passes; most patched runs start later and are shorter"
+        at.forward(at.few) * _runs(at), "as many whole forward passes; most patched runs start later and are shorter"
     )
 
 
 def _runs(at: Timing) -> int:
+    if at.spec.nodes == ("edges",):
+        keep = at.params.get("positions") == "keep"  # then each position is patched alone
+        each = sum(len(batch) * (len(set(batch.labels)) if keep else 1) for batch in parts_of(at.pairs))
+        return Graph.of(at.model.shape).n_edges * each
     kinds = [NODE_KINDS[kind] for kind in at.spec.nodes]
     return sum(patched_runs(at.model, batch, kind, at.spec.baseline) for batch in parts_of(at.pairs) for kind in kinds)
 

@@ -72,3 +72,16 @@ def test_training_dictionaries_says_what_it_would_take(relp: Any, tmp_path: Any)
     assert (said["sites"], said["steps"]) == (2, "30 at each site")
     assert said["time"].startswith("about ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_edges_that_are_patched_position_by_position_take_as_many_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(0, 40, (2, 3, 6), generator=torch.Generator().manual_seed(0))
+    pairs = [PairBatch(ids[0], ids[1], ids[0][:, 0], ids[1][:, 0])]
+    monkeypatch.setattr(timing.Timing, "forward", lambda *_: 1.0)
+    together, alone = (
+        timing.expected_time(
+            case("gpt2").model, pairs, ScoreSpec(task="ioi", method="act_patch", nodes=("edges",)), given
+        )
+        for given in ({}, {"positions": "keep"})
+    )
+    assert alone.seconds == 6 * together.seconds
