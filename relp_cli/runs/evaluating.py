@@ -34,9 +34,11 @@ from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.features import ERRORS, without_errors
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.table import SPACES, space_of
+from relp_cli.tasks.counted import pairs_text
 from relp_cli.tasks.metrics import METRICS
 
 DEFAULT_SWEEP = "log:1e-4:1:15"
+FEW_FOR_MEANS = 50  # pairs: an ablation's means over fewer are said to move the figures
 
 
 def sweep_points(text: str) -> list[dict[str, float]]:
@@ -191,6 +193,13 @@ class Ready:
             )
         if mixed := mixed_warning(self.circuits[0].units.kinds):
             notes.append(mixed)
+        n = sum(len(batch) for batch in self.prepared.pairs)
+        row = ablation_row(self.asked.ablation, self.scores.units.space)
+        if n < FEW_FOR_MEANS and row.means and row.needs_patch:
+            notes.append(
+                f"the ablation's means are of these {pairs_text(n)}: faithfulness moves with them by more than its interval "
+                "says, less so with a hundred pairs or more (docs/results.md)"
+            )
         return tuple(notes)
 
 

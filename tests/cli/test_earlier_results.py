@@ -21,6 +21,7 @@ def test_an_evaluation_of_other_settings_is_kept_and_named(relp):
     kept = Path("run/evaluation-sweep-head-mean-logit_diff-1.csv")
     assert f"evaluation.csv was of other settings, and is kept as {kept.name}" in said
     assert kept.read_bytes() == sweep
+    assert "means are of these" not in said  # of zeros
     assert (read_made(kept) or {}).get("provenance")
     assert set(pd.read_csv("run/evaluation.csv").ablation) == {"zero"}
 

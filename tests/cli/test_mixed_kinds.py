@@ -62,6 +62,7 @@ def test_mixed_circuits_warn_everywhere_and_components_alone_do_not(relp):
     )
     done = relp("evaluate", "run", "--pairs", 4, "--random", 0)
     assert done.err.count(SAID) == 1
+    assert "the ablation's means are of these 4 pairs" in done.err.replace("\n", " ")
     assert pd.read_csv("run/evaluation.csv").note.tolist() == ["mixed kinds: resid_pre carries attn_out, mlp_out"]
     assert SAID in relp("show", "run").out.replace("\n", " ")
     relp("report", "run")
