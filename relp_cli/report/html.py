@@ -111,7 +111,7 @@ def render_page(
         title=" · ".join(str(about.get(k, "?")) for k in ("task", "model", "method")),
         sign=SIGN,
         noun=SPACES[scores.units.space].noun,
-        lead=run_lead(about, record.get("behaviour") or {}, scores, circuit, evaluation),
+        lead=run_lead(about, record.get("behaviour") or {}, scores, circuit, evaluation, record.get("spec")),
         record=record,
         behaviour=record.get("behaviour") or {},
         provenance=record.get("provenance") or {},

@@ -4,13 +4,15 @@ trust; of a comparison which method agrees best.
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
 from relp_cli.errors import RelpError
-from relp_cli.methods.table import row_of
+from relp_cli.methods.table import Method, row_of
 from relp_cli.report.digest import of_all_kinds, top_nodes
 from relp_cli.report.heatmap import REFERENCE
 from relp_cli.report.names import SITE_TITLES, kind_title
@@ -32,9 +34,10 @@ def run_lead(
     scores: Scores,
     circuit: Circuit | None = None,
     evaluation: pd.DataFrame | None = None,
+    spec: Mapping[str, Any] | None = None,
 ) -> list[tuple[str, str]]:
     """(what, a sentence) each. about: of the scores and their run; behaviour: `Behaviour.as_dict`'s, or empty;
-    evaluation: of this circuit, or of a sweep of these scores.
+    evaluation: of this circuit, or of a sweep of these scores; spec: what the run was asked, as its run.json has it.
     """
     said = [("Scored", _scored(about, scores))]
     if behaviour:
@@ -42,15 +45,16 @@ def run_lead(
     top = top_nodes(scores, 10)
     top = top[top.score != 0]
     if len(top):
-        said.append(("Strongest", _named(top)))
+        said.append(("Strongest", _named(top) + _estimated(str(about.get("method", "?")), top)))
     if circuit is not None:
         noun = SPACES[circuit.units.space].noun
         kept = f"{circuit.n_nodes:,} of {circuit.n_possible:,} {noun}"
         said.append(("Circuit", kept + _measured(circuit, evaluation)))
     elif evaluation is not None and of_all_kinds(evaluation, scores.units) and (row := _smallest(evaluation)):
-        kept = f"from {row['n_nodes']:,} of {row['n_possible']:,} on, circuits of these scores have a "
+        where = f" ({counted})" if (counted := _where(row)) else ""
+        kept = f"from {row['n_nodes']:,} of {row['n_possible']:,} on{where}, circuits of these scores have a "
         said.append(("Circuit", f"none chosen yet; {kept}{_faithful(row)}."))
-    said.append(("Trust", _trust(about, top)))
+    said.append(("Trust", _trust(about, top, spec or {})))
     return said
 
 
@@ -107,6 +111,18 @@ def _named(top: pd.DataFrame) -> str:
     return "; ".join(f"{_unit(r)} {_signed(r['score'])}{_error(r)}" for r in each.to_dict("records")) + "."
 
 
+def _estimated(method: str, top: pd.DataFrame) -> str:
+    """That estimates are none of the effects themselves, and what their ± leaves out."""
+    row = _row(method)
+    if row is None or _exact(method):
+        return ""
+    effects = row_of(row.alias_of or row.name).estimates.lstrip("|").startswith("c(")
+    spread = "± is the standard error over pairs" if top.se.notna().any() else ""
+    if not effects:
+        return f" These are scores of {method}, not effects{'; ' if spread else ''}{spread}."
+    return f" Estimated by {method}, not measured{f'; {spread}, without the error of {method}' if spread else ''}."
+
+
 def _unit(row: Mapping[Any, Any]) -> str:
     kind, layer, unit, position = row["kind"], row["layer"], row["unit"], str(row["position"])
     if kind == "edges":
@@ -129,11 +145,29 @@ def _measured(circuit: Circuit, evaluation: pd.DataFrame | None) -> str:
     if evaluation is None or not len(evaluation) or "faithfulness" not in evaluation:
         return "; not evaluated yet."
     if "circuit" in evaluation:
-        return f": {_faithful(evaluation.iloc[0].to_dict())}."
+        return _own(circuit, evaluation.iloc[0].to_dict())
     for row in evaluation.to_dict("records"):
         if _same(circuit, evaluation, row):
-            return f": {_faithful(row)}."
+            return _own(circuit, row)
     return "; not evaluated itself (the sweep below is of others)."
+
+
+def _own(circuit: Circuit, row: Mapping[Any, Any]) -> str:
+    """Which part of the circuit was measured, how, and what came out."""
+    where, part = _where(row), ""
+    if where and {"n_nodes", "n_possible"} <= {*row}:
+        part = f"its {row['n_nodes']:,} of {row['n_possible']:,} {SPACES[circuit.units.space].noun} {where}, "
+    ablation = f"{row['ablation']} ablation" if isinstance(row.get("ablation"), str) else ""
+    how = f"{part}{ablation}".removesuffix(", ")
+    return f"; measured: {how}{': ' if how else ''}{_faithful(row)}."
+
+
+def _where(row: Mapping[Any, Any]) -> str:
+    """The layers that were ablated and counted, where these are not all."""
+    first = row.get("exclude_layers")
+    if first is None or pd.isna(first) or not int(first):
+        return ""
+    return f"from layer {int(first)} up, lower layers whole"
 
 
 def _same(circuit: Circuit, evaluation: pd.DataFrame, row: Mapping[Any, Any]) -> bool:
@@ -162,29 +196,52 @@ def _faithful(row: Mapping[Any, Any]) -> str:
     return text + (f", on {int(row['n_pairs'])} held-out pairs" if "n_pairs" in row else "")
 
 
-def _trust(about: Mapping[str, Any], top: pd.DataFrame) -> str:
-    """How many pairs, how far the strongest are from 0, and whether the method is exact."""
+def _trust(about: Mapping[str, Any], top: pd.DataFrame, spec: Mapping[str, Any]) -> str:
+    """How many pairs, whether the method is exact, and which of the strongest are not far from 0."""
     n, method = int(about.get("n_pairs", 0)), str(about.get("method", "?"))
     text = pairs_text(n, about.get("n_prompts"))
     if min(n, int(about.get("n_prompts") or n)) < ROUGH:  # pairs of one prompt are no independent ones
         text += FEW
-    known = top[top.se.notna()]
-    if len(known):
-        unsure = int((known.score.abs() < SURE * known.se).sum())
-        of = f"the {len(known)} strongest" if known.kind.nunique() == 1 else f"the {len(known)} in the tables below"
-        text += f"; {unsure or 'none'} of {of} {'is' if unsure < 2 else 'are'} within {SURE} standard errors of 0"
     if _exact(method):
-        return text + ". Scores are exact patching effects."
-    task = about.get("task", "TASK")
-    return text + f". {method} is an estimate: relp compare {task} tells how well it agrees with exact patching."
+        text += ". Scores are exact patching effects."
+    else:
+        text += f". {method} is an estimate: `{_comparison(about, spec)}` tells how well it agrees with exact patching."
+    known = top[top.se.notna()]
+    unsure = int((known.score.abs() < SURE * known.se).sum())
+    if not unsure:  # that the strongest are far from 0 is how they were chosen
+        return text
+    of = f"the {len(known)} strongest" if known.kind.nunique() == 1 else f"the {len(known)} in the tables below"
+    return text + f" {unsure} of {of} {'is' if unsure < 2 else 'are'} within {SURE} standard errors of 0."
+
+
+def _comparison(about: Mapping[str, Any], spec: Mapping[str, Any]) -> str:
+    """The command that compares a run's method with exact patching, of the names that the run was asked with."""
+    asked = {"model": about.get("model", "MODEL"), "method": about.get("method"), **spec}
+    words = ["relp", "compare", str(asked.get("task") or about.get("task", "TASK")), "--model", str(asked["model"])]
+    words += ["--methods", str(asked["method"])]
+    if spec.get("nodes"):
+        words += ["--nodes", ",".join(spec["nodes"])]
+    for name, value in (spec.get("params") or {}).items():
+        if name in ("dictionary", "rules"):
+            words += [f"--{name}", value if isinstance(value, str) else ",".join(value)]
+        else:
+            words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+    for name, usual in (("direction", "noising"), ("baseline", "patch"), ("metric", None)):
+        if spec.get(name, usual) != usual:
+            words += [f"--{name}", str(spec[name])]
+    return shlex.join(words)
 
 
 def _exact(method: str) -> bool:
+    row = _row(method)
+    return row is not None and REFERENCE in (row.name, row.alias_of)
+
+
+def _row(method: str) -> Method | None:
     try:
-        row = row_of(method)
+        return row_of(method)
     except RelpError:
-        return False
-    return REFERENCE in (row.name, row.alias_of)
+        return None
 
 
 def _signed(value: float) -> str:
