@@ -122,7 +122,8 @@ def robustness_of_run(path: Path, grid: Grid, session: Session, progress: Progre
     exclude = excluded_layers(scores.units.space, prepared.model.shape.n_layers, grid.exclude_layers)
     parts, notes = _templates(spec, session)
     root = run.path / "robustness"
-    values, sizes, circuits = _values(specs, parts, grid, exclude, session, root, progress)
+    values, sizes, circuits, said = _values(specs, parts, grid, exclude, session, root, progress)
+    notes += [line for line in said if line.partition(": ")[2] not in prepared.notes]
     levels = {
         "method": list(specs),
         "template": [str(i + 1) for i in range(len(parts))],
@@ -194,11 +195,13 @@ def _values(
     session: Session,
     root: Path,
     progress: Progress | None,
-) -> tuple[np.ndarray, np.ndarray, list[Circuit]]:
-    """Faithfulness Float[method, template, resample, point, ablation], sizes without the last axis, and all circuits."""
+) -> tuple[np.ndarray, np.ndarray, list[Circuit], list[str]]:
+    """Faithfulness Float[method, template, resample, point, ablation], sizes without the last axis, all circuits, and notes on
+    each template's pairs.
+    """
     n_points, shape = len(sweep_points(grid.sweep)), (len(specs), len(parts), grid.resamples)
     values = np.full((*shape, n_points, len(grid.ablations)), np.nan)
-    sizes, everything = np.zeros((*shape, n_points), dtype=int), []
+    sizes, everything, notes = np.zeros((*shape, n_points), dtype=int), [], []
     for t, part in enumerate(parts):
         prepared = prepare(part, session, at_most=True)
         circuits = []
@@ -210,10 +213,11 @@ def _values(
         sizes[:, t] = np.reshape([c.counted(exclude) for c in circuits], (len(specs), grid.resamples, n_points))
         everything += circuits
         held = prepare(held_out(part, -(-grid.pairs // len(parts)), grid.seed), session, session.takes_fewer)
+        notes += [f"template {t + 1}: {line}" for line in (*prepared.notes, *held.notes)]
         for a, ablation in enumerate(grid.ablations):
             found = _faithfulness(held, circuits, ablation, grid, exclude, part.params.get("dictionary"), progress)
             values[:, t, :, :, a] = found.reshape(len(specs), grid.resamples, n_points)
-    return values, sizes, everything
+    return values, sizes, everything, notes
 
 
 def _resampled(scores: Scores, grid: Grid, exclude: int, n_points: int) -> Iterator[list[Circuit]]:
@@ -268,7 +272,7 @@ def _transfer(
         aggregate = {} if scores.axis == "all" else {"aggregate": "sum"}
         found[prepared.task.name] = select(scores, top_k=count, from_layer=exclude, **aggregate)  # type: ignore[arg-type]
         held[prepared.task.name] = prepare(held_out(one, grid.pairs, grid.seed), session, session.takes_fewer)
-        notes += [f"{prepared.task.name}: {line}" for line in held[prepared.task.name].notes]
+        notes += [f"{prepared.task.name}: {line}" for line in (*prepared.notes, *held[prepared.task.name].notes)]
     rows = []
     for name, circuit in found.items():
         row: dict[str, Any] = {"found on": name, "n_nodes": circuit.counted(exclude)}
