@@ -32,13 +32,15 @@ def graph_section(
     evaluation: pd.DataFrame | None = None,
     examples: Examples | None = None,
     meanings: pd.DataFrame | None = None,
+    sweep: pd.DataFrame | None = None,
 ) -> str:
     """The graph's part of a page: markup, style, data and script, of its own; "" for scores without a unit.
 
     scores: method → Scores; the first is what is drawn and cut, a node's card has the others' beside it.
     examples: position label → up to a few (clean token, corrupted token). meanings: node (without position) and meaning.
+    sweep: of the scores, beside an evaluation that is of the circuit.
     """
-    data = graph_data(scores, circuit, evaluation, examples, meanings)
+    data = graph_data(scores, circuit, evaluation, examples, meanings, sweep)
     if not data["units"]["score"]:
         return ""
     across = "positions" if data["positions"] else "heads and kinds"
@@ -51,6 +53,7 @@ def graph_data(
     evaluation: pd.DataFrame | None = None,
     examples: Examples | None = None,
     meanings: pd.DataFrame | None = None,
+    sweep: pd.DataFrame | None = None,
 ) -> dict[str, Any]:
     """Plain data for JSON. Units are strongest first: nodes, or the edges between them.
 
@@ -62,6 +65,7 @@ def graph_data(
     methods: the other methods' scores of the same units. curve: evaluated circuits, each with how many units have |score| > τ.
     """
     own = next(iter(scores.values()))
+    tables = [evaluation] if sweep is None or sweep is evaluation else [evaluation, sweep]
     mean, variance, n = _dense(own, circuit)
     labels = own.labels if len(mean) == len(own.labels) else ANY_POSITION
     ranked = _ranked(own, mean, labels, circuit, MOST_LINES if own.units.space == "edges" else MOST)
@@ -98,7 +102,7 @@ def graph_data(
         "links": links,
         "methods": [_method(name, other, own, circuit, where) for name, other in [*scores.items()][1:]],
         "own": next(iter(scores)),
-        "curve": _curve(evaluation, own, mean if labels == own.labels else None, circuit),
+        "curve": [row for t in tables for row in _curve(t, own, mean if labels == own.labels else None, circuit)],
         "circuit": _circuit(circuit, ranked),
         "meanings": _meanings(meanings, grid),
         "direction": str(own.meta.get("direction", "noising")),

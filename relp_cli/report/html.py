@@ -47,12 +47,14 @@ def write_html(
     pairs: Mapping[str, Any] | None = None,
     more: Sequence[Section] = (),
     commands: Mapping[str, tuple[str, str]] | None = None,
+    sweep: pd.DataFrame | None = None,
 ) -> list[Path]:
     """Write the run's figures (PNG) into its folder and one page, `report.html` or `output`; returns what was written.
 
     record:     run.json's content: spec, scores, behaviour, notes, provenance (missing parts are left out of the page).
     scores:     method → Scores; the first is the run's own, others (such as act_patch) stand beside it in the heatmaps.
-    circuit, evaluation: circuit.json and evaluation.csv, where there are.
+    circuit, evaluation: circuit.json and evaluation.csv, where there are. sweep: of these scores, which curves are of (None:
+                evaluation, where it is one).
     tokens:     per position label the token that all pairs share there, or "".
     pairs:      pairs.json's content, for the picker of single pairs.
     more:       further sections. commands: "circuit", "evaluation" → the command that made it, and when.
@@ -62,15 +64,16 @@ def write_html(
     """
     if not scores:
         raise RelpError(f"report of {run_folder}: no scores")
-    pictures = _pictures(scores, circuit, evaluation, tokens)
+    sweep = evaluation if sweep is None else sweep
+    pictures = _pictures(scores, circuit, sweep, tokens)
     written = []
     for picture in pictures:
         written.append(run_folder / f"{picture.name}.png")
         save_figure(picture.light, written[-1])
-    graph = graph_section(scores, circuit, evaluation, examples, meanings)
+    graph = graph_section(scores, circuit, evaluation, examples, meanings, sweep)
     page = render_page(
         record, next(iter(scores.values())), pictures, circuit, evaluation, tokens, top, meanings, graph, pairs, more,
-        commands,
+        commands, sweep,
     )  # fmt: skip
     path = output or run_folder / "report.html"
     write_atomically(path, page)
@@ -90,19 +93,21 @@ def render_page(
     pairs: Mapping[str, Any] | None = None,
     more: Sequence[Section] = (),
     commands: Mapping[str, tuple[str, str]] | None = None,
+    sweep: pd.DataFrame | None = None,
 ) -> str:
     """The page as text; graph: `graph_section`'s."""
     about = {**scores.meta, **dict(record.get("scores") or {})}
     labels = scores.labels
+    sweep = evaluation if sweep is None else sweep
     maps = map_set({str(about.get("method", "")): scores}, tokens)
     picker = pair_picker(pairs, scores) if pairs else None
     whole = () if evaluation is None else (Sheet("evaluation", evaluation, fold=True),)
     sections = [
-        Section("evaluation", "", sheets=whole, curves=_curves(evaluation, scores)),
+        Section("evaluation", "", sheets=whole, curves=_curves(sweep, scores)),
         Section("scores", "", maps=maps),
         *more,
     ]
-    data = explorer(scores, evaluation, tokens) | {"pairs": picker} | script_data(sections)
+    data = explorer(scores, sweep, tokens) | {"pairs": picker} | script_data(sections)
     return render(
         "page.html.j2",
         data,

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from relp_cli.errors import RelpError
-from relp_cli.runs.evaluated import Suggestion, read_evaluation, suggested, swept_kinds
+from relp_cli.runs.evaluated import Suggestion, read_sweep, suggested
 from relp_cli.runs.rundir import RunDir
 from relp_cli.selection import select
 from relp_cli.spaces.circuit import Circuit
@@ -18,11 +18,11 @@ SHARES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)  # of the larges
 
 
 def of_curve(run: RunDir, kinds: str) -> Suggestion | None:
-    """The threshold that the run's evaluated sweep suggests, where that is of these kinds (as tables call them). A sweep selects
-    by |score|, at every position.
+    """The threshold that the run's newest sweep suggests, of those of these kinds (as tables call them). A sweep selects by
+    |score|, at every position.
     """
-    table = read_evaluation(run.path / "evaluation.csv")
-    return None if swept_kinds(table) not in (None, kinds) else suggested(table)
+    sweep = read_sweep(run.path, kinds)
+    return None if sweep is None else suggested(sweep[1], sweep[0].name)
 
 
 def choices(scores: Scores, options: dict[str, Any]) -> pd.DataFrame:

@@ -25,6 +25,19 @@ def read_evaluation(path: Path) -> pd.DataFrame | None:
     return table
 
 
+def read_sweep(folder: Path, kinds: str | None = None) -> tuple[Path, pd.DataFrame] | None:
+    """The newest sweep of a run's scores and its file: evaluation.csv, or one that was kept when others took its place
+    (`keep_earlier`). kinds: of these alone, as tables call them. None where there is none.
+    """
+    kept = sorted(folder.glob("evaluation-sweep-*.csv"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in (folder / "evaluation.csv", *kept):
+        table = read_evaluation(path)
+        if table is None or circuit_of(table) is not None or (kinds and swept_kinds(table) not in (None, kinds)):
+            continue
+        return path, table
+    return None
+
+
 def circuit_of(table: pd.DataFrame | None) -> str | None:
     """The hash of the one circuit that a table is of; None of a sweep, and where there is no table."""
     return None if table is None or "circuit" not in table or table.empty else str(table["circuit"].iloc[0])
@@ -36,6 +49,7 @@ class Suggestion:
 
     tau: float
     row: dict[str, Any]
+    file: str = "evaluation.csv"
 
     @property
     def from_layer(self) -> int:
@@ -47,13 +61,13 @@ class Suggestion:
         where = f" from layer {self.from_layer} up" if self.from_layer else ""
         pairs = pairs_text(r["n_pairs"], r.get("n_prompts"), "held-out pairs")
         return (
-            f"τ = {self.tau:g}: the smallest circuit of the {r['points']} in evaluation.csv that, like all larger ones, has a "
+            f"τ = {self.tau:g}: the smallest circuit of the {r['points']} in {self.file} that, like all larger ones, has a "
             f"faithfulness of at least {ENOUGH:g} ({r['faithfulness']:.2f} on {pairs}, {r['ablation']} "
             f"ablation): {r['n_nodes']} of the {r['n_possible']} {counted([str(r.get('kind'))])}{where}"
         )
 
 
-def suggested(table: pd.DataFrame | None) -> Suggestion | None:
+def suggested(table: pd.DataFrame | None, file: str = "evaluation.csv") -> Suggestion | None:
     """The smallest circuit of a sweep that, like all larger ones, reaches `ENOUGH`, of those that a τ keeps; None where there is
     no sweep, or where already the largest circuit is below.
     """
@@ -66,7 +80,7 @@ def suggested(table: pd.DataFrame | None) -> Suggestion | None:
     if chosen.empty:
         return None
     row = {str(name): value for name, value in chosen.iloc[-1].items()}
-    return Suggestion(float(row["tau"]), {**row, "points": len(table)})
+    return Suggestion(float(row["tau"]), {**row, "points": len(table)}, file)
 
 
 def swept_kinds(table: pd.DataFrame | None) -> str | None:

@@ -25,7 +25,7 @@ from relp_cli.report.tables import read_table
 from relp_cli.runs.checked import score_spec
 from relp_cli.runs.comparing import shared_tokens
 from relp_cli.runs.diagnosing import RECORD, read_diagnosis
-from relp_cli.runs.evaluated import circuit_of, read_evaluation
+from relp_cli.runs.evaluated import circuit_of, read_evaluation, read_sweep
 from relp_cli.runs.evaluating import own_circuit
 from relp_cli.runs.made import command_of, read_made, when
 from relp_cli.runs.pairs import read_pairs, token_examples
@@ -81,12 +81,13 @@ def _graph(runs: Mapping[str, tuple[RunDir, ScoreSpec, Scores]]) -> str:
     name = next((n for n, (run, *_) in runs.items() if run.circuit.is_file()), next(iter(runs)))
     run, _, scores = runs[name]
     circuit = own_circuit(run, scores) if run.circuit.is_file() else None
-    evaluation = read_evaluation(run.path / "evaluation.csv")
+    evaluation, sweep = read_evaluation(run.path / "evaluation.csv"), read_sweep(run.path)
     if circuit_of(evaluation) not in (None, circuit and circuit.hash):
         evaluation = None  # of another circuit
     pairs = read_pairs(run, run.read())
     by_name = {name: scores} | {n: one for n, (*_, one) in runs.items()}
-    return graph_section(by_name, circuit, evaluation, None if pairs is None else token_examples(pairs))
+    examples = None if pairs is None else token_examples(pairs)
+    return graph_section(by_name, circuit, evaluation, examples, sweep=None if sweep is None else sweep[1])
 
 
 _COSTS = ("forwards_per_pair", "backwards_per_pair", "seconds", "rules")

@@ -16,7 +16,7 @@ from relp_cli.report.html import write_html
 from relp_cli.report.page import Page, render_sections
 from relp_cli.runs.checked import distinct, file_label
 from relp_cli.runs.comparing import shared_tokens
-from relp_cli.runs.evaluated import circuit_of, read_evaluation
+from relp_cli.runs.evaluated import circuit_of, read_evaluation, read_sweep
 from relp_cli.runs.evaluating import own_circuit
 from relp_cli.runs.features import feature_meanings
 from relp_cli.runs.folders import FOLDERS
@@ -110,6 +110,13 @@ def report_run(path: Path, output: Path | None = None, annotations: Path | None 
     if circuit is not None and circuit_of(evaluation) not in (None, circuit.hash):
         evaluation = None
         record["notes"] = [*record.get("notes", []), f"evaluation.csv is of another circuit: relp evaluate {path}"]
+    sweep = read_sweep(run.path)
+    if sweep is not None and sweep[0] == table:
+        sweep = None  # the evaluation itself
+    if sweep is not None:
+        record["notes"] = [*record.get("notes", []), f"curves are those of {sweep[0].name}"]
+        if evaluation is None:
+            table, evaluation = sweep
     meanings = None
     pairs = read_pairs(run, record)
     try:
@@ -134,4 +141,5 @@ def report_run(path: Path, output: Path | None = None, annotations: Path | None 
         examples=None if pairs is None else token_examples(pairs),
         more=more_sections(run.path, None if circuit is None else circuit.hash),
         commands={name: command_of(file) for name, file in made.items() if file.is_file()},
+        sweep=None if sweep is None else sweep[1],
     )  # fmt: skip

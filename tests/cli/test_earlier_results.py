@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
 
 from relp_cli.runs.made import read_made
+from relp_cli.spaces.circuit import Circuit
 
 
 def test_an_evaluation_of_other_settings_is_kept_and_named(relp):
@@ -51,6 +53,27 @@ def test_what_is_kept_in_place_of_an_earlier_one_says_so(relp):
         relp(*how)  # the zeros are kept, and stand in the place of nothing else next time
         Path("run/evaluation-circuit-head-zero-logit_diff-1.csv").unlink()
     assert "in place of" not in relp(*how, "--ablation", "zero").err  # the same table once more
+
+
+def test_a_kept_sweep_still_chooses_and_is_drawn(relp):
+    relp("score", "ioi", "--pairs", 4, "--nodes", "head", "-o", "run")
+    how = ("evaluate", "run", "--pairs", 4, "--random", 0)
+    relp(*how, "--sweep", "counts:2,8,96,400")
+    first, tau = relp("circuit", "run"), Circuit.load("run/circuit.json").meta["selection"]["threshold"]
+    assert first.code == 0
+    relp(*how)
+    assert "circuit" in pd.read_csv("run/evaluation.csv")
+    again = relp("circuit", "run")
+    assert again.code == 0
+    assert "in evaluation-sweep-head-mean-logit_diff-1.csv that" in again.err.replace("\n", " ")
+    assert Circuit.load("run/circuit.json").meta["selection"]["threshold"] == tau
+    done = relp("report", "run")
+    assert "curves.png" in done.out + done.err
+    page = Path("run/report.html").read_text()
+    assert "curves are those of evaluation-sweep-head-mean-logit_diff-1.csv" in page
+    graph = json.loads(page.split('id="graph-data" type="application/json">')[1].split("</script>")[0])
+    assert [row["own"] for row in graph["curve"]].count(True) == 1
+    assert sum(row["kept"] is not None for row in graph["curve"]) >= 3
 
 
 def test_tests_keep_their_units_beside_them(relp):
