@@ -8,7 +8,7 @@ import pandas as pd
 
 from relp_cli.cli.common import out
 from relp_cli.report.names import kind_title
-from relp_cli.report.tables import cell, show
+from relp_cli.report.tables import cell, rests_on_one, show
 from relp_cli.tasks.counted import pairs_text
 
 if TYPE_CHECKING:
@@ -78,7 +78,9 @@ def show_agreement(df: pd.DataFrame) -> None:
         reference = str(first.get("reference", "act_patch"))  # a job's table has no such column
         exact = "exact patching" if reference in ("act_patch", "edge_patch") else reference
         title = f"{task}: PCC with {exact} over {first.axis}, {about} {what}"
-        show(pd.DataFrame(table), out, title, keys=2)
+        agreed = pd.DataFrame(table)
+        agreed.attrs["notes"] = rests_on_one(rows)
+        show(agreed, out, title, keys=2)
         title = f"{task}: per-pair PCC / Spearman / top-{first.k} overlap / slope, and cost per pair"
         measures = _measures(rows)
         measures.attrs["notes"] = [f"slope: 1 where scores are as large as those of {exact}, 2 where twice as large"]

@@ -19,6 +19,9 @@ class Agreement:
     over pairs, those that share a prompt together; pcc_per_pair: mean over pairs of each pair's own PCC. slope: of the estimate
     on the exact scores, by least squares through the origin, Σ estimate·exact / Σ exact²: what none of the others sees. 1: as
     large, 2: twice as large, below 0: of the other sign. NaN, with a note, where an array is constant.
+
+    largest: the node whose exact score is farthest from their mean; largest_share: its squared deviation over the sum of all
+    (its share of their variance); pcc_without: the PCC over all other nodes, NaN where one side of these is constant.
     """
 
     pcc: float
@@ -29,6 +32,9 @@ class Agreement:
     topk: float
     k: int
     slope: float
+    largest: str
+    largest_share: float
+    pcc_without: float
     n_pairs: int
     n_prompts: int
     n_nodes: int
@@ -52,6 +58,9 @@ def agreement(
     notes = [f"{who} is constant" for who, x in (("estimate", a), ("reference", b)) if _constant(x)]
     k = min(k, len(a))
     nan = float("nan")
+    at = largest(exact, unsigned)
+    rest = [np.delete(x, at) for x in (a, b)]
+    alone = bool(notes) or any(_constant(x) for x in rest if len(x)) or len(a) < 2
     lo, hi, per_pair = nan, nan, nan
     if bootstrap and estimate.examples is not None and exact.examples is not None and not notes:
         lo, hi, per_pair = _over_pairs(estimate, exact, bootstrap, seed, unsigned)
@@ -64,12 +73,27 @@ def agreement(
         topk=nan if notes else len(set(top(a, k)) & set(top(b, k))) / k,
         k=k,
         slope=nan if notes else float(a @ b / (b @ b)),
+        largest="" if notes else place_of(exact, at),
+        largest_share=nan if notes else float((b[at] - b.mean()) ** 2 / ((b - b.mean()) ** 2).sum()),
+        pcc_without=nan if alone else float(pearson(*rest)),
         n_pairs=int(exact.n.max()),
         n_prompts=int(exact.n.max()) if exact.prompts is None else distinct(exact.prompts),
         n_nodes=len(a),
         axis="layer × " + exact.axis + (" × unit" if exact.mean.ndim == 3 else ""),
         note="; ".join(notes),
     )
+
+
+def largest(exact: KindScores, unsigned: bool = False) -> int:
+    """Which entry of the flattened scores (unsigned: of their sizes) is farthest from their mean."""
+    scores = (exact.mean.abs() if unsigned else exact.mean).numpy().ravel()
+    return int(np.abs(scores - scores.mean()).argmax())
+
+
+def place_of(exact: KindScores, at: int) -> str:
+    """`layer 0, ADJ`, of several units a layer `layer 0, ADJ, unit 3`."""
+    layer, position, *unit = np.unravel_index(at, tuple(exact.mean.shape))
+    return ", ".join([f"layer {layer}", exact.labels[position], *(f"unit {u}" for u in unit)])
 
 
 def top(scores: np.ndarray, k: int) -> list[int]:

@@ -11,13 +11,13 @@ import torch
 
 from relp_cli import BATCH_SIZE
 from relp_cli.errors import RelpError
-from relp_cli.evaluation.agreement import agreement
+from relp_cli.evaluation.agreement import agreement, largest
 from relp_cli.methods.request import Progress
 from relp_cli.methods.score import COMPONENTS, shared_params
 from relp_cli.models.model import Model
 from relp_cli.scoring import score
-from relp_cli.spaces.scores import Scores
-from relp_cli.spaces.table import space_for
+from relp_cli.spaces.scores import KindScores, Scores
+from relp_cli.spaces.table import space_for, space_of
 from relp_cli.tasks.pairs import PairBatch
 
 
@@ -79,6 +79,8 @@ def run_comparison(
                 result = replace(result, axis=f"site × {estimate.axis} × feature or error term")
             if kind == "edges":
                 result = replace(result, axis="edges" + ("" if len(estimate.labels) == 1 else f" × {estimate.axis}"))
+            if kind in ("edges", "feature") and result.largest:
+                result = replace(result, largest=_named(compared[reference], exact, largest(exact, unsigned)))
             cost = done[method].meta
             rows.append(
                 {"model": model.name, "method": method, "kind": kind, **asdict(result)}
@@ -86,6 +88,13 @@ def run_comparison(
                 | {"direction": direction, "metric": metric, "reference": reference}
             )
     return Comparison(pd.DataFrame(rows), done)
+
+
+def _named(scores: Scores, exact: KindScores, at: int) -> str:
+    """An edge or feature by its name, with its position where there are several."""
+    position, unit = divmod(at, len(scores.units))
+    (name,) = space_of(scores.units).names(scores.units, [unit])
+    return name if len(exact.labels) == 1 else f"{name}, {exact.labels[position]}"
 
 
 def _on_common_pairs(done: Mapping[str, Scores]) -> dict[str, Scores]:

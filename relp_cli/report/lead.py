@@ -16,7 +16,7 @@ from relp_cli.methods.table import Method, row_of
 from relp_cli.report.digest import of_all_kinds, top_nodes
 from relp_cli.report.heatmap import REFERENCE
 from relp_cli.report.names import SITE_TITLES, kind_title
-from relp_cli.report.tables import cell
+from relp_cli.report.tables import cell, rests_on_one
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.table import SPACES
@@ -69,6 +69,7 @@ def agreement_lead(table: pd.DataFrame) -> list[tuple[str, str]]:
         said.append((kind_title(str(kind)), (best or "no method's agreement is defined") + more))
     mean = f", the mean of {len(places)} tasks × models" if len(places) > 1 else ""
     out = [("PCC", f"agreement with exact patching, 1 is perfect{mean}; the best method first."), *said]
+    out += [("One alone", f"{line}.") for line in rests_on_one(table)]
     if "n_pairs" in table and len(table):
         few = table.sort_values("n_pairs").iloc[0].to_dict()
         n, prompts = int(few["n_pairs"]), few.get("n_prompts")

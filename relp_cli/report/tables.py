@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MISSING = "—"
+HALF = 0.5  # of the variance: more, and one unit outweighs all others together
 # Columns with a form of their own: what is small on purpose keeps its digits, and what is counted has no decimals.
 FORMS = {"p": ".2g", "p_holm": ".2g", "tau": ".4g", "passes": "g", "forward": "g", "backward": "g"}
 _TEX = {
@@ -211,3 +212,26 @@ def _parquet(table: pd.DataFrame, _: int) -> bytes:
     except (TypeError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         raise RelpError(f"this table cannot be written as parquet ({error}); write .csv instead") from error
     return stream.getvalue()
+
+
+def rests_on_one(table: pd.DataFrame) -> list[str]:
+    """Of `compare`'s rows, a sentence for each kind (of a task and model, where there are several) of whose exact scores one node
+    is more than half of the variance: what PCC and slope rest on, and the PCCs without it.
+    """
+    if not {"largest", "largest_share", "pcc_without"} <= {*table}:
+        return []  # of an older version
+    places = [c for c in ("task", "model", "direction", "seed") if c in table and table[c].nunique() > 1]
+    said = []
+    rows = table[table.largest_share > HALF]
+    for key, part in rows.groupby([*places, "kind", "largest", "largest_share"], sort=False):
+        where, first = [str(k) for k in key[: len(places)]], part.iloc[0]
+        exact = str(first.get("reference", "act_patch"))
+        of = "the exact effects" if exact in ("act_patch", "edge_patch") else f"{exact}'s scores"
+        noun = {"edges": "edge", "feature": "feature or error term"}.get(str(first.kind), "node")
+        without = ", ".join(f"{c.method} {cell(c.pcc_without, 3)}" for c in part.itertuples())
+        whose = ", ".join([*where, kind_title(str(first.kind))])
+        said.append(
+            f"{whose}: one {noun} ({first.largest}) is {100 * first.largest_share:.0f} % "
+            f"of the variance of {of}: PCC and slope rest on it; PCC without it: {without}"
+        )
+    return said

@@ -1,6 +1,9 @@
 """Agreement with exact scores: numbers by hand, flags, and intervals."""
 
+from dataclasses import asdict
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from oracles.wrapped import case
@@ -9,6 +12,8 @@ from scipy import stats
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.agreement import agreement, top
 from relp_cli.evaluation.compare import compare, run_comparison
+from relp_cli.report.lead import agreement_lead
+from relp_cli.report.tables import rests_on_one
 from relp_cli.scoring import score
 from relp_cli.spaces.scores import KindScores
 from relp_cli.statistics import interval, pearson, resample_counts, resample_picks
@@ -20,7 +25,7 @@ def scores(examples, kind="mlp_out", present=None, mean=None):
     here = torch.ones(len(x), x.shape[2], dtype=torch.bool) if present is None else torch.as_tensor(present)
     n = here.sum(0)
     mean = x.double().sum(0) / n.view(1, -1, *([1] * (x.ndim - 3))) if mean is None else mean
-    return KindScores(kind, mean, mean * 0, n, tuple("abcdef"[: x.shape[2]]), "position", x, here)
+    return KindScores(kind, mean, mean * 0, n, tuple(chr(97 + i) for i in range(x.shape[2])), "position", x, here)
 
 
 def flat(*rows):
@@ -52,6 +57,29 @@ def test_the_slope_is_the_factor_that_pcc_does_not_see():
     assert agreement(flat(list(np.abs(noisy))), flat(list(exact)), unsigned=True).slope == pytest.approx(
         np.abs(noisy) @ np.abs(exact) / (exact @ exact), rel=1e-6
     )
+
+
+def test_what_rests_on_one_node_is_said_with_the_pcc_without_it():
+    exact, estimate = [0.0, 1, 2, 3, 14], [1.0, 0, 3, 2, 14]  # mean 4, squared deviations 16, 9, 4, 1, 100
+    got = agreement(flat(estimate), flat(exact))
+    assert (got.largest, got.largest_share) == ("layer 0, e", pytest.approx(100 / 130))
+    assert got.pcc_without == pytest.approx(0.6)  # (1, 0, 3, 2) with (0, 1, 2, 3): 3 / 5
+    assert got.pcc == pytest.approx(np.corrcoef(estimate, exact)[0, 1])
+    other = agreement(flat([-x for x in exact]), flat([0.0, 1, 2, -3, 14]), unsigned=True)  # of |exact|
+    assert (other.largest_share, other.pcc_without) == (pytest.approx(100 / 130), pytest.approx(-1))
+    units = agreement(scores([[[[1.0, 0], [0, 2]]]]), scores([[[[0.0, 0], [0, 5]]]]))  # without it the rest is constant
+    assert (units.largest, units.largest_share) == ("layer 0, b, unit 1", pytest.approx(0.75))
+    assert np.isnan(units.pcc_without)
+    flat_one = agreement(flat([1.0, 2]), flat([3.0, 3]))
+    assert (flat_one.largest, np.isnan(flat_one.largest_share)) == ("", True)
+    rows = [{"kind": "mlp_out", "method": m, **asdict(r)} for m, r in (("atp", got), ("delta", other))]
+    rows += [{"kind": "head", "method": "atp", **asdict(agreement(flat([1.0, 2, 3, 4]), flat([1.0, 3, 2, 4])))}]
+    line = (
+        "MLP: one node (layer 0, e) is 77 % of the variance of the exact effects: PCC and slope rest on it; PCC without it: "
+        "atp 0.600, delta -1.000"
+    )
+    assert rests_on_one(pd.DataFrame(rows)) == [line]  # of the heads the largest is 2.25 / 5
+    assert dict(agreement_lead(pd.DataFrame(rows)))["One alone"] == f"{line}."
 
 
 def test_top_is_by_size_with_ties_in_order():
