@@ -154,7 +154,7 @@ def test_a_run_is_scored_selected_evaluated_and_reported(tmp_path: Path) -> None
     scoring = ("score", "sva_across_pp", "-m", "tiny-pythia", "--dictionary", "tiny-pythia", "--pairs", "8")
     assert "resid_out_layer" in relp(*scoring, "-o", run)
     assert json.loads(relp(*scoring, "-o", run, "--json"))["cached"] is True
-    assert "'feature': 33345" in relp(*scoring, "--dry-run")
+    assert "nodes: feature 33345" in relp(*scoring, "--dry-run")
     assert json.loads(relp("circuit", run, "--top-k", "30", "--errors", "none", "--json"))["n_nodes"] == 30
     rows = json.loads(relp("evaluate", run, "--pairs", "8", "--random", "1", "--json"))["rows"]
     assert rows[0]["errors"] == "none"
