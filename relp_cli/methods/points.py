@@ -105,23 +105,30 @@ def relp(on: Batch, params: RelpParams) -> Iterator[Point]:
         raise RelpError(
             f"a blend needs a patch prompt, whose streams shares are of, not baseline '{on.setup.baseline}'"
         )
-    if params.blend:
-        yield Point(part="tangent")
+    tangent = [Point(part="tangent")] if params.blend else []
     if by_position:
-        yield from endpoints(on, rules, params.max_endpoints, part)
+        yield from endpoints(on, rules, params.max_endpoints, part, tangent)
     else:
-        yield Point(rules=rules, other=on.recorded(rules), part=part)
+        other = on.recorded(rules)  # first: this pass gives the source's values too, which the tangent needs
+        yield from tangent
+        yield Point(rules=rules, other=other, part=part)
 
 
-def endpoints(on: Batch, rules: tuple[str, ...], most: int, part: Part = "whole") -> Iterator[Point]:
-    """One point per changed position, or group of them, of the pair that has most; weighed by where it counts."""
+def endpoints(
+    on: Batch, rules: tuple[str, ...], most: int, part: Part = "whole", first: Sequence[Point] = ()
+) -> Iterator[Point]:
+    """One point per changed position, or group of them, of the pair that has most; weighed by where it counts. first: go
+    before these, once what they read is there."""
     run, source = on.setup.run, on.setup.source
     groups = changed_groups(run, source, most)
     n, count = int(groups.max()) + 1, groups.max(1).values + 1  # of the pair with most, and of each
     on.meta["endpoints"] = max(n, 1)
     if n <= 1:  # then the source is the one endpoint of every pair
-        yield Point(rules=rules, other=on.recorded(rules), part=part)
+        other = on.recorded(rules)
+        yield from first
+        yield Point(rules=rules, other=other, part=part)
         return
+    yield from first
     for g in range(n):
         other = on.recorded_on(torch.where(groups == g, source, run), rules)
         mean = ((groups < 0) & (g < count[:, None])) / count.clamp_min(1)[:, None]

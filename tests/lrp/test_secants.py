@@ -197,6 +197,9 @@ def test_each_changed_position_has_its_own_endpoint(shape: str) -> None:
     batch = PairBatch(ids, patch, c.batch.answer[:2], c.batch.foil[:2])
     got = run(c, "relp+secant", ["resid_pre", "mlp_out"], [batch], blend=False)
     rules = with_extra_rules(c.model, c.model.family.rules, ["secant"])
+    for rows, cost in ((slice(0, 1), (4 + 2 * 2, 1 + 2)), (slice(1, 2), (5, 2))):  # as docs/methods.md says
+        meta = run(c, "relp+secant", ["resid_pre", "mlp_out"], [batch.rows(rows)]).meta
+        assert (meta["forwards_per_pair"], meta["backwards_per_pair"]) == cost
     assert got.meta["endpoints"] == 2
     assert (got.meta["forwards_per_pair"], got.meta["backwards_per_pair"]) == (1 + 2 * 2, 2)
     kinds = [NODE_KINDS[k] for k in ("resid_pre", "mlp_out")]
