@@ -160,6 +160,18 @@ def typed(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
+@contextmanager
+def default_model(context: typer.Context, model: str) -> Iterator[Callable[[], None]]:
+    """Errors that name the model say where nobody chose it; what is given says so in a line."""
+    about = "" if typed(context, "model") else f"no --model was given: {model} is the default"
+    try:
+        yield lambda: note(about) if about else None
+    except RelpError as error:
+        if not about or type(error) is not RelpError or model not in str(error):
+            raise
+        raise RelpError(f"{error} ({about})") from None
+
+
 def note(text: str) -> None:
     """A line for people, on stderr; warnings stand out."""
     log.print(text, style="bold yellow" if text.startswith("WARNING") else "dim")

@@ -13,6 +13,7 @@ from relp_cli.cli.common import (
     JsonFlag,
     comma,
     count_option,
+    default_model,
     log,
     note,
     output_option,
@@ -76,11 +77,12 @@ def command(
         cost = {"folder": str(output), **comparison_cost(targets, options, session)}
         print_json(cost) if json else print_fields(cost)
         return
-    with progress() as bar:
+    with default_model(context, model) as say_default, progress() as bar:
         if runs:
             result = compare_runs([Path(t) for t in targets], options, output, how.place)
         else:
             result = compare_tasks(targets, options, output, session, bar)
+            say_default()
     for line in result.notes:
         note(line)
     if json:

@@ -16,6 +16,7 @@ from relp_cli.cli.common import (
     at_revision,
     comma,
     count_option,
+    default_model,
     log,
     note,
     out,
@@ -98,6 +99,7 @@ def command(
         return
 
     def ready(prepared: Prepared) -> None:
+        say_default()
         for line in prepared.notes:
             note(line)
         if not json:
@@ -107,7 +109,7 @@ def command(
         if spec.method == "act_patch":
             note(f"act_patch: {describe_cost(prepared.model, prepared.pairs, spec)['forwards']}")
 
-    with progress() as bar:
+    with default_model(context, model) as say_default, progress() as bar:
         if share is None:
             run, scores, cached = score_run(spec, session, output, bar, ready)
         else:

@@ -16,6 +16,7 @@ from relp_cli.cli.common import (
     UnusableOption,
     at_revision,
     count_option,
+    default_model,
     note,
     out,
     print_fields,
@@ -185,7 +186,9 @@ def show(
         ids_of=ids_of,
     )  # fmt: skip
     waiting(f"loading {at_revision(model, revision)} …")
-    prepared = prepare(spec, Session(say=waiting, at_most=not typed(context, "pairs")))
+    with default_model(context, model) as say_default:
+        prepared = prepare(spec, Session(say=waiting, at_most=not typed(context, "pairs")))
+    say_default()
     tokenizer = prepared.model.tokenizer
 
     def words(ids: list[int]) -> list[str]:

@@ -68,13 +68,13 @@ class Behaviour:
     def note(self, model: str, task: str) -> str:
         """What people have to know of it, or ""."""
         low, high = self.interval
-        pairs = pairs_text(self.n, self.n_prompts)
+        pairs, few = (pairs_text(self.n, self.n_prompts, does=does) for does in (None, ("is", "are")))
         n = f"n = {self.n}" if self.n_prompts == self.n else pairs
         about = f"accuracy {self.accuracy:.2f} [{low:.2f}, {high:.2f}], {n}"
         return {
             "below": f"WARNING: {model} is below chance on {task} ({about}): it prefers the foils, and scores explain that",
             "at": f"WARNING: {model} is at chance on {task} ({about}); scores explain no behaviour here",
-            "undecided": f"{pairs} are too few to tell {model}'s behaviour on {task} from chance ({about})",
+            "undecided": f"{few} too few to tell {model}'s behaviour on {task} from chance ({about})",
         }.get(self.verdict, "")
 
 

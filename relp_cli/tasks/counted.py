@@ -24,15 +24,16 @@ def effective(prompts: Int[np.ndarray, " pair"]) -> float:
     return len(prompts) ** 2 / float((np.bincount(prompts) ** 2).sum())
 
 
-def pairs_text(n: int, n_prompts: int | None = None, what: str = "pairs") -> str:
+def pairs_text(n: int, n_prompts: int | None = None, what: str = "pairs", does: tuple[str, str] | None = None) -> str:
     """`24 pairs of 8 prompts`; `24 pairs` where each has its own, or it is not known (None: runs of older versions).
 
-    what: the pairs' name, in the plural.
+    what: the pairs' name, in the plural. does: a verb that follows, of one and of several: ("is", "are").
     """
+    verb = "" if does is None else f" {does[n != 1]}"
     said = f"{n} {what if n != 1 else what.removesuffix('s')}"
     if n_prompts is None or not n_prompts < n:  # NaN: a table whose older rows have no such column
-        return said
-    return f"{said} of {int(n_prompts)} prompt{'s' if n_prompts != 1 else ''}"
+        return said + verb
+    return f"{said} of {int(n_prompts)} prompt{'s' if n_prompts != 1 else ''}{verb}"
 
 
 def sharing_note(prompts: Int[np.ndarray, " pair"]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from relp_cli.errors import RelpError, nearest
 from relp_cli.registry import Registry
+from relp_cli.tasks.counted import pairs_text
 from relp_cli.tasks.generate import DISCOVERY_SHARE, digest
 from relp_cli.tasks.prompt import PromptPair, RawPair
 from relp_cli.tasks.records import read_records
@@ -127,7 +128,7 @@ def assign_splits(pairs: Sequence[RawPair]) -> tuple[list[RawPair], str]:
         replace(raw, split="heldout" if key in held else "discovery") for raw, key in zip(pairs, keys, strict=True)
     ]
     count = sum(key in held for key in keys)
-    return split, f"splits share {shared}: {len(pairs) - count} pairs for discovery, {count} held out"
+    return split, f"splits share {shared}: {pairs_text(len(pairs) - count)} for discovery, {count} held out"
 
 
 def _held_out(keys: Sequence[str]) -> set[str]:

@@ -11,7 +11,7 @@ from relp_cli.tasks.encoder import Encoder
 from relp_cli.tasks.generate import TooFewPairs
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.shared import prompts_of
-from relp_cli.tasks.task import Task
+from relp_cli.tasks.task import Built, Task
 from relp_cli.tasks.tokenise import vocabulary
 
 MOST = 100  # pairs that are drawn per split
@@ -57,25 +57,31 @@ def fit(task: Task, bare: Bare) -> Fit:
         return Fit(several, pairs, prompts, lengths, (str(error),))
     for split in ("discovery", "heldout"):
         try:
-            batches = _drawn(task, bare, split)
+            built = _drawn(task, bare, split)
         except RelpError as error:
             pairs[split] = prompts[split] = 0
             if str(error) not in why:
                 why.append(str(error))
             continue
-        of = prompts_of(batches)
+        of = prompts_of(built.batches)
         pairs[split], prompts[split] = len(of), distinct(of)
         if said := sharing_note(of):
             why.append(f"{split}: {said.removeprefix('WARNING: ')}")
-        for batch in batches:
+        why += [said for said in map(_warning, built.notes) if said and said not in why]
+        for batch in built.batches:
             lengths[batch.n_pos] = lengths.get(batch.n_pos, 0) + len(batch)
     return Fit(several, pairs, prompts, dict(sorted(lengths.items())), tuple(why))
 
 
-def _drawn(task: Task, bare: Bare, split: str) -> list[Any]:
+def _drawn(task: Task, bare: Bare, split: str) -> Built:
     try:
-        return task.pairs(bare, MOST, 0, split)
+        return task.build(bare, MOST, 0, split)
     except TooFewPairs as error:
         if not error.count:
             raise
-        return task.pairs(bare, error.count, 0, split)
+        return task.build(bare, error.count, 0, split)
+
+
+def _warning(note: str) -> str:
+    start, _, text = note.partition("WARNING: ")
+    return "" if start else text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +12,7 @@ import torch
 
 from relp_cli.errors import RelpError
 from relp_cli.tasks.bos import Bos, HasTokenizer, choose_bos
+from relp_cli.tasks.counted import pairs_text
 from relp_cli.tasks.encoder import Encoder
 from relp_cli.tasks.foreign import Foreign
 from relp_cli.tasks.generate import AtMost, TooFewPairs, check_split, generate, too_few
@@ -24,6 +25,7 @@ from relp_cli.tasks.tokenise import TokenPair, tokenise, vocabulary
 
 T = TypeVar("T")
 PAIRS = AtMost(100)
+LONG = 4  # tokens of prompts that are asked whether they are aligned; shorter ones differ in most of theirs by design
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ class Task:
             except TooFewPairs as error:
                 if not error.count:
                     raise
-                note = f"{error.count} {split} pairs exist, {n} were asked"
+                of = "pairs" if split == "all" else f"{split} pairs"
+                note = f"{pairs_text(error.count, None, of, ('exists', 'exist'))}, {n} were asked"
                 fewer = self.build(model, error.count, seed, split, bos, unusable, metric)
                 return replace(fewer, notes=(*fewer.notes, note))
         chosen = choose_bos(model, bos)
@@ -133,7 +136,8 @@ class Task:
             lost = [f"{gone} of {gone + k} words of '{name}' dropped" for name, (gone, k) in dropped.items() if gone]
             note = f"{', '.join(lost)}: not single tokens of {model.name}" if lost else ""
             raws = generate(self.text, words, n, seed, split)
-        ordered = grouped([(_tried(lambda raw: tokenise(raw, encoder, several), raw), raw.pair) for raw in raws])
+        tokenised = [(_tried(lambda raw: tokenise(raw, encoder, several), raw), raw) for raw in raws]
+        ordered = grouped([(tokens, raw.pair) for tokens, raw in tokenised])
         everything = [tokens for group in ordered for tokens, _ in group]
         about = _about_bos(chosen, everything)
         notes = [
@@ -144,7 +148,7 @@ class Task:
             _left_out(encoder),
             self._about_ids(encoder, raws),
         ]
-        notes.append(_repeated(everything, encoder.name))
+        notes += [_repeated(everything, encoder.name), _apart(tokenised)]
         return Built(
             [batch_of([tokens for tokens, _ in group]) for group in ordered],
             tuple(pair for group in ordered for _, pair in group),
@@ -263,6 +267,20 @@ def _left_out(encoder: Encoder) -> str:
         f"{len(encoder.left_out)} of {len(encoder.words)} listed answers are no single tokens of {encoder.name} and are left "
         f"out ('{min(encoder.left_out)}', …)"
     )
+
+
+def _apart(pairs: Sequence[tuple[TokenPair, RawPair]]) -> str:
+    """A warning of pairs of a file whose prompts differ in more than half of their tokens, as they do where one is shifted."""
+    said = []
+    for tokens, raw in pairs:
+        if not raw.where or tokens.patch is None:
+            continue
+        n = len(tokens.roles) - tokens.roles.count("bos")
+        differ = sum(a != b for a, b in zip(tokens.original, tokens.patch, strict=True))
+        if 2 * differ > n and n >= LONG:
+            said.append(f"{raw.where}{differ} of {n} tokens differ")
+    more = f" (and {pairs_text(len(said) - 1, what='more pairs')} like it)" if len(said) > 1 else ""
+    return f"WARNING: {said[0]}{more}: are the prompts aligned?" if said else ""
 
 
 def _repeated(pairs: list[TokenPair], name: str) -> str:

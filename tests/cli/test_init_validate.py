@@ -56,6 +56,27 @@ def test_words_of_several_tokens_are_named(relp):
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert "no word of list 'w.txt' is a single token of tiny-gpt2" in done.err
 
+    for verb in ("score", "show", "compare"):
+        done = relp(verb, task)
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        assert "(no --model was given: tiny-gpt2 is the default)" in done.err
+    assert "no --model" not in relp("show", task, "--model", "tiny-gpt2").err
+
+
+def test_prompts_that_are_not_aligned_are_named(relp):
+    end = "went to the park. John gave a ring to"
+    shifted = "Then, Mary went to the park John gave a ring to", "Then, to Mary went to the park John gave a ring"
+    rows = [(f"Then, Mary {end}", f"Then, Alice {end}"), shifted]
+    Path("p.jsonl").write_text("".join(
+        json.dumps({"original": a, "patch": b, "answer": "Mary", "foil": "John", "split": "discovery"}) + "\n" for a, b in rows
+    ))  # fmt: skip
+    for verb in ("validate", "show", "score"):
+        err = relp(verb, "p.jsonl", "--model", "tiny-gpt2").err.replace("\n", "")
+        assert err.count("p.jsonl:2: 10 of 12 tokens differ: are the prompts aligned?") == 1, (verb, err)
+        assert "p.jsonl:1" not in err
+    said = relp("show", "ioi", "--pairs", 2).err
+    assert said.count("no --model was given: tiny-gpt2 is the default") == 1
+
 
 NAMES = {"A": {"values": ["Mary", "John"]}}
 
