@@ -250,7 +250,7 @@ def test_what_cannot_be_collected_is_one_line(relp, job, tmp_path):
     for line, expected in (
         (("collect", "other"), "is not a job's folder (it has no job.json)"),
         (("collect", job), "job 'small' was not run in runs/small"),
-        (("collect", "runs/small"), "there is no folder 'runs/small'"),
+        (("collect", "runs/small"), "'runs/small' is neither a job's folder nor a job"),
         (("collect", "other", "-o", "x"), "--output is for a JOB.yaml"),
     ):
         done = relp(*line)
