@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from matplotlib.ticker import LogLocator, NullLocator
 
 from relp_cli.errors import RelpError, unknown
 from relp_cli.models.load import usable_device
@@ -86,6 +87,10 @@ def draw_growth(table: pd.DataFrame, over: str, path: Path) -> None:
                 if y == "s":
                     axes.plot(rows[over].astype(str), rows["baseline s"], ":", color=colors[str(name)])
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_locator(NullLocator())
+            # Text of figures is not mathematics: 10^2 would be printed as typed.
+            axes.yaxis.set_major_formatter("{x:g}")
             axes.set_xlabel(over)
             axes.set_title(title, loc="left", fontweight="bold")
             bare(axes)
