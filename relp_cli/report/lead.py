@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from relp_cli.errors import RelpError
+from relp_cli.evaluation.areas import enough
 from relp_cli.methods.table import Method, row_of
 from relp_cli.report.digest import of_all_kinds, top_nodes
 from relp_cli.report.heatmap import REFERENCE
@@ -180,11 +181,10 @@ def _same(circuit: Circuit, evaluation: pd.DataFrame, row: Mapping[Any, Any]) ->
 
 
 def _smallest(evaluation: pd.DataFrame) -> dict[str, Any] | None:
-    """The smallest circuit of a sweep that is as good as 0.8 faithful, and all larger ones too."""
+    """The smallest circuit of a sweep that, like all larger ones, is enough."""
     if not {"n_nodes", "n_possible", "faithfulness"} <= {*evaluation}:
         return None
-    rows = evaluation.sort_values("n_nodes", ascending=False, kind="stable")
-    rows = rows[(rows.faithfulness >= 0.8).cummin()]
+    rows = enough(evaluation)
     return None if rows.empty else {str(k): v for k, v in rows.iloc[-1].items()}
 
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import pandas as pd
 
+from relp_cli.evaluation.areas import ENOUGH, enough
 from relp_cli.report.names import counted
 from relp_cli.report.tables import read_table
 from relp_cli.tasks.counted import pairs_text
-
-ENOUGH = 0.8  # faithfulness that a suggested circuit has
 
 
 def read_evaluation(path: Path) -> pd.DataFrame | None:
@@ -74,9 +73,8 @@ def suggested(table: pd.DataFrame | None, file: str = "evaluation.csv") -> Sugge
     need = {"tau", "n_nodes", "n_possible", "faithfulness", "n_pairs", "ablation", "exclude_layers"}
     if table is None or "circuit" in table or not need <= set(table):
         return None
-    rows = table.sort_values(["n_nodes", "tau"], ascending=[False, True], kind="stable")
-    reached = (rows.faithfulness >= ENOUGH).cummin()
-    chosen = rows[reached & (rows.n_nodes > 0) & rows.tau.notna()]
+    rows = enough(table)
+    chosen = rows[(rows.n_nodes > 0) & rows.tau.notna()]
     if chosen.empty:
         return None
     row = {str(name): value for name, value in chosen.iloc[-1].items()}
