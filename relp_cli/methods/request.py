@@ -57,9 +57,14 @@ class Request:
         )
 
 
+def chooses_rules(method: str, rules: Any) -> bool:
+    """Whether rules are chosen on some of the pairs: `relp+auto`, or rules "auto", as they are given or read."""
+    return method.partition("+")[2] == "auto" or rules in ("auto", ("auto",))
+
+
 def needs_all(row: Method, method: str, rules: Any = None) -> bool:
     """Whether a method's batches depend on each other, or its rules are chosen on some of the pairs."""
-    return row.by == "all" or method.partition("+")[2] == "auto" or rules in ("auto", ("auto",))
+    return row.by == "all" or chooses_rules(method, rules)
 
 
 def check_divisible(row: Method, method: str, rules: Any = None) -> None:

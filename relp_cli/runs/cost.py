@@ -10,6 +10,7 @@ import torch
 from relp_cli.features.kinds import SCORED
 from relp_cli.features.load import load_dictionaries
 from relp_cli.lrp.rules import RULE_SETS
+from relp_cli.methods.request import chooses_rules
 from relp_cli.methods.table import METHODS, row_of
 from relp_cli.models.model import Model
 from relp_cli.models.offload import resident
@@ -38,7 +39,7 @@ def describe_cost(model: Model, pairs: Sequence[PairBatch], spec: ScoreSpec) -> 
         return _edges_cost(model, n_pairs, n_runs, positions if keep else 1, spec)
     row = row_of(spec.method)
     forwards = f"{cost_of(spec.method)} per pair ({n_pairs} pairs)"
-    if spec.method.endswith("+auto") or spec.params.get("rules") == "auto":
+    if chooses_rules(spec.method, spec.params.get("rules")):
         forwards += "; to choose rules, another such pass per candidate set and 256 exactly patched cells"
     if several:
         forwards += ", for answer and foil each"

@@ -17,6 +17,7 @@ import torch
 from relp_cli.features.kinds import SCORED
 from relp_cli.methods.auto import candidates, set_aside
 from relp_cli.methods.memory import begun
+from relp_cli.methods.request import chooses_rules
 from relp_cli.methods.score import resolve_method
 from relp_cli.methods.table import Method, Params, Workload
 from relp_cli.models.model import Model
@@ -103,7 +104,7 @@ def expected_time(
     if row.each and spec.nodes == (SCORED,):
         return None
     at.forward(at.few)  # what the first pass alone takes
-    if spec.method.endswith("+auto") or spec.params.get("rules") == "auto":
+    if chooses_rules(spec.method, spec.params.get("rules")):
         return _choosing(at)
     if row.patches is not None:
         return _screening(at, row.patches(parsed))
