@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -22,14 +21,13 @@ import torch
 from relp_cli.errors import RelpError
 from relp_cli.features.dictionary import Dictionary
 from relp_cli.features.load import Dictionaries
-from relp_cli.methods.memory import begun
 from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import COMPONENTS
-from relp_cli.methods.table import METHODS
+from relp_cli.methods.table import METHODS, row_of
 from relp_cli.methods.unfinished import Unfinished
 from relp_cli.models.model import Model
 from relp_cli.runs.bench import fixture, one_thread
-from relp_cli.runs.rehearsal import PASSES, expected_peak, peak
+from relp_cli.runs.rehearsal import begun_for, expected_peak, peak
 from relp_cli.runs.spec import ScoreSpec
 from relp_cli.scoring import score
 from relp_cli.spaces.sites import Site
@@ -88,7 +86,7 @@ def cells_of(units: Sequence[str], only: str = "") -> list[tuple[str, str]]:
 
 
 def _serves(method: str, sort: str) -> bool:
-    return space_for(UNITS[sort]).name in METHODS[method.partition("+")[0]].serves
+    return space_for(UNITS[sort]).name in row_of(method).serves
 
 
 def peaks(f: Fixture, cells: Sequence[tuple[str, str]], progress: Progress | None = None) -> pd.DataFrame:
@@ -132,14 +130,8 @@ def _predicted(f: Fixture, method: str, sort: str) -> Any:
 
 def _measured(f: Fixture, method: str, sort: str) -> tuple[float, float, bool]:
     """Held before the run and above that at its peak, scores written; and whether it came to its end."""
-    started, passes, whole = time.monotonic(), 0, False
-
-    def enough(_: torch.Tensor) -> bool:
-        nonlocal passes
-        passes += 1
-        return passes > PASSES and time.monotonic() - started > SECONDS
-
-    with tempfile.TemporaryDirectory() as folder, peak(f.model.device) as found, begun(f.model, enough):
+    whole = False
+    with tempfile.TemporaryDirectory() as folder, peak(f.model.device) as found, begun_for(f.model, SECONDS):
         left = Unfinished(Path(folder) / "unfinished", method)
         scores = score(f.model, [f.batch], method, UNITS[sort], unfinished=left, **_given(f, sort))
         scores.save(Path(folder) / "scores.safetensors")

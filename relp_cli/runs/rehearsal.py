@@ -142,18 +142,25 @@ def expected_peak(
     return Expected(found.held, found.above, kept + left, len(batch), more, where)
 
 
-def _rehearse(
-    model: Model, batch: PairBatch, spec: ScoreSpec, request: Request, params: dict[str, Any], metric: str
-) -> None:
-    """Score one batch, until there was enough of it."""
+@contextmanager
+def begun_for(model: Model, seconds: float) -> Iterator[None]:
+    """A computation inside ends, without a word, after so many seconds, and `PASSES`."""
     started, passes = time.monotonic(), 0
 
     def enough(_: Any) -> bool:
         nonlocal passes
         passes += 1
-        return passes > PASSES and time.monotonic() - started > SECONDS
+        return passes > PASSES and time.monotonic() - started > seconds
 
     with begun(model, enough):
+        yield
+
+
+def _rehearse(
+    model: Model, batch: PairBatch, spec: ScoreSpec, request: Request, params: dict[str, Any], metric: str
+) -> None:
+    """Score one batch, until there was enough of it."""
+    with begun_for(model, SECONDS):
         if request.tokens is not None:
             score_units(model, [batch], spec.method, spec.nodes, replace(request, memory=None), **params)
         else:
