@@ -8,13 +8,13 @@ from typing import Any
 from relp_cli.errors import RelpError
 from relp_cli.tasks.counted import distinct, sharing_note
 from relp_cli.tasks.encoder import Encoder
-from relp_cli.tasks.generate import TooFewPairs
+from relp_cli.tasks.generate import AtMost
 from relp_cli.tasks.metrics import METRICS
 from relp_cli.tasks.shared import prompts_of
-from relp_cli.tasks.task import Built, Task
+from relp_cli.tasks.task import Task
 from relp_cli.tasks.tokenise import vocabulary
 
-MOST = 100  # pairs that are drawn per split
+MOST = AtMost(100)  # pairs that are drawn per split
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def fit(task: Task, bare: Bare) -> Fit:
         return Fit(several, pairs, prompts, lengths, (str(error),))
     for split in ("discovery", "heldout"):
         try:
-            built = _drawn(task, bare, split)
+            built = task.build(bare, MOST, 0, split)
         except RelpError as error:
             pairs[split] = prompts[split] = 0
             if str(error) not in why:
@@ -71,15 +71,6 @@ def fit(task: Task, bare: Bare) -> Fit:
         for batch in built.batches:
             lengths[batch.n_pos] = lengths.get(batch.n_pos, 0) + len(batch)
     return Fit(several, pairs, prompts, dict(sorted(lengths.items())), tuple(why))
-
-
-def _drawn(task: Task, bare: Bare, split: str) -> Built:
-    try:
-        return task.build(bare, MOST, 0, split)
-    except TooFewPairs as error:
-        if not error.count:
-            raise
-        return task.build(bare, error.count, 0, split)
 
 
 def _warning(note: str) -> str:
