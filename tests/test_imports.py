@@ -51,6 +51,10 @@ FLOORS = (  # a module imports its own package's modules and those of floors bel
     ("evaluation",),
     ("report",),
     ("runs",),
+    ("costs",),
+    ("studies",),
+    ("jobs",),
+    ("outputs",),
     ("cli",),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -44,10 +44,10 @@ def command(
         raise RelpError("--over memory is a table of processes on the CPU: leave --plot and --device out")
     import pandas as pd
 
+    from relp_cli.costs.bench import run_benches
+    from relp_cli.costs.growth import draw_growth, growth, on_device, sizes
     from relp_cli.report.canvas import check_ending
     from relp_cli.report.tables import show
-    from relp_cli.runs.bench import run_benches
-    from relp_cli.runs.growth import draw_growth, growth, on_device, sizes
 
     if over is None:
         table, sized = pd.DataFrame(run_benches(rounds, layers, only)), f"batch 8 × 16 tokens, {layers} layers"
@@ -70,8 +70,8 @@ def command(
 
 def _peaks(units: Sequence[str], only: str, json: bool) -> None:
     """--over memory"""
+    from relp_cli.costs.peaks import Fixture, cells_of, outside, peaks, sized
     from relp_cli.report.tables import show
-    from relp_cli.runs.peaks import Fixture, cells_of, outside, peaks, sized
 
     chosen = cells_of(units, only)
     with progress() as bar:

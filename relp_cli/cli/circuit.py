@@ -71,7 +71,7 @@ def command(
     if asked.verify:
         circuit = _verified(asked, spec, scores, circuit, session)
     if asked.edge_threshold is not None:
-        from relp_cli.runs.features import show_edges, with_edges
+        from relp_cli.studies.features import show_edges, with_edges
 
         prepared = prepare_again(spec, scores, session)
         with progress() as bar:
@@ -102,7 +102,7 @@ def command(
 def _clustered(asked: CircuitOptions, run: RunDir, spec: ScoreSpec, scores: Scores, session: Session) -> None:
     """A circuit for each cluster of pairs, written into a folder and shown."""
     from relp_cli.cli.clusters import show_clusters
-    from relp_cli.runs.clustering import cluster_run, clusters_asked
+    from relp_cli.studies.clustering import cluster_run, clusters_asked
 
     how = {**asked.how, "sign": asked.ranked_by, **asked.of_space}
     with progress() as bar:
@@ -143,7 +143,7 @@ def _note_stability(asked: CircuitOptions, how: dict[str, Any], scores: Scores) 
 
 def _verified(asked: CircuitOptions, spec: ScoreSpec, scores: Scores, circuit: Circuit, session: Session) -> Circuit:
     """The nodes that exact patching confirms."""
-    from relp_cli.runs.verifying import verify_circuit
+    from relp_cli.studies.verifying import verify_circuit
 
     with progress() as bar:
         circuit, lines = verify_circuit(spec, scores, circuit, asked.confirm, session, bar)

@@ -145,7 +145,7 @@ class CircuitOptions:
             raise RelpError(f"--edge-threshold: expected a number, got {self.edge_threshold}")
 
     def _check_clusters(self, asked: str) -> None:
-        from relp_cli.runs.clustering import clusters_asked
+        from relp_cli.studies.clustering import clusters_asked
 
         clusters_asked(asked)
         of_one_circuit = {

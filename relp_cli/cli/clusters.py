@@ -11,7 +11,7 @@ from relp_cli.cli.common import log, note, out
 from relp_cli.report.tables import show
 
 if TYPE_CHECKING:
-    from relp_cli.runs.clustering import Clustered
+    from relp_cli.studies.clustering import Clustered
 
 
 def show_clusters(made: Clustered) -> None:

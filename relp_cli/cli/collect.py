@@ -24,9 +24,9 @@ def command(
 
     Example: relp collect runs/table5_tiny
     """
-    from relp_cli.runs.collecting import cell_paths, collect, job_of
+    from relp_cli.jobs.collecting import cell_paths, collect, job_of
+    from relp_cli.jobs.known import Known
     from relp_cli.runs.folders import check_job_name
-    from relp_cli.runs.known import Known
 
     if Path(target).is_dir():
         if output or override:

@@ -56,8 +56,8 @@ def command(
     from relp_cli.runs.folders import check_compared
 
     runs = check_compared(targets)
-    from relp_cli.runs.comparing import CompareOptions, compare_runs, compare_tasks
     from relp_cli.runs.scoring import Session
+    from relp_cli.studies.comparing import CompareOptions, compare_runs, compare_tasks
 
     if nodes == COMPONENTS:
         nodes = "feature" if how.dictionary is not None else _served(comma(methods, "--methods"))
@@ -72,7 +72,7 @@ def command(
         output = Path("runs") / "-".join(["compare", *names])[:120]
     session = Session(how.place, say=waiting, at_most=not typed(context, "pairs"))
     if dry_run:
-        from relp_cli.runs.foreseen import comparison_cost
+        from relp_cli.studies.foreseen import comparison_cost
 
         cost = {"folder": str(output), **comparison_cost(targets, options, session)}
         print_json(cost) if json else print_fields(cost)

@@ -80,7 +80,7 @@ def lists() -> Iterable[str]:
 
 
 def schemas() -> Iterable[str]:
-    from relp_cli.runs.schemas import SCHEMAS
+    from relp_cli.outputs.schemas import SCHEMAS
 
     return SCHEMAS
 

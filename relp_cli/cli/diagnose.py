@@ -65,15 +65,15 @@ def command(
     check_task(task)
     from relp_cli.evaluation.diagnose import Options, check_candidate, diagnose
     from relp_cli.files import check_writable
-    from relp_cli.runs.diagnosing import RECORD, save_diagnosis
     from relp_cli.runs.scoring import Session, prepare
+    from relp_cli.studies.diagnosing import RECORD, save_diagnosis
 
     check_candidate(method)
     if output is not None:
         check_writable(output / RECORD)
     session = Session(how.place, say=waiting, at_most=not typed(context, "pairs"))
     if dry_run:
-        from relp_cli.runs.foreseen import diagnosis_cost
+        from relp_cli.studies.foreseen import diagnosis_cost
 
         cost = diagnosis_cost(spec, method, top, thorough, session)
         print_json(cost) if json else print_fields(cost)

@@ -36,7 +36,7 @@ from relp_cli.config.memory import bytes_of
 from relp_cli.models.placement import placed
 
 if TYPE_CHECKING:
-    from relp_cli.runs.evaluating import Evaluation
+    from relp_cli.studies.evaluating import Evaluation
 
 ONLY_JOBS = {"override", "engine", "shard", "workers", "address", "cpus_per_worker", "gpus_per_worker", "slurm"}
 OF_JOBS = {"target", "batch_size", "memory", "device", "device_map", "output", "dry_run", "json", *ONLY_JOBS}
@@ -119,7 +119,7 @@ class EvaluateOptions:
         return [*self.override, *(f"{key}={value}" for key, value in keys.items() if value is not None)]
 
     def of_run(self) -> Evaluation:
-        from relp_cli.runs.evaluating import Evaluation
+        from relp_cli.studies.evaluating import Evaluation
 
         return Evaluation(
             sweep=self.sweep, kinds=self.kinds, circuit=self.circuit, task=self.task, metric=self.metric, pairs=self.pairs,
@@ -156,7 +156,7 @@ def command(
     if asked.task is not None:
         check_task(asked.task)
     if asked.dry_run:
-        from relp_cli.runs.evaluating import evaluation_cost
+        from relp_cli.studies.evaluating import evaluation_cost
 
         cost = evaluation_cost(Path(target), asked.sweep, asked.circuit, asked.pairs, asked.random, kinds)
         print_json(cost) if asked.json else print_fields(cost)
@@ -181,8 +181,8 @@ def _job(target: str, asked: EvaluateOptions, context: typer.Context, place: str
 def _run(target: str, asked: EvaluateOptions, place: str | None, at_most: bool) -> None:
     from relp_cli.cli.tables import show_evaluation
     from relp_cli.report.tables import show
-    from relp_cli.runs.evaluating import evaluate_run, minimality_of_run, ready
     from relp_cli.runs.scoring import Session
+    from relp_cli.studies.evaluating import evaluate_run, minimality_of_run, ready
     from relp_cli.tasks.counted import pairs_text
 
     at = ready(Path(target), asked.of_run(), Session(place, say=waiting, at_most=at_most), asked.output)

@@ -79,8 +79,8 @@ def export(
         _table(run, file, json)
         return
     from relp_cli.edges.exchange import check_circuit_name, export_circuit
-    from relp_cli.runs.evaluating import own_circuit
     from relp_cli.runs.scoring import open_run
+    from relp_cli.studies.evaluating import own_circuit
 
     check_circuit_name(file)
     check_file_writable(file)
@@ -104,7 +104,7 @@ def export(
 def _table(run: Path, file: Path, json: bool) -> None:
     if file.suffix.lower() not in TABLES:
         raise RelpError(f"{file}: expected a name that ends in {' or '.join(TABLES)}")
-    from relp_cli.runs.exporting import export_table
+    from relp_cli.outputs.exporting import export_table
 
     done = export_table(run, file)
     if json:
@@ -120,7 +120,7 @@ def _table(run: Path, file: Path, json: bool) -> None:
 def _graph(run: Path, file: Path, place: str | None, json: bool) -> None:
     if file.suffix.lower() != ".json":
         raise RelpError(f"{file}: expected a name that ends in .json")
-    from relp_cli.runs.exporting import export_graph
+    from relp_cli.outputs.exporting import export_graph
 
     done = export_graph(run, file, place)
     if json:
@@ -133,8 +133,8 @@ def _graph(run: Path, file: Path, place: str | None, json: bool) -> None:
 
 
 def _submit(run: Path, folder: Path, name: str | None, place: str | None, json: bool) -> None:
+    from relp_cli.outputs.submission import checked_submission, export_submission
     from relp_cli.report.tables import show
-    from relp_cli.runs.submission import checked_submission, export_submission
 
     file = export_submission(run, folder, name, place)
     rows, notes = checked_submission(folder)

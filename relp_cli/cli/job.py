@@ -30,10 +30,10 @@ from relp_cli.errors import RelpError, unknown
 from relp_cli.models.placement import placed
 
 if TYPE_CHECKING:
-    from relp_cli.runs.collecting import Collected
-    from relp_cli.runs.engine import Options
-    from relp_cli.runs.job import Group, JobSpec
-    from relp_cli.runs.jobrun import Outcome
+    from relp_cli.jobs.collecting import Collected
+    from relp_cli.jobs.engine import Options
+    from relp_cli.jobs.grid import Group, JobSpec
+    from relp_cli.jobs.run import Outcome
 
 MOST_NAMED = 5  # failed cells of one error, by name
 
@@ -66,7 +66,7 @@ def reproduce(
 
 def named_job(name: str, overrides: list[str]) -> JobSpec:
     """A shipped job, or a file. Raises RelpError for what is neither."""
-    from relp_cli.runs.job import load_job
+    from relp_cli.jobs.grid import load_job
 
     return load_job(name, overrides)
 
@@ -83,8 +83,8 @@ class Where:
 
     def options(self) -> Options:
         """What the engine is asked for. Raises RelpError for what does not go together."""
-        from relp_cli.runs.engine import Options
-        from relp_cli.runs.engines import ENGINES
+        from relp_cli.jobs.engine import Options
+        from relp_cli.jobs.engines import ENGINES
 
         options = Options(self.place, self.workers, **self.more)
         ENGINES[self.engine]
@@ -99,11 +99,11 @@ class Where:
 def run_job(job: JobSpec, output: Path | None, where: Where, dry_run: bool, json: bool, lenient: bool = False) -> None:
     """Run, collect, write tables and figures, print a summary. Exit code 1 where a cell failed (`lenient`: where all
     of them did, for experiments whose models are not expected to be all there); of a shard, where one of its own did."""
-    from relp_cli.runs.collecting import cell_paths, collect, keep_job
-    from relp_cli.runs.job import cells, groups_of, groups_of_shard
-    from relp_cli.runs.jobcheck import check_job
-    from relp_cli.runs.known import Known
-    from relp_cli.runs.shards import shard_of, source_of
+    from relp_cli.jobs.check import check_job
+    from relp_cli.jobs.collecting import cell_paths, collect, keep_job
+    from relp_cli.jobs.grid import cells, groups_of, groups_of_shard
+    from relp_cli.jobs.known import Known
+    from relp_cli.jobs.shards import shard_of, source_of
 
     options = where.options()
     folder = output or Path("runs") / job.name
@@ -143,13 +143,13 @@ def run_job(job: JobSpec, output: Path | None, where: Where, dry_run: bool, json
 
 def _outcome(job: JobSpec, folder: Path, where: Where, options: Options, groups: list[Group]) -> Outcome:
     """Have the cells of these groups computed."""
-    from relp_cli.runs.engines import ENGINES
-    from relp_cli.runs.jobrun import run_cells
+    from relp_cli.jobs.engines import ENGINES
+    from relp_cli.jobs.run import run_cells
     from relp_cli.runs.scoring import Session
 
     with progress() as bar:
         if where.workers is not None and where.engine == "local":
-            from relp_cli.runs.workers import cores, places, run_workers, visible_gpus
+            from relp_cli.jobs.workers import cores, places, run_workers, visible_gpus
 
             n = max(1, min(where.workers, len(groups)))  # one without a group would only wait
             at = places(n, visible_gpus(where.place), cores())
@@ -168,7 +168,7 @@ def note_unloaded(models: Iterable[str]) -> None:
 
 def show_job(job: JobSpec, folder: Path, result: Collected, state: str, json: bool) -> None:
     """Write the tables and figures of what there is, and print them."""
-    from relp_cli.runs.summary import summarise
+    from relp_cli.jobs.summary import summarise
 
     files, tables = summarise(job, result.rows, folder, result.errors)
     if json:

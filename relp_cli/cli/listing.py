@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 def listed(path: Path) -> tuple[Scores, Circuit, Path]:
     """A run's scores, its circuit and the circuit's file. Raises RelpError where it has none."""
-    from relp_cli.runs.evaluating import own_circuit
     from relp_cli.runs.scoring import open_run
+    from relp_cli.studies.evaluating import own_circuit
 
     run, _, scores = open_run(path)
     if not run.circuit.is_file():

@@ -60,7 +60,7 @@ def command(
 
     Example: relp evaluate mib mib/ioi --model gpt2 --methods eap,eap_ig,relp
     """
-    from relp_cli.runs.mib import MibOptions, evaluate_mib, mib_cost, model_of
+    from relp_cli.studies.mib import MibOptions, evaluate_mib, mib_cost, model_of
 
     paths = tuple(map(Path, comma(runs, "--runs"))) if runs is not None else ()
     if paths:

@@ -20,7 +20,7 @@ def command(
 
     Example: relp overlap runs/ioi-seed0 runs/ioi-seed1
     """
-    from relp_cli.runs.overlapping import overlap_of
+    from relp_cli.studies.overlapping import overlap_of
 
     rows = overlap_of(first, second)
     if json:

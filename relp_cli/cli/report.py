@@ -32,7 +32,7 @@ def command(
     from relp_cli.runs.folders import check_reported
 
     check_reported(folders)  # what is none is said before torch is imported
-    from relp_cli.runs.reporting import report
+    from relp_cli.outputs.reporting import report
 
     made = report(folders, output, annotations)
     if json:

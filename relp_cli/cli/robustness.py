@@ -65,8 +65,8 @@ def command(
     RunDir(run).read()  # what is none is said before torch is imported
     for task in comma(tasks, "--tasks") if tasks is not None else ():
         check_task(task)
-    from relp_cli.runs.robustness import Grid, grid_cost, robustness_of_run
     from relp_cli.runs.scoring import Session, open_run
+    from relp_cli.studies.robustness import Grid, grid_cost, robustness_of_run
 
     place = placed(device, device_map)
     own = open_run(run)[1].method

@@ -20,7 +20,7 @@ def command(
 
     Example: relp schema task task.schema.json
     """
-    from relp_cli.runs.schemas import schema
+    from relp_cli.outputs.schemas import schema
 
     made = schema(what)
     if file is None:
@@ -42,7 +42,7 @@ def write(what: str, file: Path) -> None:
     import json
 
     from relp_cli.files import check_file_writable, write_atomically
-    from relp_cli.runs.schemas import schema
+    from relp_cli.outputs.schemas import schema
 
     check_file_writable(file)
     write_atomically(file, json.dumps(schema(what), indent=1, ensure_ascii=False) + "\n")

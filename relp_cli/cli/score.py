@@ -78,10 +78,10 @@ def command(
     from relp_cli.runs.folders import check_task
 
     check_task(task)  # what is wrong without torch is said before it is imported
+    from relp_cli.costs.passes import describe_cost
     from relp_cli.evaluation.behaviour import said
-    from relp_cli.runs.cost import describe_cost
+    from relp_cli.jobs.shards import score_shard, shard_of
     from relp_cli.runs.scoring import Prepared, Session, check_request, score_run, scoring_notes
-    from relp_cli.runs.shards import score_shard, shard_of
 
     session = Session(how.place, say=waiting, at_most=not typed(context, "pairs"))
     share = None if shard is None else shard_of(shard)
@@ -92,7 +92,7 @@ def command(
         read_annotations(annotations)
     waiting(f"loading {at_revision(model, revision)} …")
     if dry_run:
-        from relp_cli.runs.foreseen import foresee
+        from relp_cli.studies.foreseen import foresee
 
         cost = foresee(spec, session).fields
         print_json(cost) if json else print_fields(cost)
@@ -127,7 +127,7 @@ def command(
     from relp_cli.cli.tables import show_scores
 
     if "feature" in scores:
-        from relp_cli.runs.features import show_features
+        from relp_cli.studies.features import show_features
 
         show_features(spec, session, scores, annotations, out, top)
     else:

@@ -130,8 +130,8 @@ def _is_job(name: str) -> bool:
 
 
 def _checked_job(name: str) -> dict[str, Any]:
-    from relp_cli.runs.job import cells, load_job
-    from relp_cli.runs.jobcheck import check_job
+    from relp_cli.jobs.check import check_job
+    from relp_cli.jobs.grid import cells, load_job
 
     job = load_job(name, [])
     check_job(job)
@@ -227,9 +227,9 @@ def show(
 def _show_run(path: Path, top: int, json: bool) -> None:
     from relp_cli.cli.tables import named
     from relp_cli.evaluation.behaviour import said
+    from relp_cli.outputs.showing import view_run
     from relp_cli.report.characters import KEY, print_map, print_positions
     from relp_cli.report.tables import show as show_table
-    from relp_cli.runs.showing import view_run
     from relp_cli.tasks.counted import pairs_text
 
     seen = view_run(path)

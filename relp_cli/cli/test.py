@@ -81,14 +81,14 @@ def command(
     how.check()
     place = placed(device, device_map)
     if dry_run:
-        from relp_cli.runs.testing import testing_cost
+        from relp_cli.studies.testing import testing_cost
 
         cost = testing_cost(run, circuit, pairs, how)
         print_json(cost) if json else print_fields(cost)
         return
-    from relp_cli.runs.evaluating import Evaluation, ready
     from relp_cli.runs.scoring import Session
-    from relp_cli.runs.testing import run_tests
+    from relp_cli.studies.evaluating import Evaluation, ready
+    from relp_cli.studies.testing import run_tests
     from relp_cli.tasks.counted import pairs_text
 
     asked = Evaluation(

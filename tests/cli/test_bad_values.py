@@ -143,7 +143,7 @@ def _no_model(monkeypatch, folder):
 
     monkeypatch.setattr(load, "_from_pretrained", only_broken)
     monkeypatch.setattr(load, "_hub_resolves", lambda: False)
-    monkeypatch.setattr("relp_cli.runs.bench.fixture", _asked)
+    monkeypatch.setattr("relp_cli.costs.bench.fixture", _asked)
     monkeypatch.setattr("typer.main.get_command", lambda _: commands)
     monkeypatch.chdir(folder)
 

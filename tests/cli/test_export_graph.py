@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 import relp_cli as relp_api
-from relp_cli.runs.exporting import Drawn
+from relp_cli.outputs.exporting import Drawn
 from relp_cli.spaces.scores import Scores
 
 
@@ -191,7 +191,7 @@ def test_what_has_no_graph_is_refused(relp):
 def test_a_device_map_is_taken(relp, monkeypatch):
     places = []
     monkeypatch.setattr(
-        "relp_cli.runs.exporting.export_graph", lambda *given: places.append(given[2]) or Drawn(0, 0, 0, "")
+        "relp_cli.outputs.exporting.export_graph", lambda *given: places.append(given[2]) or Drawn(0, 0, 0, "")
     )
     relp("score", "ioi", "--pairs", 2, "--nodes", "mlp_out", "--method", "atp", "-o", "run")
     assert relp("export", "run", "g.json", "--format", "circuit-tracer", "--device-map", "offload").code == 0

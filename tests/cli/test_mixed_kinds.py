@@ -9,10 +9,10 @@ import torch
 
 import relp_cli
 from relp_cli.nodes.kinds import NODE_KINDS, mixed_warning
-from relp_cli.runs.evaluating import circuits_of
 from relp_cli.spaces.circuit import Circuit
 from relp_cli.spaces.nodes import node_circuit
 from relp_cli.spaces.scores import Scores
+from relp_cli.studies.evaluating import circuits_of
 
 KINDS = ["resid_pre", "attn_out", "mlp_out"]
 SAID = "WARNING: resid_pre carries all that attn_out, mlp_out of lower layers write"

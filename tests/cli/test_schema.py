@@ -10,7 +10,7 @@ import yaml
 
 from relp_cli.config.load import read_values
 from relp_cli.config.paths import data_root
-from relp_cli.runs.schemas import SCHEMAS, schema
+from relp_cli.outputs.schemas import SCHEMAS, schema
 
 TYPES = {
     "object": dict,

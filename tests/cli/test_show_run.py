@@ -118,9 +118,9 @@ def test_a_dry_run_says_how_long(relp, options):
 
 @pytest.mark.parametrize("method", ["ig_inputs", "relp_ig", "expected_gradients", "conductance", "ig_activations"])
 def test_the_gradients_that_a_dry_run_counts_are_taken(method):
+    from relp_cli.costs.timing import Timing, points_of
     from relp_cli.models.load import load_model
     from relp_cli.runs.spec import ScoreSpec
-    from relp_cli.runs.timing import Timing, points_of
     from relp_cli.tasks.task import load_task
 
     model = load_model("tiny-gpt2")

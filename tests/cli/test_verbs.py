@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import relp_cli
-from relp_cli.runs import bench
+from relp_cli.costs import bench
 
 
 def test_help_and_import_load_no_torch():
@@ -199,7 +199,7 @@ def test_verify_keeps_exactly_what_patching_confirms(relp, tmp_path):
 
 
 def test_bench_reports_ratios_of_one_run(relp, monkeypatch):
-    monkeypatch.setattr("relp_cli.runs.bench.fixture", cache(bench.fixture))
+    monkeypatch.setattr("relp_cli.costs.bench.fixture", cache(bench.fixture))
     done = relp("bench", "--layers", 1, "--rounds", 1, "--only", "circuit", "--json")
     assert done.code == 0, done.err
     row = json.loads(done.out)[0]

@@ -17,14 +17,14 @@ import pytest
 import relp_cli
 from relp_cli.config.paths import data_root
 from relp_cli.errors import RelpError
-from relp_cli.runs import ray_engine
-from relp_cli.runs.collecting import Collected, collect
-from relp_cli.runs.engine import Options
-from relp_cli.runs.engines import ENGINES
-from relp_cli.runs.job import JobSpec, load_job
-from relp_cli.runs.jobrun import Outcome
-from relp_cli.runs.ray_worker import Worker
-from relp_cli.runs.summary import summarise
+from relp_cli.jobs import ray_engine
+from relp_cli.jobs.collecting import Collected, collect
+from relp_cli.jobs.engine import Options
+from relp_cli.jobs.engines import ENGINES
+from relp_cli.jobs.grid import JobSpec, load_job
+from relp_cli.jobs.ray_worker import Worker
+from relp_cli.jobs.run import Outcome
+from relp_cli.jobs.summary import summarise
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError
 from relp_cli.evaluation.mib import Curve, MibValues, mib, mib_circuits, mib_measures, without_positions
-from relp_cli.runs.evaluating import circuits_of
 from relp_cli.spaces.graph import Graph
+from relp_cli.studies.evaluating import circuits_of
 from tests.oracles import edges as oracle
 from tests.oracles.forward import forward
 from tests.oracles.make import exact_float64

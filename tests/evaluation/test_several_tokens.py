@@ -24,10 +24,10 @@ from relp_cli.features.load import load_dictionaries
 from relp_cli.methods.auto import exact_cells
 from relp_cli.methods.request import Request
 from relp_cli.models.load import load_model
-from relp_cli.runs.robustness import Grid, _faithfulness
 from relp_cli.scoring import score
 from relp_cli.selection import select
 from relp_cli.statistics import resample_counts
+from relp_cli.studies.robustness import Grid, _faithfulness
 from relp_cli.tasks.pairs import PairBatch
 from relp_cli.tasks.parts import parts_of
 

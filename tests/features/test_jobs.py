@@ -12,12 +12,12 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from relp_cli.errors import RelpError
 from relp_cli.features.kinds import FEATURE_KINDS
+from relp_cli.jobs.collecting import collect
+from relp_cli.jobs.grid import JobSpec, cells, load_job
+from relp_cli.jobs.run import run_cells
+from relp_cli.jobs.summary import summarise
 from relp_cli.models.catalog import EMBEDDED
-from relp_cli.runs.collecting import collect
-from relp_cli.runs.job import JobSpec, cells, load_job
-from relp_cli.runs.jobrun import run_cells
 from relp_cli.runs.scoring import Session
-from relp_cli.runs.summary import summarise
 
 from .folders import write_all_sites
 

@@ -199,7 +199,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from relp_cli.methods import memory
 from relp_cli.models.load import wrap
 from relp_cli.models.offload import resident
-from relp_cli.runs.rehearsal import peak
+from relp_cli.costs.rehearsal import peak
 from relp_cli.scoring import score
 from relp_cli.tasks.pairs import PairBatch
 

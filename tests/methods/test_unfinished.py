@@ -11,12 +11,12 @@ import torch
 from oracles.wrapped import case, pairs, run
 
 from relp_cli.errors import RelpError
+from relp_cli.jobs.shards import shard_of
 from relp_cli.methods import patching
 from relp_cli.methods import unfinished as module
 from relp_cli.methods.request import Request
 from relp_cli.methods.score import score_share
 from relp_cli.methods.unfinished import Shard, Unfinished
-from relp_cli.runs.shards import shard_of
 from relp_cli.spaces.scores import Scores
 
 KINDS = ["resid_pre", "mlp_neuron"]

@@ -1,0 +1,1 @@
+"""Batch jobs: a grid of cells, and the processes and machines that share them."""

@@ -1,0 +1,1 @@
+"""What people and other programs get of folders: tables on the terminal, exports, pages, JSON Schemas."""
