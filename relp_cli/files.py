@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any
 from relp_cli.errors import BAD_PLACE, RelpError, RunFailed
 
 TEMPORARY = (".relp-", ".tmp")
+OLD = 3600.0  # seconds
 MOST_DIGITS = 300  # of a number in a file; Python itself refuses integers of more than 4300
 
 
@@ -27,8 +29,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     check_file_writable(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale(path.parent)
         with _locked_temporary(path.parent) as (handle, temporary):
+            remove_stale(path.parent, os.fstat(handle).st_mtime)
             with os.fdopen(handle, "wb", closefd=False) as stream:
                 stream.write(data)
             os.fsync(handle)
@@ -38,17 +40,39 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise _write_error(path, error) from error
 
 
-def write_once(path: Path, content: str) -> None:
-    """Write a file that is not there; one that is, or that another process makes at the same time, stays as it is."""
+def create_once(path: Path, content: str) -> bool:
+    """Make a file that is not there. Whether this process made it: of several at a time, one does.
+
+    By O_EXCL alone, as there are file systems without hard links: another process may see the file while it is still empty, and
+    finds it so where its maker died.
+    Raises: RelpError where `path` cannot be a file of ours, RunFailed where writing fails (a full disk).
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked_temporary(path.parent) as (handle, temporary):
-            os.write(handle, content.encode())
-            os.fsync(handle)
-            with suppress(FileExistsError):
-                os.link(temporary, path)
     except OSError as error:
         raise _write_error(path, error) from error
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    except (FileExistsError, FileNotFoundError):  # not found: another process took the empty folder away again
+        return False
+    except OSError as error:
+        raise _write_error(path, error) from error
+    try:
+        os.write(handle, content.encode())
+        os.fsync(handle)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise _write_error(path, error) from error
+    finally:
+        os.close(handle)
+    return True
+
+
+def see_anew(folder: Path) -> None:
+    """Have a file server say what is in a folder: its clients remember for up to a minute which names were not there, until they
+    change something there themselves (of NFS on Linux)."""
+    with suppress(OSError), _locked_temporary(folder):
+        pass
 
 
 def check_writable(path: Path) -> None:
@@ -87,12 +111,18 @@ def check_file_writable(path: Path) -> None:
         raise RelpError(f"cannot write {path}: it is a folder; expected the name of a file")
 
 
-def remove_stale(folder: Path) -> None:
-    """Remove what killed processes left half-written in a folder. A living process's file is locked and stays."""
+def remove_stale(folder: Path, now: float) -> None:
+    """Remove what killed processes left half-written in a folder. A living process's file is locked and stays.
+
+    Of other machines, only what is older than OLD at `now`, the clock of the folder's file system: their locks may not be seen
+    here (Lustre's and NFS's are of one machine, where they are mounted with localflock, local_lock or nolock).
+    """
     for entry in list(os.scandir(folder)):
         if not (entry.name.startswith(TEMPORARY[0]) and entry.name.endswith(TEMPORARY[1])):
             continue
         with suppress(OSError):  # locked, or renamed by its owner in between
+            if not entry.name.startswith(_own_prefix()) and now - entry.stat().st_mtime < OLD:
+                continue
             handle = os.open(entry.path, os.O_WRONLY)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,11 +131,16 @@ def remove_stale(folder: Path) -> None:
                 os.close(handle)
 
 
+def _own_prefix() -> str:
+    """What this machine's temporary files begin with."""
+    return f"{TEMPORARY[0]}{hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]}-"
+
+
 @contextmanager
 def _locked_temporary(folder: Path) -> Iterator[tuple[int, str]]:
     """An open temporary file that says by its lock that its writer lives; gone afterwards, unless it was renamed."""
     while True:
-        handle, name = tempfile.mkstemp(dir=folder, prefix=TEMPORARY[0], suffix=TEMPORARY[1])
+        handle, name = tempfile.mkstemp(dir=folder, prefix=_own_prefix(), suffix=TEMPORARY[1])
         with suppress(OSError):  # a file system without locks: then nothing counts as stale
             fcntl.flock(handle, fcntl.LOCK_EX)
         if os.fstat(handle).st_nlink:  # else taken for a stale one before it was locked

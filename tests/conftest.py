@@ -64,10 +64,11 @@ def relp(tmp_path, monkeypatch, capfd) -> Callable[..., Done]:
     def call(*args: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["relp", *map(str, args)])
         capfd.readouterr()
-        handler = signal.getsignal(signal.SIGINT)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         with pytest.raises(SystemExit) as stop:
             run()
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         out, err = capfd.readouterr()
         return Done(int(stop.value.code or 0), out, err)
 

@@ -16,15 +16,18 @@ from typing import Any
 from relp_cli.cli.waiting import settle
 from relp_cli.errors import BAD_PLACE, RelpError, nearest, visible
 
-INTERRUPTED = "interrupted; the same command again resumes what was finished"
+RESUMES = "the same command again resumes what was finished"
+ENDED = {signal.SIGINT: f"interrupted; {RESUMES}", signal.SIGTERM: f"ended by SIGTERM; {RESUMES}"}
 LONGEST = 600  # characters of an error line; more is somebody's file
 
 
 def run() -> None:
-    """Run the command line. Exit codes: 0, 1 (failed), 2 (bad input), 130 (interrupted)."""
+    """Run the command line. Exit codes: 0, 1 (failed), 2 (bad input), 130 (interrupted), 143 (SIGTERM: a cluster's time limit
+    or preemption; what is claimed in a shared folder is given back, as after an interrupt)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ["MPLBACKEND"] = "agg"  # a notebook's backend, inherited, would not be there
-    signal.signal(signal.SIGINT, _interrupt)
+    for number in ENDED:
+        signal.signal(number, _interrupt)
     try:
         _usable_streams()
         from typer.main import get_command
@@ -40,8 +43,10 @@ def run() -> None:
             raise
         fail(*explain(error))
     if code == 130:  # typer returns it for an interrupt
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        fail(INTERRUPTED, 130)
+        by = _ended_by[0] if _ended_by else signal.SIGINT
+        for number in ENDED:
+            signal.signal(number, signal.SIG_IGN)
+        fail(ENDED[by], 128 + by)
     _leave(code)
 
 
@@ -106,14 +111,20 @@ def _typed() -> str:
     return f"relp {' '.join(sys.argv[1:])}"
 
 
-def _interrupt(_: int, frame: FrameType | None) -> None:
+_ended_by: list[signal.Signals] = []
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
     """KeyboardInterrupt, but at once while a module is imported: modules of others catch whatever is raised in them."""
+    _ended_by.append(by := signal.Signals(number))
+    if by is signal.SIGTERM:  # once: launchers send it several times, and claims are being released
+        signal.signal(by, signal.SIG_IGN)
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             settle()
             with suppress(OSError):
-                os.write(2, f"error: {INTERRUPTED}\n".encode())
-            os._exit(130)
+                os.write(2, f"error: {ENDED[by]}\n".encode())
+            os._exit(128 + by)
         frame = frame.f_back
     raise KeyboardInterrupt
 

@@ -1,12 +1,14 @@
-"""Which of several processes at one job folder computes what: claims are files, made by an atomic link.
+"""Which of several processes at one job folder computes what: claims are files that only one of them can make.
 
-A claim `name.k` is the k-th of its name; the highest k holds it. Its owner touches it; where it was not touched for
-`EXPIRES` seconds of the watcher's own clock, or its process on this machine is gone, the link `name.k+1` takes it over:
-links are exclusive, so of several processes one gets it. No clocks of two machines are compared.
+A claim `name.k` is the k-th of its name; the highest k holds it. Its owner adds to it; where nothing was added for
+`EXPIRES` seconds of the watcher's own clock, or its process on this machine is gone, the file `name.k+1` takes it over:
+creation is exclusive (O_EXCL, which file systems without hard links have too), so of several processes one gets it. No clocks of
+two machines are compared. An owner that was stopped for longer than that finds its claim `lost` when it goes on.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -17,11 +19,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
 
 from relp_cli.errors import RelpError
-from relp_cli.files import read_json
+from relp_cli.files import create_once
 
 EXPIRES, BEAT, POLL = 60.0, 10.0, 0.5  # seconds: without a sign of life, between two of them, between two looks
 MOST_DEATHS = 3  # of processes that held one claim, one after the other: then it is not tried by a further one
@@ -33,15 +33,20 @@ class Claims:
 
     folder: Path
     before: Mapping[str, int] = field(default_factory=dict)
-    _seen: dict[Path, tuple[int, float]] = field(default_factory=dict)  # mtime, and when it was first seen
+    _seen: dict[Path, tuple[tuple[int, int], float]] = field(default_factory=dict)  # mtime and size, and since when
+    _ours: dict[str, Path] = field(default_factory=dict)
 
     @contextmanager
     def claim(self, name: str) -> Iterator[bool]:
-        """Whether this process holds `name` now; it does until the block is left."""
+        """Whether this process holds `name` now; it does until the block is left, or until the claim is `lost`.
+
+        Raises: RelpError where claims cannot be made or read, RunFailed on a full disk.
+        """
         path = self._take(name)
         if path is None:
             yield False
             return
+        self._ours[name] = path
         stop = threading.Event()
         beat = threading.Thread(target=_beat, args=(path, stop), daemon=True)
         beat.start()
@@ -50,8 +55,15 @@ class Claims:
         finally:
             stop.set()
             beat.join()
-            for old in self._held(name):  # the highest last: until then it holds
-                old.unlink(missing_ok=True)
+            del self._ours[name]
+            for old in self._held(name):  # ours last: until then it holds; higher ones took it over
+                if _number(old) <= _number(path):
+                    old.unlink(missing_ok=True)
+
+    def lost(self, name: str) -> bool:
+        """Whether another process has taken over what this one claimed, which was stopped for a while."""
+        held = self._held(name)
+        return not held or held[-1] != self._ours[name]
 
     def deaths(self, name: str) -> int:
         """How many processes died that held `name`, which this one holds now."""
@@ -61,32 +73,29 @@ class Claims:
         return sorted(self.folder.glob(f"{name}.*"), key=_number)
 
     def _take(self, name: str) -> Path | None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         held = self._held(name)
         if held and self._lives(held[-1]):
             return None
         path = self.folder / f"{name}.{_number(held[-1]) + 1 if held else 0}"
-        draft = self.folder / f".{uuid4().hex}"
-        try:
-            draft.write_text(json.dumps({"machine": _machine(), "pid": os.getpid()}))
-            os.link(draft, path)
-        except (FileExistsError, FileNotFoundError):  # another process was faster, or took the empty folder away: again
-            return None
-        finally:
-            draft.unlink(missing_ok=True)
-        return path
+        owner = {"machine": _machine(), "pid": os.getpid()}
+        return path if create_once(path, json.dumps(owner)) else None
 
     def _lives(self, path: Path) -> bool:
         try:
-            touched, owner = path.stat().st_mtime_ns, read_json(path)
-        except (OSError, RelpError):
-            return True  # released in between: looked at again
-        now = time.monotonic()
+            with path.open(
+                "rb"
+            ) as stream:  # opened first: file servers are asked anew then, else this machine's cache may tell
+                status, text = os.fstat(stream.fileno()), stream.read()
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ESTALE):
+                return True  # released in between: looked at again
+            raise RelpError(f"claim {path} cannot be read: {error.strerror}; what it is of cannot be shared") from error
+        now, sign = time.monotonic(), (status.st_mtime_ns, status.st_size)
         seen, since = self._seen.get(path, (None, now))
-        if seen != touched:
+        if seen != sign:
             since = now
-        self._seen[path] = touched, since
-        return now - since < EXPIRES and not _gone(owner)
+        self._seen[path] = sign, since
+        return now - since < EXPIRES and not _gone(text)
 
 
 def counts(folder: Path) -> Counter[str]:
@@ -106,7 +115,12 @@ def _machine() -> str:
     return "/".join(parts)
 
 
-def _gone(owner: Any) -> bool:
+def _gone(text: bytes) -> bool:
+    """Whether the owner's process is of this machine, and is no more; of an owner that died before it said who it is, unknown."""
+    try:
+        owner = json.loads(text)
+    except ValueError:
+        return False
     if not isinstance(owner, dict) or owner.get("machine") != _machine() or not isinstance(owner.get("pid"), int):
         return False
     try:
@@ -119,6 +133,13 @@ def _gone(owner: Any) -> bool:
 
 
 def _beat(path: Path, stop: threading.Event) -> None:
+    """Say that the owner lives. Not by the time alone: some file systems take a new one without a word, and keep the old."""
     while not stop.wait(BEAT):
         with suppress(OSError):
-            os.utime(path)
+            handle = os.open(path, os.O_WRONLY | os.O_APPEND)
+            try:
+                os.write(handle, b"\n")
+            except OSError:  # a full disk
+                os.utime(path)
+            finally:
+                os.close(handle)

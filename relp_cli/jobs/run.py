@@ -7,9 +7,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from relp_cli.files import check_writable, write_atomically
+from relp_cli.files import check_writable, see_anew, write_atomically
 from relp_cli.jobs.claims import MOST_DEATHS, POLL, Claims, counts
 from relp_cli.jobs.grid import Cell, Group, JobSpec, cell_hash, cells, groups_of, is_finished, read_cell
 from relp_cli.jobs.group import Computed, compute
@@ -89,7 +90,7 @@ def run_cells(
         for group in work.freest_first(claimed):
             with claims.claim(names[group]) as ours:
                 if ours:
-                    work.do(group, claims.deaths(names[group]))
+                    work.do(group, claims.deaths(names[group]), partial(claims.lost, names[group]))
             if ours or group not in claimed:
                 break  # what is free has changed
         else:
@@ -122,8 +123,12 @@ class _Work:
         busy = Counter(group.model for group in claimed)
         return sorted(self.waiting, key=lambda group: (group in claimed, group.model != self.held, busy[group.model]))
 
-    def do(self, group: Group, deaths: int) -> None:
-        """What is not done of a group; it fails where computing it killed so many processes that it would kill this one."""
+    def do(self, group: Group, deaths: int, lost: Callable[[], bool]) -> None:
+        """What is not done of a group; it fails where computing it killed so many processes that it would kill this one.
+
+        lost: whether another process goes on with it, to which it is then left.
+        """
+        see_anew(self.known.folder / "cells")
         of_group = [cell for cell in self.cells if cell.group == group]
         self.states |= {cell: state for cell in of_group if (state := self._state(cell))}
         wanted = [cell for cell in of_group if cell not in self.states]
@@ -136,6 +141,8 @@ class _Work:
             there = finished_files(wanted, self.known)
             results = compute(self.job, wanted, self.session, self.known.folder / "scores", there)
         for computed in results:
+            if lost():
+                return
             self.states[computed.cell] = write(self.known, computed)
             if self.report:
                 self.report(len(self.states), len(self.cells), f"{self.job.name}: {group.task}, {group.model}")

@@ -115,6 +115,8 @@ def run_workers(
                     running[number] = _Worker.start(worker.place, request)
     finally:
         for worker in running.values():
+            worker.close()  # all of them first: they release their claims at the same time
+        for worker in running.values():
             worker.end()
     return watched.outcome(before)
 
@@ -213,6 +215,7 @@ def main() -> int:
     """A worker: its request is a line on stdin, which stays open as long as its parent lives."""
     asked = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGTERM, _release)
     groups = [Group(*values) for values in asked["groups"]]
     try:
         run_cells(
@@ -222,7 +225,15 @@ def main() -> int:
     except RelpError as error:
         print(error, file=sys.stderr)
         return REFUSED
+    except KeyboardInterrupt:  # claims are given back: die of what it was, without a traceback
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
     return 0
+
+
+def _release(_: int, __: object) -> None:
+    """At SIGTERM, which clusters send to all processes of a job."""
+    raise KeyboardInterrupt
 
 
 def _end_with_parent() -> None:

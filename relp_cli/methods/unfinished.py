@@ -23,11 +23,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from relp_cli.errors import RelpError
-from relp_cli.files import read_object, write_atomically, write_once
+from relp_cli.files import create_once, read_object, write_atomically
 from relp_cli.methods.setup import Passes, Setup
 from relp_cli.methods.table import Result
 
 EVERY, REST = 10.0, 20.0  # from one writing to the next: seconds, and times as long as it took; the longer of the two
+LOOKS, LOOK = 50, 0.1  # how often, and after how many seconds, a decision is read that another process is writing
 WAITING = 64 << 20  # bytes that wait in memory to be written, at most, beside the newest file's
 
 
@@ -70,11 +71,16 @@ class Unfinished:
         decided: dict[str, Any] = {}
         if not path.is_file():
             decided = decide()
-            write_once(path, json.dumps(decided))
-        try:
-            return read_object(path)
-        except RelpError:  # gone: another process has finished the request meanwhile
-            return decided or decide()
+            create_once(path, json.dumps(decided))
+        for _ in range(LOOKS):
+            try:
+                return read_object(path)
+            except RelpError:
+                if not path.is_file():  # another process has finished the request meanwhile
+                    return decided or decide()
+                time.sleep(LOOK)  # it is being written
+        path.unlink(missing_ok=True)  # its writer died in between
+        return self.agreed(name, decide)
 
     def due(self) -> bool:
         """Whether it is time to write."""

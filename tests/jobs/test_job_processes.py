@@ -29,9 +29,10 @@ evaluate: {sweep: "counts:1,5,1000000", heldout: 4, random_circuits: 1}
 """
 EMBEDDED = Path(relp_cli.__file__).parent / "models/embedded"
 ALONE: list[Path] = []
-# One start of torch for all: a process forks into four, and kills two of them at random times.
+# One start of torch for all: a process forks into four, kills one of them and terminates another, at random times.
 FOUR = """
 import os, random, sys, time
+from contextlib import suppress
 from pathlib import Path
 import relp_cli.jobs.engines, relp_cli.jobs.summary
 from relp_cli.cli.main import run
@@ -44,19 +45,24 @@ def child():
         sys.argv[0] = "relp"
         run()
     return pid
+def claims():
+    for path in Path("shared/claims").iterdir():
+        with suppress(FileNotFoundError):
+            yield path.read_text()
 living = [child() for _ in range(4)]
-kills = sorted(chance.sample(range(1, 10), 2))  # after how many cells
+kills = list(zip(sorted(chance.sample(range(1, 10), 2)), (9, 15)))  # after how many cells
 end = time.monotonic() + 120
 codes = []
 while living:
     assert time.monotonic() < end
     for path in cells.glob("*.json"):
         seen.setdefault(path, path.stat().st_mtime_ns)
-    if kills and len(seen) >= kills[0]:
-        del kills[0]
-        os.kill(victim := chance.choice(living), 9)
-        os.waitpid(victim, 0)
+    if kills and len(seen) >= kills[0][0]:
+        os.kill(victim := chance.choice(living), number := kills.pop(0)[1])
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(victim, 0)[1]))
         living.remove(victim)
+        if number == 15 and any(f": {victim}}}" in text for text in claims()):
+            codes.append("a claim is left")
     for pid in list(living):
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
@@ -93,10 +99,11 @@ def same_bytes(folder: Path, as_in: Path) -> bool:
     return all((folder / name).read_bytes() == (as_in / name).read_bytes() for name in names)
 
 
-def test_four_processes_two_of_them_killed_at_random(alone, tmp_path):
+def test_four_processes_of_which_one_is_killed_and_one_terminated(alone, tmp_path):
     line = [sys.executable, "-c", FOUR, "7", "evaluate", "job.yaml", "-o", "shared"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
-    assert done.stdout.splitlines()[-1:] == ["[0, 0] [] [] 12"], done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1:] == ["[-9, 143, 0, 0] [] [] 12"], done.stdout + done.stderr
+    assert done.stderr.count("error: ended by SIGTERM; the same command again resumes what was finished") == 1
     assert same_bytes(tmp_path / "shared", alone)
     assert not list((tmp_path / "shared/claims").iterdir())
 

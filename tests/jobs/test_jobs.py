@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +11,6 @@ import pytest
 
 import relp_cli
 from relp_cli.evaluation.areas import areas
-from relp_cli.jobs.claims import Claims
 from relp_cli.jobs.grid import Cell, cell_hash, cells, load_job, read_cell
 from relp_cli.jobs.summary import summarise
 
@@ -110,23 +108,6 @@ def test_a_finished_job_needs_no_model_and_no_folder_of_it(relp, job, tmp_path, 
     assert "0 cells computed, 2 found finished, 0 failed" in gone.err
     assert "./copy: not loaded" in gone.err
     assert (tmp_path / "out/results.csv").read_bytes() == first
-
-
-def test_claims_are_exclusive_expire_and_are_taken_over(tmp_path, monkeypatch):
-    first, second = Claims(tmp_path), Claims(tmp_path)
-    with first.claim("group") as ours, second.claim("group") as too:
-        assert (ours, too) == (True, False)
-    with second.claim("group") as ours:
-        assert ours
-    (tmp_path / "group.0").write_text(json.dumps({"machine": "elsewhere", "pid": 1}))
-    with second.claim("group") as ours:
-        assert not ours  # another machine's: it may live
-    monkeypatch.setattr("relp_cli.jobs.claims.EXPIRES", 0.05)
-    time.sleep(0.06)
-    with second.claim("group") as ours, first.claim("group") as too:
-        assert (ours, too) == (True, False)
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["group.0", "group.1"]
-    assert not list(tmp_path.iterdir())
 
 
 def test_one_failing_cell_fails_alone_and_is_tried_again(relp, job, tmp_path):
