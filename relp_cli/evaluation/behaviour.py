@@ -12,6 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 from relp_cli.errors import RelpError
+from relp_cli.methods.room import Room, fitting
 from relp_cli.models.model import Model
 from relp_cli.tasks.counted import distinct, effective, pairs_text
 from relp_cli.tasks.formulas import NotFinite
@@ -116,18 +117,12 @@ def behaviour(model: Model, pairs: Sequence[PairBatch], metric: str) -> Behaviou
     """Run all originals and patches once (their cost is not counted to any method)."""
     row = METRICS[metric]
     correct, original, patch = [], [], []
-    for batch in (b.to(model.device) for b in pairs):
-        if batch.several:
-            seen = _of_parts(model, batch, row)
-            original.append(seen[0])
-            patch += [seen[1]] if seen[1] is not None else []
-            correct.append(seen[2])
-            continue
-        logits = model.logits(batch.original)
-        original.append(_values(model, batch, batch.original, row, logits, logits))
-        correct.append(METRICS["accuracy"].fn(logits, batch.answer, batch.foil).bool().cpu())
-        if batch.patch is not None:
-            patch.append(_values(model, batch, batch.patch, row, model.logits(batch.patch), logits))
+    for batch in pairs:
+        few = batch.split(fitting(batch.n_pos, Room.on(model.device).patched))  # a pass of all pairs would have no bound
+        seen = [_of_few(model, some.to(model.device), row) for some in few]
+        original.append(torch.cat([value for value, _, _ in seen]))
+        patch += [torch.cat([value for _, value, _ in seen if value is not None])] if seen[0][1] is not None else []
+        correct.append(torch.cat([right for _, _, right in seen]))
     hits, n = int(torch.cat(correct).sum()), sum(len(b) for b in pairs)
     has_foil = all((b.foil >= 0).flatten(1).any(-1).all() for b in pairs)
     prompts = prompts_of(pairs)
@@ -144,6 +139,18 @@ def behaviour(model: Model, pairs: Sequence[PairBatch], metric: str) -> Behaviou
         interval=_interval(hits, n, worth),
         verdict=against_chance(hits / n * worth, worth) if has_foil else "",
     )
+
+
+def _of_few(model: Model, batch: PairBatch, metric: Metric) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The metric per pair on originals and on patches, and whether the answer is above the foil: 2 forward passes."""
+    if batch.several:
+        return _of_parts(model, batch, metric)
+    logits = model.logits(batch.original)
+    original = _values(model, batch, batch.original, metric, logits, logits)
+    right = METRICS["accuracy"].fn(logits, batch.answer, batch.foil).bool().cpu()
+    if batch.patch is None:
+        return original, None, right
+    return original, _values(model, batch, batch.patch, metric, model.logits(batch.patch), logits), right
 
 
 def _of_parts(model: Model, batch: PairBatch, metric: Metric) -> tuple[Tensor, Tensor | None, Tensor]:
