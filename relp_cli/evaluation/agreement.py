@@ -12,6 +12,8 @@ from relp_cli.spaces.scores import KindScores
 from relp_cli.statistics import interval, pearson, resample_counts
 from relp_cli.tasks.counted import distinct
 
+AT_ONCE = 1 << 23  # numbers that are made of draws at a time: 32 MiB, several times over
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -118,22 +120,35 @@ def _over_pairs(
     assert exact.present is not None
     if estimate.examples.shape != exact.examples.shape:
         raise RelpError("cannot compare scores over different numbers of pairs")
-    n = len(exact.examples)
+    n, shape = len(exact.examples), exact.mean.shape
     x, y = estimate.examples.reshape(n, -1).numpy(), exact.examples.reshape(n, -1).numpy()
-    here = exact.present[:, None, :].expand(-1, exact.mean.shape[0], -1)
-    if exact.mean.ndim == 3:
-        here = here[..., None].expand(-1, -1, -1, exact.mean.shape[2])
-    w = here.reshape(n, -1).numpy().astype(np.float32)
+    present = exact.present.numpy().astype(np.float32)
+
+    def spread(of_positions: np.ndarray) -> np.ndarray:
+        """Float[rows, pos] → Float[rows, column]."""
+        at = of_positions[:, None, :].reshape(-1, 1, shape[1], *(1 for _ in shape[2:]))
+        return np.broadcast_to(at, (len(of_positions), *shape)).reshape(len(of_positions), -1)
+
+    def over(rows: np.ndarray, mean_x: np.ndarray, mean_y: np.ndarray) -> np.ndarray:
+        return pearson(mean_x, np.abs(mean_y) if unsigned else mean_y, spread(rows))
+
+    def of_means(count: np.ndarray, sum_x: np.ndarray, sum_y: np.ndarray) -> np.ndarray:
+        """Of sums over `count` pairs, which become their means."""
+        for total in (sum_x, sum_y):
+            total /= spread(np.maximum(count, 1))
+        return over((count > 0).astype(np.float32), sum_x, sum_y)
+
+    def parts(rows: np.ndarray) -> list[np.ndarray]:
+        """In so many rows at a time that what is made of them takes tens of MB, not GB."""
+        return np.array_split(rows, max(1, min(len(rows), len(rows) * x.shape[1] // AT_ONCE)))
+
     with np.errstate(invalid="ignore"):
-        own = pearson(x, np.abs(y) if unsigned else y, w)
+        own = np.concatenate([over(present[i], x[i], y[i]) for i in parts(np.arange(n))])
     draws = resample_counts(n, bootstrap, seed, exact.prompts).astype(np.float32)
     resampled = []
-    for part in np.array_split(draws, max(1, bootstrap * x.shape[1] // (1 << 24))):
-        count = part @ w
-        mean_x, mean_y = part @ x / np.maximum(count, 1), part @ y / np.maximum(count, 1)
-        resampled.append(pearson(mean_x, np.abs(mean_y) if unsigned else mean_y, (count > 0).astype(np.float32)))
-    n_x, n_y = (part_sum / np.maximum(w.sum(0), 1) for part_sum in (x.sum(0), y.sum(0)))
-    center = pearson(n_x, np.abs(n_y) if unsigned else n_y, (w.sum(0) > 0).astype(np.float32))
+    for count, sum_x, sum_y in ((p @ present, p @ x, p @ y) for p in parts(draws)):
+        resampled.append(of_means(count, sum_x, sum_y))
+    (center,) = of_means(*(values.sum(0, keepdims=True) for values in (present, x, y)))
     edge = 1 - 1e-7  # atanh(1) is infinite: an estimate equal to the reference keeps the interval [1, 1]
     z, zs = (np.arctanh(np.clip(v, -edge, edge)) for v in (center, np.concatenate(resampled)))
     low, high = interval(zs)

@@ -111,6 +111,8 @@ class GroupRun:
         key = f"{spec.method}/{','.join(kinds)}"
         if key not in self._scores:
             spec = spec.model_copy(update={"nodes": tuple(kinds)})
+            if self.job.memory is not None:
+                self._scores.clear()  # they are in files, and would be beside this method's passes
             self._scores[key] = scored_below(self.runs, spec, self.prepared(), self.session)[1]
         return self._scores[key]
 
@@ -130,25 +132,33 @@ class GroupRun:
         about = {"task": self.prepared().task.name, "model": cell.group.model, "method": cell.method, "kind": cell.kind,
                  "direction": cell.group.direction, "seed": cell.group.seed}  # fmt: skip
         rows: list[dict[str, Any]] = []
-        mine = self.scores(cell.method, cell.kind)
         if self.job.agreement:
-            rows += [{**about, "what": "agreement", **r} for r in self._agreement(cell, mine)]
+            rows += [{**about, "what": "agreement", **r} for r in self._agreement(cell)]
         if self.job.evaluate:
-            rows += [{**about, "what": "evaluation", **r} for r in self._curve(cell, mine)]
+            rows += [{**about, "what": "evaluation", **r} for r in self._curve(cell)]
         return rows
 
-    def _agreement(self, cell: Cell, mine: Scores) -> list[dict[str, Any]]:
+    def _agreement(self, cell: Cell) -> list[dict[str, Any]]:
         assert self.job.agreement is not None
         p, options = self.prepared(), self.job.agreement
-        exact = self.scores(options.reference, cell.kind)
+        both = cell.method, options.reference
+        for method in both:
+            self.scores(
+                method, cell.kind
+            )  # each on its own: with a limit to memory the other one is not held meanwhile
+        mine, exact = (self.scores(method, cell.kind) for method in both)
         table = run_comparison(
             p.model, p.pairs, [cell.method], [cell.kind], p.metric, cell.group.direction, options.reference,
             options.top_k, seed=cell.group.seed, scores={options.reference: exact, cell.method: mine},
         ).table  # fmt: skip
         return table.drop(columns=["model", "method", "kind", "direction"]).to_dict("records")  # type: ignore[return-value]
 
-    def _curve(self, cell: Cell, mine: Scores) -> list[dict[str, Any]]:
+    def _curve(self, cell: Cell) -> list[dict[str, Any]]:
         assert self.job.evaluate is not None
+        mine = self.scores(cell.method, cell.kind)
+        if self.job.memory is not None:
+            self._scores.clear()
+            mine = replace(mine, examples=None, present=None)
         options, held = self.job.evaluate, self.prepared("heldout")
         exclude = excluded_layers(mine.units.space, held.model.shape.n_layers, options.exclude_layers)
         more, where = {}, None

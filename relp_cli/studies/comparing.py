@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from relp_cli.report.tables import write_table
 from relp_cli.runs.checked import distinct, file_label, model_labels, score_spec
 from relp_cli.runs.made import note_made
 from relp_cli.runs.pairs import pair_records
+from relp_cli.runs.rundir import RunDir
 from relp_cli.runs.scoring import (
     Prepared,
     Session,
@@ -105,25 +106,38 @@ def compare_tasks(
         label = labels[spec.model]
         notes += [f"{label}, {prepared.task.name}: {line}" for line in prepared.notes]
         root = folder / "scores"
-        scored = {method: scored_below(root, one, prepared, session, progress) for method, one in specs.items()}
+        scored = {method: _scored(root, one, prepared, session, progress) for method, one in specs.items()}
         scores = {method: one for method, (_, one) in scored.items()}
         runs = {method: os.path.relpath(run.path, folder) for method, (run, _) in scored.items()}
         made.append({"task": prepared.task.name, "model": label, "runs": runs, "reference": options.reference})
         notes += [
             f"{label}, {prepared.task.name}: {line}" for found in scores.values() for line in scoring_notes(found)
         ]
-        result = run_comparison(
-            prepared.model, prepared.pairs, options.methods, options.nodes, prepared.metric, spec.direction,
-            options.reference, options.top_k, seed=spec.seed, scores=scores,
-        )  # fmt: skip
-        result.table.insert(0, "task", prepared.task.name)
-        tables.append(result.table.assign(model=label))
+        limited = spec.memory is not None
+        for methods in [(method,) for method in options.methods] if limited else [options.methods]:
+            both = (options.reference, *methods)
+            whole = {method: open_run(scored[method][0].path)[2] for method in both} if limited else scores
+            result = run_comparison(
+                prepared.model, prepared.pairs, methods, options.nodes, prepared.metric, spec.direction,
+                options.reference, options.top_k, seed=spec.seed, scores=whole,
+            )  # fmt: skip
+            result.table.insert(0, "task", prepared.task.name)
+            tables.append(result.table.assign(model=label))
+            del whole, result  # before the next ones are read
         files += _figure(prepared, label, scores, spec, folder)
     table = pd.concat(tables, ignore_index=True)
     path = folder / "compare.csv"
     write_table(table, path)
     note_made(path, cells=made, notes=notes)
     return Compared(table, (path, *files), tuple(notes))
+
+
+def _scored(
+    root: Path, spec: ScoreSpec, prepared: Prepared, session: Session, progress: Progress | None
+) -> tuple[RunDir, Scores]:
+    """A run and its scores; with a limit to memory without single examples, which would be beside the next method's passes."""
+    run, scores = scored_below(root, spec, prepared, session, progress)
+    return run, scores if spec.memory is None else replace(scores, examples=None, present=None)
 
 
 def compare_runs(paths: Sequence[Path], options: CompareOptions, folder: Path, place: str | None = None) -> Compared:

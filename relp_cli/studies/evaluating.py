@@ -209,6 +209,7 @@ def ready(path: Path, asked: Evaluation, session: Session, output: Path | None =
     Raises: RelpError for what was asked wrongly, and for circuits of another model, or of a task that was not asked for.
     """
     run, spec, scores = open_run(path)
+    scores = replace(scores, examples=None, present=None)  # they are large, and nothing asks for them from here on
     asked.check(scores)
     if output is not None and (output.is_dir() or output.suffix != ".csv"):
         raise RelpError(f"--output {output}: expected the name of a .csv file for a run's evaluation")
@@ -247,7 +248,6 @@ def ready(path: Path, asked: Evaluation, session: Session, output: Path | None =
             raise RelpError(
                 f"circuit {file} was found with {what.replace('_', ' ')} '{theirs}', not '{scores.meta.get(what)}'{hint}"
             )
-    scores = replace(scores, examples=None, present=None)  # they are large, and nothing asks for them from here on
     return Ready(asked, run, scores, prepared, circuits, file, exclude, spec.params.get("dictionary"), transfer)
 
 
