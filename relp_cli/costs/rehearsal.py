@@ -6,17 +6,17 @@ single scores that are kept. No formula has to know what each method, node kind 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from relp_cli.config.memory import give_back
 from relp_cli.methods.memory import MIB, PASSES, begun
 from relp_cli.methods.request import Request
 from relp_cli.methods.room import Room
@@ -50,8 +50,7 @@ def peak(device: torch.device) -> Iterator[Peak]:
         yield found
         found.held, found.above = before / MIB, (torch.cuda.max_memory_allocated(device) - before) / MIB
         return
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before is no part of what is held
+    give_back()  # what was freed before is no part of what is held
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counts from now on
     except OSError:

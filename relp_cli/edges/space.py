@@ -50,6 +50,7 @@ class Edges:
         self.axis, self.labels = position_axis(pairs) if self.positions else ("all", ANY_POSITION)
         self.graph = Graph.of(model.shape)
         self.units = edge_units(self.graph)
+        self.held = 0
         self.about = {"positions": positions, "n_edges": self.graph.n_edges, "d_model": model.shape.d_model}
         self.means: tuple[Written, tuple[str, ...]] | None = None
 

@@ -158,6 +158,7 @@ def evaluate(
         same = [circuits[i] for i in at]
         if memory is not None:
             kept = sum(c.mask.numel() for c in circuits) * (1 + random_circuits)
+            kept += getattr(dictionary, "nbytes", 0)  # of one that is loaded already
             how = _within(bytes_of(memory), model, pairs, same, how, row, kept)
         table = _table(model, pairs, same, how, row, random_circuits, bootstrap, progress)
         tables.append(

@@ -52,6 +52,10 @@ class Dictionary:
     def n_features(self) -> int:
         return int(self.w_dec.shape[0])
 
+    @property
+    def nbytes(self) -> int:
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
+
     def encode(self, x: Float[Tensor, "... d_in"], units: Sequence[int] | None = None) -> Float[Tensor, "... d_sae"]:
         """f(x) ≥ 0, or of these `units` alone (what is active is decided among all features, as TopK needs it).
 

@@ -46,6 +46,11 @@ class Dictionaries(Mapping[Site, Dictionary]):
         """The dtypes of their files."""
         return ", ".join(sorted({d.stored for d in self.by_site.values()}))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(d.nbytes for d in self.by_site.values())
+
     def __getitem__(self, site: Site) -> Dictionary:
         return self.by_site[site]
 

@@ -59,6 +59,7 @@ class Features:
         found = where if isinstance(where, Dictionaries) else load_dictionaries(where, model)
         self.model, self.request, self.dictionaries, self.only = model, request, found, options.get("only")
         self.units = Sites(tuple(found), tuple(d.n_features for d in found.values())).units()
+        self.held = found.nbytes
         self.about: dict[str, Any] = {
             "dictionary": found.source, "dictionary_hash": found.digest, "dictionary_dtype": found.stored,
         }  # fmt: skip

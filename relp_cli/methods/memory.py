@@ -26,10 +26,11 @@ from relp_cli.methods.room import Room, fitting
 from relp_cli.methods.setup import Passes
 from relp_cli.methods.space import Batch, Scorer
 from relp_cli.methods.table import Method, Result
+from relp_cli.methods.unfinished import WAITING
 from relp_cli.models.model import Model
 from relp_cli.models.offload import resident
 from relp_cli.spaces.table import space_of
-from relp_cli.spaces.totals import singles
+from relp_cli.spaces.totals import KEEP_LIMIT, singles
 from relp_cli.tasks.counted import distinct
 from relp_cli.tasks.pairs import PairBatch
 from relp_cli.tasks.parts import parts_of
@@ -40,7 +41,10 @@ LIBRARIES = {"cpu": 640 * MIB}  # what Python and the libraries hold, once a mod
 OTHER_LIBRARIES = 512 * MIB  # of a GPU's memory: its context
 HELD = 2.25  # bytes that an allocator holds at the peak for one that is alive: blocks of many sizes come and go
 PASSES = 12  # as large as they get: by then a method has gone through what it repeats
-WRITTEN = 4  # copies of single scores while they are written: what the passes took is not given back by then
+WRITTEN = 3.25  # copies of single scores while they are written: themselves, kind by kind, and a file's bytes
+INDEXED = (
+    40  # bytes a single score of a sparse space, while they are collected: example, cell and value, twice in the end
+)
 SUMS, CLUSTERED = 48, 24  # bytes a score: sums, squares, moments and what goes between; more where pairs share prompts
 MOST = 1 << 14  # tokens: more gain nothing (docs/memory.md)
 
@@ -127,7 +131,7 @@ def plan(
     Raises: RelpError where not even one pair fits, or single scores do not.
     """
     held = LIBRARIES.get(model.device.type, OTHER_LIBRARIES) + resident(model.hf) + kept
-    always, held = held, held + WRITTEN * singles
+    always, writing, held = held, held + WRITTEN * singles, held + singles
     tokens, peaks = MOST, list[tuple[int, float, float]]()
     for n_pos in {batch.n_pos for batch in (min(pairs, key=_length), max(pairs, key=_length))}:
         batch = next(batch for batch in pairs if batch.n_pos == n_pos)
@@ -138,8 +142,10 @@ def plan(
 
         alive(1)  # once what is computed of a model but once is no part of it
         one = alive(1)
-        if (least := held + one) > memory:
-            kept_too = f" and {written(held - always)} for single scores (--no-per-example: none)" if singles else ""
+        if (least := max(held + one, writing)) > memory:
+            kept_too = (
+                f" and {written(least - always - one)} for single scores (--no-per-example: none)" if singles else ""
+            )
             raise RelpError(
                 f"memory {written(memory)}: one pair of {n_pos} tokens at a time takes up to {written(least)}, "
                 f"{written(always)} of it for libraries, model and results{kept_too}; give at least as much"
@@ -151,7 +157,7 @@ def plan(
         tokens = min(tokens, _power_of_two(most * n_pos))
         peaks.append((n_pos, one, each))
     peak = max(held + one + each * (fitting(n_pos, tokens) - 1) for n_pos, one, each in peaks)
-    return Plan(memory, tokens, round(peak))
+    return Plan(memory, tokens, round(max(peak, writing)))
 
 
 def _length(batch: PairBatch) -> int:
@@ -190,18 +196,36 @@ def planned(
     if request.memory is None:
         return None
     memory, n_pairs = request.memory, sum(map(len, pairs))
-    cells = len(scorer.units) * len(scorer.labels)
-    kept = 0 if space_of(scorer.units).sparse else 4 * singles(n_pairs, cells, request.keep_examples)
+    cells, left = len(scorer.units) * len(scorer.labels), request.unfinished
     sums = SUMS + (CLUSTERED if distinct(prompts_of(pairs)) < n_pairs else 0)
+    waiting = min(WAITING, 4 * cells * n_pairs) if left else 0
 
     def some(few: PairBatch, room: Room) -> None:
+        newest = torch.empty(len(few) if left else 0, cells)  # the last batch's scores wait to be written meanwhile
         parts = parts_of([few.to(model.device)])
         scorer.prepare(parts, Passes())
         for part in parts:
             scorer.blocks(compute(scorer.batch(part, Passes(), room, None)).scores)
+        del newest
 
     def decide() -> Plan:
-        return plan(memory, model, pairs, some, row.each, sums * cells, kept)
+        indexed, kept = 0, 4 * singles(n_pairs, cells, request.keep_examples)
+        if space_of(scorer.units).sparse:
+            indexed, kept = _sparse(model, pairs, scorer, request.keep_examples)
+        beside = sums * cells + scorer.held + waiting + indexed
+        return plan(memory, model, pairs, some, row.each, beside, kept)
 
-    left = request.unfinished
     return decide() if left is None else Plan(**left.agreed("memory", lambda: vars(decide())))
+
+
+def _sparse(model: Model, pairs: Sequence[PairBatch], scorer: Scorer, keep: bool | None) -> tuple[int, int]:
+    """Bytes of single scores of a sparse space at most, one by one and as a table: those that differ between the prompts of the
+    longest pair are counted.
+    """
+    if keep is False:
+        return 0, 0
+    n_pairs, (one, *_) = sum(map(len, pairs)), parts_of([max(pairs, key=_length).rows(slice(0, 1)).to(model.device)])
+    scorer.prepare([one], Passes())
+    entries = n_pairs * int(scorer.batch(one, Passes(), None, None).changed().sum())
+    cells = min(entries, len(scorer.units) * len(scorer.labels))
+    return INDEXED * entries, 4 * (n_pairs * cells if keep else min(n_pairs * cells, KEEP_LIMIT))

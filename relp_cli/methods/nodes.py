@@ -42,6 +42,7 @@ class Nodes:
     ) -> None:
         self.model, self.request = model, request
         self.about: dict[str, Any] = {}
+        self.held = 0
         self.kinds = tuple(NODE_KINDS[name] for name in nodes)
         if not self.kinds or len(set(nodes)) != len(nodes):
             raise RelpError(f"expected node kinds, each once, got {list(nodes)}; known: {', '.join(NODE_KINDS)}")

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from pydantic import ValidationError
 from torch import Tensor
 
+from relp_cli.config.memory import give_back
 from relp_cli.errors import RelpError, nearest, unknown
 from relp_cli.lrp.rules import RULE_SETS, RULES, Rule, parse_rules
 from relp_cli.methods.halving import Halving, in_one_go
@@ -67,6 +68,8 @@ def score_units(
             account.done([on.setup for on, _ in parts])
             parts.clear()
         del on, result  # while the next one is computed
+    if request.memory is not None or request.tokens is not None:
+        give_back()  # before single scores are copied to be written
     cut = work.halving.about | (work.plan.about if work.plan else {})
     meta = account.meta(row, work.params, last.applied, scorer.axis, **scorer.about, **last.meta, **cut)
     return totals.finish(scorer.axis, meta | about_prompts(prompts))

@@ -240,13 +240,15 @@ class Batch(ABC):
 class Scorer(Protocol):
     """A space made ready for one request, by `row.load_scorer()(model, pairs, nodes, request, options)`.
 
-    units: what is scored. axis, labels: of the scores' positions. about: what scores should say of the space.
+    units: what is scored. axis, labels: of the scores' positions. about: what scores should say of the space. held: bytes that
+    it holds beside the model.
     """
 
     units: Units
     axis: str
     labels: tuple[str, ...]
     about: dict[str, Any]
+    held: int
 
     def prepare(self, chunks: Sequence[PairBatch], passes: Passes) -> None:
         """What is needed of all pairs before the first is scored (means)."""

@@ -248,7 +248,9 @@ def ready(path: Path, asked: Evaluation, session: Session, output: Path | None =
             raise RelpError(
                 f"circuit {file} was found with {what.replace('_', ' ')} '{theirs}', not '{scores.meta.get(what)}'{hint}"
             )
-    return Ready(asked, run, scores, prepared, circuits, file, exclude, spec.params.get("dictionary"), transfer)
+    where = spec.params.get("dictionary")
+    dictionary = session.dictionaries(where, prepared.model) if where else None
+    return Ready(asked, run, scores, prepared, circuits, file, exclude, dictionary, transfer)
 
 
 def evaluate_run(
