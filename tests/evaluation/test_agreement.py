@@ -33,6 +33,37 @@ def flat(*rows):
     return scores(torch.tensor(rows, dtype=torch.float32)[:, None])
 
 
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_rows_at_a_time_change_nothing(monkeypatch, unsigned):
+    """Per-pair PCC and interval, with units and with positions that some pairs lack, against all draws at once."""
+    rng = np.random.default_rng(0)
+    present = rng.random((12, 3)) < 0.8
+    x, noise = (rng.normal(size=(12, 2, 3, 4)) * present[:, None, :, None] for _ in range(2))
+    estimate, exact = (scores(values, "mlp_neuron", present) for values in (x, x + noise))
+    got = agreement(estimate, exact, bootstrap=50, unsigned=unsigned)
+    monkeypatch.setattr("relp_cli.evaluation.agreement.AT_ONCE", 100)
+    few = agreement(estimate, exact, bootstrap=50, unsigned=unsigned)
+    for name in ("pcc_lo", "pcc_hi", "pcc_per_pair"):
+        assert getattr(few, name) == pytest.approx(getattr(got, name), abs=1e-6)
+
+    def signed(y):
+        return np.abs(y) if unsigned else y
+
+    there = np.broadcast_to(present[:, None, :, None], x.shape)
+    own = [stats.pearsonr(a[t], signed(b)[t])[0] for a, b, t in zip(x, x + noise, there, strict=True)]
+    assert got.pcc_per_pair == pytest.approx(np.mean(own), abs=1e-6)
+    zs = []
+    for draw in resample_counts(12, 50, 0):
+        n = (draw @ present)[None, :, None]
+        means = [np.tensordot(draw, v, 1) / np.maximum(n, 1) for v in (x, x + noise)]
+        t = np.broadcast_to(n > 0, means[0].shape)
+        zs.append(np.arctanh(stats.pearsonr(means[0][t], signed(means[1])[t])[0]))
+    n = np.maximum(present.sum(0), 1)[None, :, None]
+    z = np.arctanh(stats.pearsonr((x.sum(0) / n).ravel(), signed((x + noise).sum(0) / n).ravel())[0])
+    low, high = interval(np.array(zs))
+    assert (got.pcc_lo, got.pcc_hi) == pytest.approx((np.tanh(2 * z - high), np.tanh(2 * z - low)), abs=1e-5)
+
+
 def test_by_hand():
     got = agreement(flat([1.0, 2, 3, 4]), flat([1.0, 3, 2, 4]), k=2)
     assert (got.pcc, got.spearman) == pytest.approx((0.8, 0.8))

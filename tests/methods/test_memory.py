@@ -17,6 +17,7 @@ from oracles.wrapped import case, pairs, run
 import relp_cli as relp
 from relp_cli.config.memory import bytes_of, written
 from relp_cli.errors import RelpError
+from relp_cli.features.load import load_dictionaries
 from relp_cli.methods import memory
 from relp_cli.methods.memory import Alive, plan
 from relp_cli.methods.request import Request
@@ -94,6 +95,50 @@ def test_a_limit_by_hand(held: int, free: int, tokens: int, monkeypatch: pytest.
         return
     assert chosen().tokens == tokens
     assert chosen().peak == held + (200 + 200 * max(1, tokens // 6)) * KB
+
+
+def test_single_scores_by_hand(held: int) -> None:
+    """They are beside the passes once; written when what passes took is given back, with two copies and a quarter."""
+
+    def compute(batch: PairBatch, _: Room) -> None:
+        there = torch.zeros(25 * KB * len(batch))  # 100 kB a pair, of which an allocator holds 200
+        del there
+
+    def chosen(free: int) -> memory.Plan:
+        return plan(held + free * KB, case("gpt2").model, [pairs(3, 4)], compute, singles=100 * KB)
+
+    assert (chosen(325).tokens, chosen(325).peak) == (4, held + 325 * KB)
+    assert (chosen(900).tokens, chosen(900).peak) == (16, held + 900 * KB)
+    with pytest.raises(RelpError, match="and 1 MB for single scores"):
+        chosen(324)
+
+
+def test_what_features_take_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dictionaries, and single scores: as many as differ between the prompts, indexed and as a table."""
+    model = relp.load_model("tiny-pythia", dtype="float32")
+    task = relp.load_task("sva_across_pp").pairs(model, n=4)
+    kept: list[tuple[int, int]] = []
+
+    def chosen(*given: Any) -> memory.Plan:
+        kept.append((given[5], given[6]))
+        return memory.Plan(10**9, 64, 10**8)
+
+    monkeypatch.setattr(memory, "plan", chosen)
+    for keep in (True, False):
+        scores = relp.score(model, task, "atp", ["feature"], dictionary="tiny-pythia", memory=10**9, keep_examples=keep)
+        (beside, table), sums = kept[-1], memory.SUMS * scores.n_nodes
+        dictionaries = sum(t.nbytes for d in load_dictionaries("tiny-pythia", model).values() for t in _tensors(d))
+        indexed = beside - sums - dictionaries
+        if not keep:
+            assert (indexed, table) == (0, 0)
+            continue
+        entries = int((scores.examples != 0).sum())
+        assert entries <= indexed / memory.INDEXED <= 2 * entries
+        assert scores.examples.nbytes <= table <= 8 * scores.examples.nbytes
+
+
+def _tensors(dictionary: Any) -> list[torch.Tensor]:
+    return [value for value in vars(dictionary).values() if isinstance(value, torch.Tensor)]
 
 
 FREE = {"resid_pre": 600_000, "mlp_neuron": 800_000, "edges": 1_200_000, "mlp_out": 400_000}
