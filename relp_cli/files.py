@@ -68,13 +68,6 @@ def create_once(path: Path, content: str) -> bool:
     return True
 
 
-def see_anew(folder: Path) -> None:
-    """Have a file server say what is in a folder: its clients remember for up to a minute which names were not there, until they
-    change something there themselves (of NFS on Linux)."""
-    with suppress(OSError), _locked_temporary(folder):
-        pass
-
-
 def check_writable(path: Path) -> None:
     """Fail before a long computation, not after it. Nothing is written: another process may be at the same folder.
 

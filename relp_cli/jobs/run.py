@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from relp_cli.files import check_writable, see_anew, write_atomically
+from relp_cli.files import check_writable, write_atomically
 from relp_cli.jobs.claims import MOST_DEATHS, POLL, Claims, counts
 from relp_cli.jobs.grid import Cell, Group, JobSpec, cell_hash, cells, groups_of, is_finished, read_cell
 from relp_cli.jobs.group import Computed, compute
@@ -87,12 +87,16 @@ def run_cells(
     while work.waiting:
         taken = counts(claims.folder)
         claimed = {group for group, name in names.items() if name in taken}
-        for group in work.freest_first(claimed):
+        left = set(work.waiting)
+        while left:
+            group = next(group for group in work.freest_first(claimed) if group in left)
             with claims.claim(names[group]) as ours:
                 if ours:
                     work.do(group, claims.deaths(names[group]), partial(claims.lost, names[group]))
-            if ours or group not in claimed:
+            if ours:
                 break  # what is free has changed
+            left.remove(group)
+            claimed.add(group)  # as a file server's listing may not say for a while
         else:
             if not wait:
                 break
@@ -128,7 +132,6 @@ class _Work:
 
         lost: whether another process goes on with it, to which it is then left.
         """
-        see_anew(self.known.folder / "cells")
         of_group = [cell for cell in self.cells if cell.group == group]
         self.states |= {cell: state for cell in of_group if (state := self._state(cell))}
         wanted = [cell for cell in of_group if cell not in self.states]

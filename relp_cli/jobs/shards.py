@@ -60,8 +60,8 @@ def _from(environment: Mapping[str, str]) -> Shard:
     if SLURM[0] in environment:
         task, first, count = (_number(environment, name) for name in SLURM)
         # arrays with steps (--array=0-30:10) have ids that are no count
-        step = int(environment.get("SLURM_ARRAY_TASK_STEP") or 1)
-        last = int(environment.get("SLURM_ARRAY_TASK_MAX") or first + step * (count - 1))
+        step = _number(environment, "SLURM_ARRAY_TASK_STEP", 1) or 1
+        last = _number(environment, "SLURM_ARRAY_TASK_MAX", first + step * (count - 1))
         index = (task - first) // step
         if last != first + step * (count - 1):  # --array=3,7: some of an array's tasks, tried again
             raise RelpError(
@@ -79,8 +79,8 @@ def _from(environment: Mapping[str, str]) -> Shard:
     return Shard(index, count)
 
 
-def _number(environment: Mapping[str, str], name: str) -> int:
-    text = environment.get(name, "")
+def _number(environment: Mapping[str, str], name: str, unset: int | None = None) -> int:
+    text = environment.get(name, "") or ("" if unset is None else str(unset))
     if not re.fullmatch(r"\d{1,6}", text):
         raise RelpError(
             f"--shard auto: {name} is '{text}', expected a number" if text else f"--shard auto: {name} is not set"

@@ -6,13 +6,15 @@ import errno
 import json
 import os
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 
-from relp_cli.jobs.claims import Claims
-from relp_cli.jobs.grid import cells, load_job
-from relp_cli.jobs.run import run_cells, write
+from relp_cli.files import create_once
+from relp_cli.jobs.claims import POLL, Claims
+from relp_cli.jobs.grid import cells, groups_of, load_job
+from relp_cli.jobs.run import _claim_name, run_cells, write
 from relp_cli.runs.scoring import Session
 
 JOB = """
@@ -104,3 +106,25 @@ def test_who_was_stopped_while_another_took_over_leaves_it_the_rest(tmp_path, mo
     outcome = run_cells(grid, tmp_path / "out", Session("cpu"))
     assert written[1] == "the other is done"
     assert len(written) == 1 + len(cells(grid)) == 1 + outcome.computed + outcome.finished
+
+
+def test_a_listing_that_is_old_makes_no_process_ask_without_rest(tmp_path, monkeypatch):
+    """File servers' clients list a folder from memory: a claim of another machine is not there yet, but cannot be made either."""
+    (tmp_path / "job.yaml").write_text(JOB)
+    grid = load_job(str(tmp_path / "job.yaml"), ["kinds=[head]"])
+    elsewhere, asked, rests = Claims(tmp_path / "out/claims"), list[str](), list[float]()
+    taken = elsewhere._take(_claim_name(grid, groups_of(grid)[0]))
+    monkeypatch.setattr(Claims, "_held", lambda *_: [])
+    monkeypatch.setattr("relp_cli.jobs.run.counts", lambda _: Counter())
+    monkeypatch.setattr("relp_cli.jobs.claims.create_once", lambda *what: asked.append("") or create_once(*what))
+
+    def rest(seconds):
+        rests.append(seconds)
+        if len(rests) == 3:
+            taken.unlink()
+
+    monkeypatch.setattr("relp_cli.jobs.run.time", SimpleNamespace(sleep=rest))
+    with monkeypatch.context() as patch:
+        patch.setattr(Claims, "lost", lambda *_: False)
+        outcome = run_cells(grid, tmp_path / "out", Session("cpu"))
+    assert (outcome.computed, len(asked), rests) == (1, 4, [POLL] * 3)
