@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -50,7 +51,7 @@ def compute(
     runs: where score runs are kept; one that is there already is not computed again. Any folder of this machine.
     there: names of finished cells' files, for cells whose file's name only loading the model tells.
     resolved: the job with paths as this process finds them (default: as they are); results are named as in `job`.
-    A cell fails on its own, with an `error`; what is no fault of its input is raised.
+    A cell fails on its own, with an `error`, also where the fault is the program's; RELP_DEBUG raises that.
     """
     if not wanted:
         return
@@ -68,6 +69,10 @@ def compute(
             content["rows"] = group.run(cell)
         except (RelpError, RuntimeError, ValueError, OSError, MemoryError) as error:
             content["error"] = " ".join(str(error).split()) or type(error).__name__
+        except Exception as error:
+            if os.environ.get("RELP_DEBUG"):
+                raise
+            content["error"] = f"{type(error).__name__}: {' '.join(str(error).split())} (RELP_DEBUG=1 shows where)"
         content |= {"seconds": round(time.perf_counter() - started, 3), "provenance": provenance()}
         yield Computed(cell, file, content, identity)
 

@@ -12,7 +12,10 @@ import pytest
 import relp_cli
 from relp_cli.evaluation.areas import areas
 from relp_cli.jobs.grid import Cell, cell_hash, cells, load_job, read_cell
+from relp_cli.jobs.group import GroupRun
+from relp_cli.jobs.run import run_cells
 from relp_cli.jobs.summary import summarise
+from relp_cli.runs.scoring import Session
 
 JOB = """
 name: small
@@ -130,6 +133,25 @@ def test_one_failing_cell_fails_alone_and_is_tried_again(relp, job, tmp_path):
     again = relp("evaluate", job, *overrides, "-o", "out")
     assert again.code == 0
     assert "2 cells computed, 2 found finished, 0 failed" in again.err
+
+
+def test_a_fault_of_the_program_is_an_error_of_its_cell(job, tmp_path, monkeypatch):
+    grid = load_job(str(job), ["methods=[random]", "agreement=null"])
+    run = GroupRun.run
+
+    def faulty(self, cell):
+        return {}["a\nkey"] if cell.kind == "head" else run(self, cell)
+
+    monkeypatch.setattr(GroupRun, "run", faulty)
+    outcome = run_cells(grid, tmp_path / "out", Session("cpu"))
+    assert (outcome.computed, outcome.failed) == (1, 1)
+    assert read_cell(outcome.paths[cells(grid)[0]])["error"] == "KeyError: 'a\\nkey' (RELP_DEBUG=1 shows where)"
+    assert not list((tmp_path / "out/claims").iterdir())
+    monkeypatch.setenv("RELP_DEBUG", "1")
+    with pytest.raises(KeyError):
+        run_cells(grid, tmp_path / "out", Session("cpu"))
+    monkeypatch.undo()
+    assert run_cells(grid, tmp_path / "out", Session("cpu")).computed == 1
 
 
 @pytest.mark.parametrize(
