@@ -27,6 +27,7 @@ ROUGH = 30  # independent pairs: with fewer, standard errors themselves are roug
 FEW = ", which is few: standard errors are rough"
 SURE = 2  # standard errors from 0
 NAMED = 3  # units
+MANY = 10_000  # patched runs a pair: exact patching of all units is nothing that a page should propose
 
 
 def run_lead(
@@ -55,7 +56,7 @@ def run_lead(
         where = f" ({counted})" if (counted := _where(row)) else ""
         kept = f"from {row['n_nodes']:,} of {row['n_possible']:,} on{where}, circuits of these scores have a "
         said.append(("Circuit", f"none chosen yet; {kept}{_faithful(row)}."))
-    said.append(("Trust", _trust(about, top, spec or {})))
+    said.append(("Trust", _trust(about, scores.n_nodes, top, spec or {})))
     return said
 
 
@@ -197,7 +198,7 @@ def _faithful(row: Mapping[Any, Any]) -> str:
     return text + (f", on {int(row['n_pairs'])} held-out pairs" if "n_pairs" in row else "")
 
 
-def _trust(about: Mapping[str, Any], top: pd.DataFrame, spec: Mapping[str, Any]) -> str:
+def _trust(about: Mapping[str, Any], n_units: int, top: pd.DataFrame, spec: Mapping[str, Any]) -> str:
     """How many pairs, whether the method is exact, and which of the strongest are not far from 0."""
     n, method = int(about.get("n_pairs", 0)), str(about.get("method", "?"))
     text = pairs_text(n, about.get("n_prompts"))
@@ -205,6 +206,10 @@ def _trust(about: Mapping[str, Any], top: pd.DataFrame, spec: Mapping[str, Any])
         text += FEW
     if _exact(method):
         text += ". Scores are exact patching effects."
+    elif n_units > MANY:
+        text += (
+            f". {method} is an estimate: `relp circuit RUN --top-k 20 --verify` measures the effects of the strongest."
+        )
     else:
         text += f". {method} is an estimate: `{_comparison(about, spec)}` tells how well it agrees with exact patching."
     known = top[top.se.notna()]

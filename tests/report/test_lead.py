@@ -62,6 +62,8 @@ def test_the_command_that_is_named_is_of_what_the_run_was_asked(of):
     )
     assert f"`relp {asked} --set grad_drop=false --direction denoising`" in said
     assert "`relp compare ioi --model tiny --methods relp`" in dict(run_lead(of.meta, {}, of))["Trust"]
+    many = scores("relp", node_scores("mlp_neuron", 3, 5, 700))
+    assert "`relp circuit RUN --top-k 20 --verify`" in dict(run_lead(many.meta, {}, many))["Trust"]
 
 
 def test_the_lead_says_what_is_not_known(of):
