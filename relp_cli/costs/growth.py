@@ -81,7 +81,7 @@ def draw_growth(table: pd.DataFrame, over: str, path: Path) -> None:
     colors = method_colors(table["what"])
     with themed(LIGHT):
         figure = new_figure(8.4, 3.6)
-        for axes, y, title in zip(figure.subplots(1, 2), ("s", "MB"), ("seconds", "MB above the model"), strict=True):
+        for axes, y, title in zip(figure.subplots(1, 2), ("s", "MB"), ("seconds", "MiB above the model"), strict=True):
             for name, rows in table.groupby("what", sort=False):
                 axes.plot(rows[over].astype(str), rows[y], "o-", ms=3.5, color=colors[str(name)], label=name)
                 if y == "s":
@@ -94,5 +94,6 @@ def draw_growth(table: pd.DataFrame, over: str, path: Path) -> None:
             axes.set_xlabel(over)
             axes.set_title(title, loc="left", fontweight="bold")
             bare(axes)
-        figure.axes[0].legend(fontsize=7)
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper left", ncols=len(handles), fontsize=7.5)
         save_figure(figure, path)
