@@ -103,7 +103,7 @@ def expected_memory(
     request = _request(spec, metric)
     chosen = plan_of(model, pairs, spec.method, spec.nodes, request, **params) if spec.memory else None
     said = {"passes": chosen.said(pairs)} if chosen else {}
-    found = expected_peak(model, pairs, spec, params, cells, metric, chosen.tokens if chosen else None)
+    found = expected_peak(model, pairs, spec, params, cells, metric, chosen.room if chosen else None)
     return said if found is None else said | {"memory": str(found)}
 
 
@@ -118,17 +118,15 @@ def expected_peak(
     params: dict[str, Any],
     cells: int,
     metric: str,
-    tokens: int | None = None,
+    given: Room | None = None,
 ) -> Expected | None:
-    """The same as numbers; tokens: of a pass, where a limit to memory says. None where the system does not say what is held."""
+    """The same as numbers; given: how a limit to memory cuts pairs. None where the system does not say what is held."""
     row = row_of(spec.method)
-    room = Room.on(model.device, None, spec.batch_size, row.graph) if tokens is None else Room.of_tokens(tokens)
+    room = given or Room.on(model.device, None, spec.batch_size, row.graph)
     longest = max(pairs, key=lambda batch: min(len(batch), room.size(batch)) * batch.n_pos)
     batch = longest.rows(slice(0, room.size(longest)))
     with peak(model.device) as found:
-        _rehearse(
-            model, batch, spec, replace(_request(spec, metric), keep_examples=False, tokens=tokens), params, metric
-        )
+        _rehearse(model, batch, spec, replace(_request(spec, metric), keep_examples=False, room=given), params, metric)
     if found.above != found.above:
         return None
     n_pairs = sum(map(len, pairs))
@@ -160,7 +158,7 @@ def _rehearse(
 ) -> None:
     """Score one batch, until there was enough of it."""
     with begun_for(model, SECONDS):
-        if request.tokens is not None:
+        if request.room is not None:
             score_units(model, [batch], spec.method, spec.nodes, replace(request, memory=None), **params)
         else:
             score(

@@ -30,6 +30,7 @@ from relp_cli.methods.setup import Setup
 from relp_cli.methods.share import Streams, share_of
 from relp_cli.methods.space import Part, Point, added, of_part, of_point, together
 from relp_cli.models.model import Hook, Model
+from relp_cli.models.recompute import again
 from relp_cli.nodes.access import EMBEDDED, as_leaf, capture
 from relp_cli.precision import wide
 from relp_cli.spaces.graph import QKV, Graph
@@ -109,7 +110,8 @@ class _Taps:
 
     def begin(self, value: Tensor) -> Tensor:
         """The leaf that a backward pass goes back to."""
-        self.leaf = as_leaf(value)
+        if not again():
+            self.leaf = as_leaf(value)
         return self.leaf
 
     def _fork(self, name: str, seen: bool) -> Hook:

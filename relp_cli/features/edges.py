@@ -37,6 +37,8 @@ from relp_cli.methods.setup import Passes
 from relp_cli.methods.space import Point, added
 from relp_cli.methods.table import METHODS, SPACES, methods_for
 from relp_cli.models.model import Hook, Model
+from relp_cli.models.recompute import again
+from relp_cli.nodes.access import as_leaf
 from relp_cli.precision import wide
 from relp_cli.spaces.circuit import RANDOM, Circuit
 from relp_cli.spaces.feature_graph import FeatureEdges, FeatureNode
@@ -241,8 +243,8 @@ class _Batch:
 
         def link(site: Site) -> Hook:
             def hook(x: Tensor) -> Tensor:
-                reached[site] = x
-                leaves[site] = x.detach().requires_grad_(True)
+                if not again():
+                    reached[site], leaves[site] = x, as_leaf(x)
                 return leaves[site]
 
             return hook

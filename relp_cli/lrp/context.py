@@ -43,7 +43,8 @@ def lrp(
     def write(site: RuleSite) -> Hook:
         def hook(value: Tensor) -> Tensor:
             fired.add(site.name)
-            read = inputs[site.name]
+            read = dict(inputs[site.name])
+            inputs[site.name].clear()  # no layer's activations wait for the next pass
             if not torch.is_grad_enabled():
                 return value
             _must_have_read(model, site, read)

@@ -85,7 +85,8 @@ def _act2(x: Tensor, act: Activation, other: Tensor) -> Tensor:
     gap = other - x
     # Below this gap the secant loses more digits to rounding than the midpoint's derivative is wrong by (O(gap²)).
     near = gap.abs() < torch.finfo(x.dtype).eps ** (1 / 3)
-    with torch.enable_grad():
+    # A graph of its own, which keeps what it saves, whatever is done with what the model's graph saves.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda kept: kept):
         middle = (x + 0.5 * gap).detach().requires_grad_(True)
         (slope,) = torch.autograd.grad(act.fn(middle).sum(), middle)
     return torch.where(near, slope, (act.fn(other) - act.fn(x)) / torch.where(near, torch.ones_like(gap), gap))

@@ -57,9 +57,10 @@ def atp_star(on: Batch, params: AtpStarParams) -> Result:
     fixed = [k.name for k in setup.kinds if k.name in ("query", "key")] if params.qk_fix else []
     source = setup.source_activations()
     kinds = (*setup.kinds, *(k for k in (*QUERIES_AND_KEYS, PATTERN) if fixed and k not in setup.kinds))
+    taken = replace(setup, kinds=kinds)  # now: kl's reference is a pass of its own, which would be read as well
     reading: AbstractContextManager[list[Tensor]] = attention_scores(setup.model) if fixed else nullcontext([])
     with reading as before:
-        runs = layer_drop_gradients(replace(setup, kinds=kinds), dropped)
+        runs = layer_drop_gradients(taken, dropped)
     run = runs[0].values
     deltas = differences(source, {k.name: run[k.name] for k in setup.kinds})
     slopes = [at.grads[PATTERN.name] for at in runs] if fixed else []

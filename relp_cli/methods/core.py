@@ -15,6 +15,7 @@ from relp_cli.errors import RelpError
 from relp_cli.lrp.context import lrp
 from relp_cli.methods.setup import Setup
 from relp_cli.methods.space import Point, of_point, together
+from relp_cli.models.recompute import again
 from relp_cli.nodes.access import EMBEDDED, Activations, as_leaf, capture, per_node
 from relp_cli.precision import wide
 
@@ -45,23 +46,24 @@ def gradients(setup: Setup, points: Sequence[Point], take: Take | None = None) -
     first, k = points[0], len(points)
     refuse_metric(setup, at_run=not first.moved)
     kinds = setup.kinds if first.of is None else ()
-    leaves: list[Tensor] = []
+    leaves: dict[str, Tensor] = {}
     moved, other = together(points)
 
-    def leaf(change: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def leaf(name: str, change: Tensor | None) -> Callable[[Tensor], Tensor]:
         def hook(value: Tensor) -> Tensor:
-            leaves.append(as_leaf(value if change is None else (value + change).to(value.dtype)))
-            return leaves[-1]
+            if not again():
+                leaves[name] = as_leaf(value if change is None else (value + change).to(value.dtype))
+            return leaves[name]
 
         return hook
 
     with torch.enable_grad():
-        moves = {name: leaf(change) for name, change in moved.items()} or {EMBEDDED: leaf(None)}
+        moves = {name: leaf(name, change) for name, change in moved.items()} or {EMBEDDED: leaf(EMBEDDED, None)}
         with lrp(setup.model, first.rules, other) as applied, capture(setup.model, kinds, moves) as values:
             logits = setup.model.logits(setup.run.repeat(k, 1))
         metric = setup.value(logits)  # outside the hooks: kl runs the model for its reference
         grads, handles = _arriving(values, k, take)
-        of_leaves = torch.autograd.grad(metric.sum(), leaves, allow_unused=True)
+        of_leaves = torch.autograd.grad(metric.sum(), list(leaves.values()), allow_unused=True)
     for handle in handles:
         handle.remove()  # a hook holds values, whose graph holds the hook: nothing would ever free them
     if not moved:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from relp_cli.errors import RunFailed
-from relp_cli.methods.room import Room
+from relp_cli.methods.room import Room, fitting
 from relp_cli.methods.setup import Passes
 from relp_cli.methods.space import Batch
 from relp_cli.methods.table import Result
@@ -23,13 +24,18 @@ def out_of_memory(error: Exception) -> bool:
 class Halving:
     """Scores batches by `compute`, in halves once one was too large; `make` makes a batch of pairs with so much room.
 
+    recomputes: whether layers can be computed again in the backward pass, which is tried where one pair does not fit.
     most: how many pairs a pass has had at most since then (None: memory never ran out).
     """
 
     def __init__(
-        self, compute: Callable[[Batch], Result], make: Callable[[PairBatch, Room], Batch], room: Room
+        self,
+        compute: Callable[[Batch], Result],
+        make: Callable[[PairBatch, Room], Batch],
+        room: Room,
+        recomputes: bool = False,
     ) -> None:
-        self.compute, self.make = compute, make
+        self.compute, self.make, self.recomputes = compute, make, recomputes
         self.first = self.room = room
 
     @property
@@ -39,27 +45,34 @@ class Halving:
     @property
     def about(self) -> dict[str, int]:
         """What scores say of it."""
-        return {} if self.most is None else {"out_of_memory_pairs_per_pass": self.most}
+        return ({} if self.most is None else {"out_of_memory_pairs_per_pass": self.most}) | self.room.about
 
     def __call__(self, on: Batch) -> Result:
         """The scores of one batch; its setup then knows L and passes of the whole.
 
         Raises: RunFailed where not even one pair fits, nor a smaller pass.
         """
-        if self.most is None or len(on) <= self.most:
+        if self.most is None or (len(on) <= self.most and on.room.recompute == self.room.recompute):
             try:
                 return self.compute(on)
             except Exception as error:
                 if not out_of_memory(error):
                     raise
             _let_go(on)  # now: until here the error held what was being computed
-            if len(on) == 1 and self.room.patched <= on.setup.batch.n_pos:
-                raise RunFailed(
-                    f"out of memory with one pair of {on.setup.batch.n_pos} tokens at a time: use a smaller model or --dtype "
-                    "bfloat16, fewer node kinds at once, or a device with more memory"
-                )
-            self.room = self.room.halved(len(on))
+            self.room = self._less(on)
         return _joined(on, self._parts(on))
+
+    def _less(self, on: Batch) -> Room:
+        """Than what memory did not hold."""
+        n_pos, tokens = on.setup.batch.n_pos, self.room.graph if self.recomputes else self.room.patched
+        if len(on) > 1 or fitting(n_pos, tokens) > 1:
+            return self.room.halved(len(on))
+        if self.recomputes and not self.room.recompute:
+            return replace(self.room, recompute=True)
+        raise RunFailed(
+            f"out of memory with one pair of {n_pos} tokens at a time: use a smaller model or --dtype bfloat16, fewer node kinds "
+            "at once, or a device with more memory"
+        )
 
     def _parts(self, on: Batch) -> list[tuple[int, Result, Batch]]:
         parts = []

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -51,30 +52,49 @@ MOST = 1 << 14  # tokens: more gain nothing (docs/memory.md)
 
 @dataclass(frozen=True)
 class Plan:
-    """What was chosen for a limit of so many bytes: tokens per batch and pass, and the peak in bytes that is expected at most."""
+    """What was chosen for a limit of so many bytes: tokens per batch and pass, whether layers are computed again in the backward
+    pass, and the peak in bytes that is expected at most.
+    """
 
     memory: int
     tokens: int
     peak: int
+    recompute: bool = False
+
+    @property
+    def room(self) -> Room:
+        return Room.of_tokens(self.tokens, self.recompute)
 
     @property
     def about(self) -> dict[str, Any]:
         """As metadata have it."""
-        return {"memory": self.memory, "tokens_per_pass": self.tokens, "memory_expected": self.peak}
+        return {"memory": self.memory, "tokens_per_pass": self.tokens, "memory_expected": self.peak} | self.room.about
 
     def said(self, pairs: Sequence[PairBatch]) -> str:
         """For people."""
         sizes = sorted({min(len(batch), fitting(batch.n_pos, self.tokens)) for batch in pairs})
         several = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])
-        return f"{self.tokens} tokens a pass ({several} pairs), at most {written(self.peak)} of {written(self.memory)}"
+        again = ", layers computed again in the backward pass" if self.recompute else ""
+        return f"{self.tokens} tokens a pass ({several} pairs){again}, at most {written(self.peak)} of {written(self.memory)}"
+
+
+class _Enough(BaseException):
+    """No error: nothing may catch it."""
+
+
+class _TooLarge(RelpError):
+    """One pair does not fit."""
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of all tensors that were made inside and still are there: now, and at the peak."""
+    """Bytes of all tensors that were made inside and still are there: now, and at the peak. Ends the computation, as `begun`
+    does, where they are more than `most`.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, most: float = inf) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self.most = most
         self._there: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -97,10 +117,8 @@ class Alive(TorchDispatchMode):
         self._there[key] = weakref.ref(storage, gone)
         self.now += size
         self.peak = max(self.peak, self.now)
-
-
-class _Enough(BaseException):
-    """No error: nothing may catch it."""
+        if self.now > self.most:
+            raise _Enough
 
 
 @contextmanager
@@ -123,41 +141,53 @@ def plan(
     patched: bool = False,
     kept: int = 0,
     singles: int = 0,
+    recomputes: bool = False,
 ) -> Plan:
     """The largest passes whose peak stays below `memory`.
 
     compute: does with a few pairs what is to be done with all, in so much room. patched: whether most of its passes are patched
-    runs. kept, singles: bytes of the results beside it, and of single scores.
+    runs. kept, singles: bytes of the results beside it, and of single scores. recomputes: whether layers can be computed again in
+    the backward pass, which they are where one pair does not fit otherwise.
     Raises: RelpError where not even one pair fits, or single scores do not.
     """
     held = LIBRARIES.get(model.device.type, OTHER_LIBRARIES) + resident(model.hf) + kept
     always, writing, held = held, held + WRITTEN * singles, held + singles
-    tokens, peaks = MOST, list[tuple[int, float, float]]()
-    for n_pos in {batch.n_pos for batch in (min(pairs, key=_length), max(pairs, key=_length))}:
-        batch = next(batch for batch in pairs if batch.n_pos == n_pos)
 
-        def alive(n: int, batch: PairBatch = batch) -> float:
-            few = batch.rows(torch.arange(n) % len(batch))
-            return HELD * _alive(model, few, compute, patched)
+    def largest(recompute: bool, most: float = inf) -> Plan:
+        tokens, peaks = MOST, list[tuple[int, float, float]]()
+        for n_pos in {batch.n_pos for batch in (min(pairs, key=_length), max(pairs, key=_length))}:
+            batch = next(batch for batch in pairs if batch.n_pos == n_pos)
 
-        alive(1)  # once what is computed of a model but once is no part of it
-        one = alive(1)
-        if (least := max(held + one, writing)) > memory:
-            kept_too = (
-                f" and {written(least - always - one)} for single scores (--no-per-example: none)" if singles else ""
-            )
-            raise RelpError(
-                f"memory {written(memory)}: one pair of {n_pos} tokens at a time takes up to {written(least)}, "
-                f"{written(always)} of it for libraries, model and results{kept_too}; give at least as much"
-            )
-        # two are tried where they are sure to fit
-        each = alive(2) - one if held + 2 * one <= memory else memory
-        each = max(each, 1.0)
-        most = 1 + int((memory - held - one) / each)
-        tokens = min(tokens, _power_of_two(most * n_pos))
-        peaks.append((n_pos, one, each))
-    peak = max(held + one + each * (fitting(n_pos, tokens) - 1) for n_pos, one, each in peaks)
-    return Plan(memory, tokens, round(max(peak, writing)))
+            def alive(n: int, batch: PairBatch = batch) -> float:
+                few = batch.rows(torch.arange(n) % len(batch))
+                return HELD * _alive(model, few, compute, patched, recompute, most)
+
+            alive(1)  # once what is computed of a model but once is no part of it
+            one = alive(1)
+            if (least := max(held + one, writing)) > memory:
+                kept_too = (
+                    f" and {written(least - always - one)} for single scores (--no-per-example: none)"
+                    if singles
+                    else ""
+                )
+                again = ", layers computed again in the backward pass," if recompute else ""
+                raise _TooLarge(
+                    f"memory {written(memory)}: one pair of {n_pos} tokens at a time{again} takes up to {written(least)}, "
+                    f"{written(always)} of it for libraries, model and results{kept_too}; give at least as much"
+                )
+            # two are tried where they are sure to fit
+            each = alive(2) - one if held + 2 * one <= memory else memory
+            each = max(each, 1.0)
+            fit = 1 + int((memory - held - one) / each)
+            tokens = min(tokens, _power_of_two(fit * n_pos))
+            peaks.append((n_pos, one, each))
+        peak = max(held + one + each * (fitting(n_pos, tokens) - 1) for n_pos, one, each in peaks)
+        return Plan(memory, tokens, round(max(peak, writing)), recompute)
+
+    if recomputes:
+        with suppress(_TooLarge):
+            return largest(False, (memory - held) / HELD)  # trying it stays below the limit, too
+    return largest(recomputes)
 
 
 def _length(batch: PairBatch) -> int:
@@ -169,9 +199,16 @@ def _power_of_two(number: int) -> int:
     return 1 << (number.bit_length() - 1)
 
 
-def _alive(model: Model, batch: PairBatch, compute: Callable[[PairBatch, Room], object], patched: bool) -> int:
-    """Bytes that are alive at the peak, beside what was there before."""
-    room, passes = Room.of_tokens(batch.original.numel()), 0
+def _alive(
+    model: Model,
+    batch: PairBatch,
+    compute: Callable[[PairBatch, Room], object],
+    patched: bool,
+    recompute: bool,
+    most: float,
+) -> int:
+    """Bytes that are alive at the peak, beside what was there before; it ends where they are more than `most`."""
+    room, passes = Room.of_tokens(batch.original.numel(), recompute), 0
     rows = fitting(batch.n_pos, room.patched if patched else room.graph)
 
     def enough(value: Tensor) -> bool:
@@ -179,7 +216,7 @@ def _alive(model: Model, batch: PairBatch, compute: Callable[[PairBatch, Room], 
         passes += len(value) >= rows
         return passes > PASSES
 
-    with Alive() as count, begun(model, enough):
+    with begun(model, enough), Alive(most) as count:
         compute(batch, room)
     return count.peak
 
@@ -213,7 +250,7 @@ def planned(
         if space_of(scorer.units).sparse:
             indexed, kept = _sparse(model, pairs, scorer, request.keep_examples)
         beside = sums * cells + scorer.held + waiting + indexed
-        return plan(memory, model, pairs, some, row.each, beside, kept)
+        return plan(memory, model, pairs, some, row.each, beside, kept, row.recomputes)
 
     return decide() if left is None else Plan(**left.agreed("memory", lambda: vars(decide())))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from relp_cli import BATCH_SIZE
 from relp_cli.errors import RelpError, unknown
+from relp_cli.methods.room import Room
 from relp_cli.methods.setup import Means, Passes, Setup
 from relp_cli.methods.table import Method, Params
 from relp_cli.methods.unfinished import Unfinished
@@ -37,7 +38,7 @@ class Request:
     progress: Progress | None = None
     unfinished: Unfinished | None = None
     memory: int | None = None  # bytes, which the peak stays below
-    tokens: int | None = None  # of batches and passes, where a limit to memory has chosen them already
+    room: Room | None = None  # how pairs are cut, where a limit to memory has decided already
 
     def check(self, of: str = "", baselines: Sequence[str] = BASELINES) -> None:
         """Raises RelpError for a metric, direction or baseline that does not exist (`of` features, say)."""

@@ -23,7 +23,8 @@ def fitting(tokens: int, chunk_tokens: int) -> int:
 @dataclass(frozen=True)
 class Room:
     """How many tokens one pass may hold: `graph`, with the graph that leads back through them; `patched`, of runs with a patch.
-    And a batch: at most so many `pairs`, and `batch` tokens (None: as many as they have).
+    And a batch: at most so many `pairs`, and `batch` tokens (None: as many as they have). recompute: layers are computed again in
+    the backward pass (`models.recompute`).
 
     On a CPU 192 tokens with a graph take 2 to 3 % longer than 1,024, and a fifth of the memory; patched runs take as long at
     1,024 as at 16,384 (docs/memory.md).
@@ -33,6 +34,7 @@ class Room:
     patched: int = 2048
     pairs: int = BATCH_SIZE
     batch: int | None = None
+    recompute: bool = False
 
     @classmethod
     def on(
@@ -47,9 +49,14 @@ class Room:
         return room if chunk_tokens is None else replace(room, graph=chunk_tokens, patched=chunk_tokens)
 
     @classmethod
-    def of_tokens(cls, tokens: int) -> Room:
+    def of_tokens(cls, tokens: int, recompute: bool = False) -> Room:
         """Batches and passes of so many tokens, whatever the method. A patched run keeps next to nothing: four times as many."""
-        return cls(tokens, 4 * tokens, tokens, tokens)
+        return cls(tokens, 4 * tokens, tokens, tokens, recompute)
+
+    @property
+    def about(self) -> dict[str, bool]:
+        """What metadata say of it."""
+        return {"layers_recomputed": True} if self.recompute else {}
 
     def size(self, batch: PairBatch) -> int:
         """How many of these pairs a batch has at most."""

@@ -25,6 +25,7 @@ from relp_cli.methods.space import Batch, Scorer
 from relp_cli.methods.table import METHODS, Method, Params, Result, methods_for, row_of
 from relp_cli.methods.unfinished import Unfinished
 from relp_cli.models.model import Model
+from relp_cli.models.recompute import recomputing
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.table import SpaceRow, space_for
 from relp_cli.spaces.totals import Totals
@@ -135,16 +136,16 @@ class _Work:
         check_baseline(row, space, request)
         scorer: Scorer = space.load_scorer()(model, parts_of(pairs), nodes, request, options)
         check_metric(row, request, parts_of(pairs))
-        function, _ = row.load()
 
         def compute(on: Batch) -> Result:
-            values = function(on, parsed)
-            result: Result = on.attribute(values) if row.by == "points" else values
+            with recomputing(model, on.room.recompute):
+                values = row.load()[0](on, parsed)
+                result: Result = on.attribute(values) if row.by == "points" else values
             return result
 
         chosen = planned(model, pairs, row, scorer, request, compute)
-        own, tokens = getattr(parsed, "chunk_tokens", None), chosen.tokens if chosen else request.tokens
-        room = Room.of_tokens(tokens) if tokens else Room.on(model.device, own, request.batch_size, row.graph)
+        own, room = getattr(parsed, "chunk_tokens", None), chosen.room if chosen else request.room
+        room = room or Room.on(model.device, own, request.batch_size, row.graph)
         chunks = room.batches(pairs, model.device)
         parts = parts_of(chunks)
         account = Account(request, model, chunks, method)
@@ -154,7 +155,7 @@ class _Work:
             scorer.batch(part, passes(), room, within(request.progress, i, len(parts))) for i, part in enumerate(parts)
         )
         each = len(parts) // max(1, len(chunks))
-        halving = Halving(compute, lambda part, room: scorer.batch(part, Passes(), room, None), room)
+        halving = Halving(compute, lambda part, room: scorer.batch(part, Passes(), room, None), room, row.recomputes)
         left = request.unfinished and request.unfinished.of_batches([len(part) for part in parts])
         return cls(row, parsed, scorer, account, batches, left, each, halving, order, chosen)
 
@@ -165,10 +166,9 @@ class _Work:
         """
         row, unfinished = self.row, self.unfinished
         if row.by == "all":
-            function, _ = row.load()
             every = list(self.batches)
             every[0].unfinished = unfinished.of(0) if unfinished else None
-            yield from zip(every, in_one_go(lambda: function(every, self.params), row.name), strict=True)
+            yield from zip(every, in_one_go(lambda: row.load()[0](every, self.params), row.name), strict=True)
             return
         shard = unfinished.shard if unfinished else None
         for number, on in enumerate(self.batches):

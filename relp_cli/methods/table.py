@@ -92,6 +92,11 @@ class Method:
         return not (self.each or self.whole)
 
     @property
+    def recomputes(self) -> bool:
+        """Whether it takes gradients batch by batch, so that layers can be computed again for them where memory is short."""
+        return self.by == "points" or (self.by == "batch" and self.gradients is not None)
+
+    @property
     def serves(self) -> tuple[str, ...]:
         return self.spaces or tuple(SPACES)
 

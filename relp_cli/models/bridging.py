@@ -42,6 +42,16 @@ def narrow_rotary(bridge: Any, dtype: torch.dtype) -> None:
             point.register_forward_hook(lambda _m, _a, value: value.to(dtype))
 
 
+def forget_patterns(bridge: Any) -> None:
+    """Where queries, keys and values are one matrix, the bridge keeps each layer's last pattern, which nothing reads: as large as
+    positions², all layers' at once, with the graph that leads to it.
+    """
+    for block in bridge.blocks:
+        attention: Any = getattr(block, "attn", None)
+        if hasattr(attention, "_pattern"):
+            attention.register_forward_hook(lambda module, *_: setattr(module, "_pattern", None))
+
+
 def bos_of(tokenizer: Any, wanted: bool, name: str, asked: bool) -> int | None:
     if tokenizer is None or not wanted:
         return None

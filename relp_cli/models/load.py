@@ -17,7 +17,7 @@ import torch
 
 from relp_cli.errors import RelpError, nearest
 from relp_cli.files import read_object
-from relp_cli.models.bridging import bos_of, bridge_of, first_line, narrow_rotary, shape_of
+from relp_cli.models.bridging import bos_of, bridge_of, first_line, forget_patterns, narrow_rotary, shape_of
 from relp_cli.models.catalog import EMBEDDED, embedded_names
 from relp_cli.models.checks import check_forward, check_model, flat_points, mlp_form, probe, unscaled_norms
 from relp_cli.models.families import family_of
@@ -151,6 +151,7 @@ def wrap(
     hf.requires_grad_(False)
     shape = shape_of(hf, bridge)
     narrow_rotary(bridge, next(hf.parameters()).dtype)
+    forget_patterns(bridge)
     model = Model(
         name=name,
         hf=bridge.original_model,

@@ -208,20 +208,23 @@ class _Absent:
     view: tuple[Any, Any, Any]
 
 
+def held(value: Tensor) -> Any:
+    """What a graph holds for a tensor: a fetched weight's name, or the tensor."""
+    at = value.untyped_storage().data_ptr()
+    if at not in _there:
+        return value.detach()  # itself, an output would hold its own graph
+    _, hook, name = _there[at]
+    return _Absent(hook, name, (value.shape, value.stride(), value.storage_offset()))
+
+
+def restored(kept: Any) -> Tensor:
+    """The tensor that `held` was given."""
+    if isinstance(kept, _Absent):
+        return kept.hook.fetch(kept.name).as_strided(*kept.view)
+    value: Tensor = kept
+    return value
+
+
 def forgetting() -> AbstractContextManager[Any]:
     """Graphs that are made inside hold no fetched weights; a backward pass fetches them again."""
-
-    def pack(value: Tensor) -> Any:
-        at = value.untyped_storage().data_ptr()
-        if at not in _there:
-            return value.detach()  # itself, an output would hold its own graph
-        _, hook, name = _there[at]
-        return _Absent(hook, name, (value.shape, value.stride(), value.storage_offset()))
-
-    def unpack(packed: Any) -> Tensor:
-        if isinstance(packed, _Absent):
-            return packed.hook.fetch(packed.name).as_strided(*packed.view)
-        kept: Tensor = packed
-        return kept
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    return torch.autograd.graph.saved_tensors_hooks(held, restored)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from relp_cli.models.checks import TOLERANCE
 from relp_cli.models.model import Hook, Model
+from relp_cli.models.recompute import standing_in
 
 
 @dataclass(frozen=True)
@@ -304,19 +305,14 @@ def _agree(got: Tensor, want: Tensor) -> bool:
     return bool((got - want).abs().max() <= TOLERANCE[got.dtype] * want.abs().max())
 
 
-@contextmanager
-def _passed_over(block: Any, width: int) -> Iterator[None]:
+def _passed_over(block: Any, width: int) -> AbstractContextManager[None]:
     """The block returns what it is given."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         stream = args[0] if args else kwargs["hidden_states"]
         return (stream, *[None] * (width - 1)) if width else stream
 
-    vars(block)["forward"] = forward
-    try:
-        yield
-    finally:
-        del vars(block)["forward"]
+    return standing_in(block, forward)
 
 
 def _on_input(fn: Callable[[Tensor], Tensor]) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from relp_cli.errors import RelpError
 from relp_cli.models.model import Hook, Model
+from relp_cli.models.recompute import again
 from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
 
 Activations = dict[str, list[Tensor]]  # node kind → one Float[batch, pos, width] per layer
@@ -67,9 +68,17 @@ def capture(
         hooks += (leaves or {EMBEDDED: as_leaf}).items()
     for kind in kinds:
         for layer in range(model.shape.n_layers):
-            hooks.append((kind.point(layer), seen[kind.name].append))
+            hooks.append((kind.point(layer), _collect(seen[kind.name])))
     with model.hooks(hooks):
         yield seen
+
+
+def _collect(values: list[Tensor]) -> Hook:
+    def hook(value: Tensor) -> None:
+        if not again():
+            values.append(value)
+
+    return hook
 
 
 def activations(model: Model, tokens: Tensor, kinds: Sequence[NodeKind]) -> Activations:

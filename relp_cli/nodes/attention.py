@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from relp_cli.errors import RelpError
 from relp_cli.models.checks import TOLERANCE
 from relp_cli.models.model import Hook, Model
+from relp_cli.models.recompute import again
 from relp_cli.nodes.access import Activations, capture, split, units
 from relp_cli.nodes.kinds import NODE_KINDS, NodeKind
 from relp_cli.precision import wide
@@ -36,7 +37,7 @@ class _SoftmaxInputs(TorchFunctionMode):
         self.n_heads, self.device, self.seen = model.shape.n_heads, model.device, seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in SOFTMAX and args and args[0].ndim == 4 and args[0].shape[1] == self.n_heads:
+        if func in SOFTMAX and args and args[0].ndim == 4 and args[0].shape[1] == self.n_heads and not again():
             self.seen.append(args[0].detach().to(self.device))
         return func(*args, **(kwargs or {}))
 

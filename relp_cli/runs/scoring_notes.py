@@ -29,6 +29,10 @@ def scoring_notes(scores: Scores) -> list[str]:
         notes.append(f"out of memory: batches were halved, to {most} pairs or fewer; {less} saves the attempts")
     if "memory" in meta:
         notes.append(f"memory: at most {meta['tokens_per_pass']} tokens a pass for a peak of {written(meta['memory'])}")
+    if meta.get("layers_recomputed"):
+        notes.append(
+            "one pair's graph does not fit: layers were computed again in the backward pass, which takes longer"
+        )
     if auto := meta.get("auto"):
         chosen = "; ".join(f"{kind}: {', '.join(rules) or 'no rules'}" for kind, rules in auto["chosen"].items())
         aside, of = auto["pairs_set_aside"], auto["pairs_set_aside"] + meta["n_pairs"]
