@@ -25,7 +25,6 @@ from relp_cli.methods.space import Batch, Scorer
 from relp_cli.methods.table import METHODS, Method, Params, Result, methods_for, row_of
 from relp_cli.methods.unfinished import Unfinished
 from relp_cli.models.model import Model
-from relp_cli.models.recompute import recomputing
 from relp_cli.spaces.scores import Scores
 from relp_cli.spaces.table import SpaceRow, space_for
 from relp_cli.spaces.totals import Totals
@@ -69,7 +68,7 @@ def score_units(
             account.done([on.setup for on, _ in parts])
             parts.clear()
         del on, result  # while the next one is computed
-    if request.memory is not None or request.tokens is not None:
+    if request.memory is not None or request.room is not None:
         give_back()  # before single scores are copied to be written
     cut = work.halving.about | (work.plan.about if work.plan else {})
     meta = account.meta(row, work.params, last.applied, scorer.axis, **scorer.about, **last.meta, **cut)
@@ -138,10 +137,7 @@ class _Work:
         check_metric(row, request, parts_of(pairs))
 
         def compute(on: Batch) -> Result:
-            with recomputing(model, on.room.recompute):
-                values = row.load()[0](on, parsed)
-                result: Result = on.attribute(values) if row.by == "points" else values
-            return result
+            return on.scored(row, parsed)
 
         chosen = planned(model, pairs, row, scorer, request, compute)
         own, room = getattr(parsed, "chunk_tokens", None), chosen.room if chosen else request.room

@@ -25,9 +25,10 @@ from relp_cli.methods.request import Progress
 from relp_cli.methods.room import Room, fitting
 from relp_cli.methods.setup import Passes, Setup
 from relp_cli.methods.share import Streams
-from relp_cli.methods.table import Result
+from relp_cli.methods.table import Method, Params, Result
 from relp_cli.methods.unfinished import UnfinishedBatch
 from relp_cli.models.model import Hook, Model
+from relp_cli.models.recompute import recomputing
 from relp_cli.spaces.units import Units
 from relp_cli.tasks.pairs import PairBatch
 
@@ -106,6 +107,13 @@ class Batch(ABC):
 
     def read_streams(self) -> Streams:
         return Streams(self.setup)
+
+    def scored(self, row: Method, params: Params) -> Result:
+        """What a method that is not of all batches at once says of this one; layers are computed again where the room says so."""
+        with recomputing(self.model, self.room.recompute):
+            values = row.load()[0](self, params)
+            result: Result = self.attribute(values) if row.by == "points" else values
+        return result
 
     def forget(self) -> None:
         """Drop what was read."""

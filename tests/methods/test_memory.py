@@ -141,7 +141,7 @@ def _tensors(dictionary: Any) -> list[torch.Tensor]:
     return [value for value in vars(dictionary).values() if isinstance(value, torch.Tensor)]
 
 
-FREE = {"resid_pre": 600_000, "mlp_neuron": 800_000, "edges": 1_200_000, "mlp_out": 400_000}
+FREE = {"resid_pre": 600_000, "mlp_neuron": 600_000, "edges": 1_200_000, "mlp_out": 400_000}
 METHODS: list[tuple[str, list[str], dict[str, Any]]] = [
     ("atp", ["resid_pre", "attn_out", "mlp_out"], {}),
     ("relp", ["mlp_neuron"], {}),
