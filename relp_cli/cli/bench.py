@@ -50,7 +50,9 @@ def command(
     from relp_cli.report.tables import show
 
     if over is None:
-        table, sized = pd.DataFrame(run_benches(rounds, layers, only)), f"batch 8 × 16 tokens, {layers} layers"
+        with progress() as bar:
+            table = pd.DataFrame(run_benches(rounds, layers, only, bar))
+        sized = f"batch 8 × 16 tokens, {layers} layers"
     else:
         at = sizes(over, comma(values, "--values") if values is not None else ())
         if memory:
@@ -59,7 +61,9 @@ def command(
         if plot is not None:
             check_ending(plot)
             check_file_writable(plot)
-        table, sized = growth(over, at, rounds, device), "12 layers, batch 8 × 16 tokens but for what varies"
+        with progress() as bar:
+            table = growth(over, at, rounds, device, bar)
+        sized = "12 layers, batch 8 × 16 tokens but for what varies"
         if plot is not None:
             draw_growth(table, over, plot)
     if json:

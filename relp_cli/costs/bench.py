@@ -23,7 +23,7 @@ from relp_cli.evaluation.edge_ablation import EdgeAblation
 from relp_cli.evaluation.evaluate import Ablating
 from relp_cli.evaluation.node_circuits import NodeAblator
 from relp_cli.methods.patching import patch_nodes
-from relp_cli.methods.request import Request
+from relp_cli.methods.request import Progress, Request
 from relp_cli.methods.score import COMPONENTS
 from relp_cli.methods.setup import Passes
 from relp_cli.models.load import wrap
@@ -237,7 +237,9 @@ BENCHES = [
 ]
 
 
-def run_benches(rounds: int, layers: int = 12, only: str = "") -> list[dict[str, Any]]:
+def run_benches(
+    rounds: int, layers: int = 12, only: str = "", progress: Progress | None = None
+) -> list[dict[str, Any]]:
     """Time every row (or those whose name contains `only`); ratios of medians.
 
     Raises: RelpError where no row has that name.
@@ -246,8 +248,12 @@ def run_benches(rounds: int, layers: int = 12, only: str = "") -> list[dict[str,
     if not chosen:
         raise unknown("row", only, [bench.name for bench in BENCHES], where="--only: ")
     with one_thread():
-        f = fixture(layers)
-        return [timed(f, bench, rounds) for bench in chosen]
+        f, rows = fixture(layers), []
+        for bench in chosen:
+            rows.append(timed(f, bench, rounds))
+            if progress:
+                progress(len(rows), len(chosen), "rows")
+        return rows
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from relp_cli.costs.bench import BENCHES, SHAPES, Fixture, fixture, one_thread, 
 from relp_cli.costs.peaks import UNITS
 from relp_cli.costs.rehearsal import peak
 from relp_cli.errors import RelpError, unknown
+from relp_cli.methods.request import Progress
 from relp_cli.models.load import usable_device
 from relp_cli.report.canvas import LIGHT, bare, method_colors, new_figure, save_figure, themed
 
@@ -42,21 +43,26 @@ def sizes(over: str, values: Sequence[str]) -> list[Any]:
     return [int(value) for value in values] or list(OVER[over])
 
 
-def growth(over: str, values: Sequence[Any], rounds: int, device: str | None = None) -> pd.DataFrame:
+def growth(
+    over: str, values: Sequence[Any], rounds: int, device: str | None = None, progress: Progress | None = None
+) -> pd.DataFrame:
     """A row per value and bench: medians of its seconds and of its baseline's, their ratio, and MB: peak memory above what was
     held before it (of the process; on a GPU, of what torch allocates; NaN where the system does not say).
 
     over: a key of OVER but memory (`peaks`); the other sizes are GPT-2-small's, 16 positions and 8 pairs.
     """
     rows, target = [], usable_device(device or "cpu")
+    chosen = [bench for bench in BENCHES if bench.name in ROWS]
     with one_thread():
         for value in values:
             f = fixture(**{over: value}, device=target)
-            for bench in (bench for bench in BENCHES if bench.name in ROWS):
+            for bench in chosen:
                 times = timed(f, bench, rounds)
                 about = {over: value, "what": bench.name, "baseline": bench.baseline}
                 cost = {name: times[name] for name in ("baseline s", "s", "ratio")}
                 rows.append({**about, **cost, "MB": _peak(bench.run, f)})
+                if progress:
+                    progress(len(rows), len(values) * len(chosen), f"rows ({over})")
             del f
             gc.collect()
     return pd.DataFrame(rows)
