@@ -69,7 +69,7 @@ def command(
     if json:
         print_json(table.to_dict("records"))
         return
-    show(table, out, f"medians of {rounds} rounds, {sized}, {on_device(device)}")
+    show(table, out, f"medians of {rounds} rounds, {sized}, {on_device(device)}", keys=1 if over is None else 2)
 
 
 def _peaks(units: Sequence[str], only: str, json: bool) -> None:

@@ -46,7 +46,7 @@ def sizes(over: str, values: Sequence[str]) -> list[Any]:
 def growth(
     over: str, values: Sequence[Any], rounds: int, device: str | None = None, progress: Progress | None = None
 ) -> pd.DataFrame:
-    """A row per value and bench: medians of its seconds and of its baseline's, their ratio, and MB: peak memory above what was
+    """A row per value and bench: medians of its seconds and of its baseline's, their ratio, and MiB: peak memory above what was
     held before it (of the process; on a GPU, of what torch allocates; NaN where the system does not say).
 
     over: a key of OVER but memory (`peaks`); the other sizes are GPT-2-small's, 16 positions and 8 pairs.
@@ -60,7 +60,7 @@ def growth(
                 times = timed(f, bench, rounds)
                 about = {over: value, "what": bench.name, "baseline": bench.baseline}
                 cost = {name: times[name] for name in ("baseline s", "s", "ratio")}
-                rows.append({**about, **cost, "MB": _peak(bench.run, f)})
+                rows.append({**about, **cost, "MiB": _peak(bench.run, f)})
                 if progress:
                     progress(len(rows), len(values) * len(chosen), f"rows ({over})")
             del f
@@ -83,11 +83,11 @@ def on_device(device: str | None) -> str:
 
 
 def draw_growth(table: pd.DataFrame, over: str, path: Path) -> None:
-    """Seconds and MB against the size that varies, both axes logarithmic where it is a number; baselines are dotted."""
+    """Seconds and MiB against the size that varies, both axes logarithmic where it is a number; baselines are dotted."""
     colors = method_colors(table["what"])
     with themed(LIGHT):
         figure = new_figure(8.4, 3.6)
-        for axes, y, title in zip(figure.subplots(1, 2), ("s", "MB"), ("seconds", "MiB above the model"), strict=True):
+        for axes, y, title in zip(figure.subplots(1, 2), ("s", "MiB"), ("seconds", "MiB above the model"), strict=True):
             for name, rows in table.groupby("what", sort=False):
                 axes.plot(rows[over].astype(str), rows[y], "o-", ms=3.5, color=colors[str(name)], label=name)
                 if y == "s":

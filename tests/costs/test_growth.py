@@ -37,7 +37,7 @@ def test_growth_over_shapes(relp: Any, tmp_path: Path, monkeypatch: pytest.Monke
     assert done.code == 0, done.err
     rows = json.loads(done.out)
     assert [row["shape"] for row in rows] == ["tiny"]
-    assert all(row["ratio"] == pytest.approx(row["s"] / row["baseline s"]) and row["MB"] > 0 for row in rows)
+    assert all(row["ratio"] == pytest.approx(row["s"] / row["baseline s"]) and row["MiB"] > 0 for row in rows)
     assert (tmp_path / "cost.png").stat().st_size > 5000
 
 
