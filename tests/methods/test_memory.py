@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from oracles.wrapped import case, pairs, run
@@ -236,6 +237,13 @@ def test_verbs_take_it(relp: Any, tmp_path: Path) -> None:
     assert {record["spec"]["memory"] for record in records} == {2 * 10**9}
     assert all(record["scores"]["tokens_per_pass"] for record in records)
     assert "memory" not in json.loads((tmp_path / "plain/run.json").read_text())["spec"]
+    tables = []
+    for more in ((), ("--memory", "2GB")):
+        out = f"c{len(more)}"
+        how = ("--pairs", 6, "--reference", "relp", "--methods", "atp,relp+ah", "--nodes", "mlp_neuron,mlp_out")
+        assert relp("compare", "ioi", *how, *more, "-o", out).code == 0
+        tables.append(pd.read_csv(tmp_path / out / "compare.csv").drop(columns="seconds"))
+    pd.testing.assert_frame_equal(*tables, rtol=1e-4, atol=1e-5)
 
 
 PEAKS = """
