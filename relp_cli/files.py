@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,22 @@ OLD = 3600.0  # seconds
 MOST_DIGITS = 300  # of a number in a file; Python itself refuses integers of more than 4300
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
+def write_atomically(path: Path, content: bytes | str | Callable[[str], None]) -> None:
     """Write to a temporary file beside `path`, flush it to disk, and rename it over `path`.
 
+    content: or what writes it into a file of the name that it is given; nothing else then holds it as bytes.
     Raises: RelpError where `path` cannot be a file of ours, RunFailed where writing fails (a full disk).
     """
-    data = content.encode() if isinstance(content, str) else content
     check_file_writable(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked_temporary(path.parent) as (handle, temporary):
             remove_stale(path.parent, os.fstat(handle).st_mtime)
-            with os.fdopen(handle, "wb", closefd=False) as stream:
-                stream.write(data)
+            if callable(content):
+                content(temporary)
+            else:
+                with os.fdopen(handle, "wb", closefd=False) as stream:
+                    stream.write(content.encode() if isinstance(content, str) else content)
             os.fsync(handle)
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)

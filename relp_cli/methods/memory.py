@@ -42,7 +42,7 @@ LIBRARIES = {"cpu": 640 * MIB}  # what Python and the libraries hold, once a mod
 OTHER_LIBRARIES = 512 * MIB  # of a GPU's memory: its context
 HELD = 2.25  # bytes that an allocator holds at the peak for one that is alive: blocks of many sizes come and go
 PASSES = 12  # as large as they get: by then a method has gone through what it repeats
-WRITTEN = 3.25  # copies of single scores while they are written: themselves, kind by kind, and a file's bytes
+WRITTEN = 2.25  # copies of single scores while they are written: themselves, and kind by kind
 INDEXED = (
     40  # bytes a single score of a sparse space, while they are collected: example, cell and value, twice in the end
 )
@@ -141,17 +141,18 @@ def plan(
     patched: bool = False,
     kept: int = 0,
     singles: int = 0,
+    waiting: int = 0,
     recomputes: bool = False,
 ) -> Plan:
     """The largest passes whose peak stays below `memory`.
 
     compute: does with a few pairs what is to be done with all, in so much room. patched: whether most of its passes are patched
-    runs. kept, singles: bytes of the results beside it, and of single scores. recomputes: whether layers can be computed again in
-    the backward pass, which they are where one pair does not fit otherwise.
+    runs. kept, singles, waiting: bytes of the results beside it, of single scores, and of what waits to be written meanwhile.
+    recomputes: whether layers can be computed again in the backward pass, which they are where one pair does not fit otherwise.
     Raises: RelpError where not even one pair fits, or single scores do not.
     """
     held = LIBRARIES.get(model.device.type, OTHER_LIBRARIES) + resident(model.hf) + kept
-    always, writing, held = held, held + WRITTEN * singles, held + singles
+    always, writing, held = held, held + WRITTEN * singles, held + singles + waiting
 
     def largest(recompute: bool, most: float = inf) -> Plan:
         tokens, peaks = MOST, list[tuple[int, float, float]]()
@@ -249,8 +250,8 @@ def planned(
         indexed, kept = 0, 4 * singles(n_pairs, cells, request.keep_examples)
         if space_of(scorer.units).sparse:
             indexed, kept = _sparse(model, pairs, scorer, request.keep_examples)
-        beside = sums * cells + scorer.held + waiting + indexed
-        return plan(memory, model, pairs, some, row.each, beside, kept, row.recomputes)
+        beside = sums * cells + scorer.held + indexed
+        return plan(memory, model, pairs, some, row.each, beside, kept, waiting, row.recomputes)
 
     return decide() if left is None else Plan(**left.agreed("memory", lambda: vars(decide())))
 

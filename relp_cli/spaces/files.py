@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from relp_cli.errors import RelpError, RunFailed
@@ -133,7 +133,14 @@ def save_scores(scores: Scores, path: str | Path) -> None:
     for key in scores:
         parts, header["kinds"][key] = space.tensors(scores, key)
         tensors |= {f"{key}/{name}": value.detach().cpu().contiguous() for name, value in parts.items()}
-    write_atomically(Path(path), save(tensors, metadata={"relp": json.dumps(header)}))
+
+    def write(temporary: str) -> None:
+        try:
+            save_file(tensors, temporary, {"relp": json.dumps(header)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    write_atomically(Path(path), write)
 
 
 def load_scores(path: str | Path) -> Scores:
