@@ -12,7 +12,7 @@ from relp_cli.spaces.scores import KindScores
 from relp_cli.statistics import interval, pearson, resample_counts
 from relp_cli.tasks.counted import distinct
 
-AT_ONCE = 1 << 23  # numbers that are made of draws at a time: 32 MiB, several times over
+AT_ONCE = 1 << 22  # numbers that are made of draws at a time: 16 MiB, several times over
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,15 @@ def _over_pairs(
     assert exact.present is not None
     if estimate.examples.shape != exact.examples.shape:
         raise RelpError("cannot compare scores over different numbers of pairs")
-    n, shape = len(exact.examples), exact.mean.shape
-    x, y = estimate.examples.reshape(n, -1).numpy(), exact.examples.reshape(n, -1).numpy()
+    n = len(exact.examples)
+    # Positions before layers, as they lie in memory: scores of one kind are not copied for it.
+    x, y = (scores.transpose(1, 2).reshape(n, -1).numpy() for scores in (estimate.examples, exact.examples))
     present = exact.present.numpy().astype(np.float32)
 
     def spread(of_positions: np.ndarray) -> np.ndarray:
         """Float[rows, pos] → Float[rows, column]."""
-        at = of_positions[:, None, :].reshape(-1, 1, shape[1], *(1 for _ in shape[2:]))
+        shape = (exact.mean.shape[1], exact.mean.shape[0], *exact.mean.shape[2:])
+        at = of_positions.reshape(-1, shape[0], *(1 for _ in shape[1:]))
         return np.broadcast_to(at, (len(of_positions), *shape)).reshape(len(of_positions), -1)
 
     def over(rows: np.ndarray, mean_x: np.ndarray, mean_y: np.ndarray) -> np.ndarray:
@@ -146,8 +148,8 @@ def _over_pairs(
         own = np.concatenate([over(present[i], x[i], y[i]) for i in parts(np.arange(n))])
     draws = resample_counts(n, bootstrap, seed, exact.prompts).astype(np.float32)
     resampled = []
-    for count, sum_x, sum_y in ((p @ present, p @ x, p @ y) for p in parts(draws)):
-        resampled.append(of_means(count, sum_x, sum_y))
+    for part in parts(draws):
+        resampled.append(of_means(part @ present, part @ x, part @ y))
     (center,) = of_means(*(values.sum(0, keepdims=True) for values in (present, x, y)))
     edge = 1 - 1e-7  # atanh(1) is infinite: an estimate equal to the reference keeps the interval [1, 1]
     z, zs = (np.arctanh(np.clip(v, -edge, edge)) for v in (center, np.concatenate(resampled)))

@@ -43,6 +43,7 @@ OTHER_LIBRARIES = 512 * MIB  # of a GPU's memory: its context
 HELD = 2.25  # bytes that an allocator holds at the peak for one that is alive: blocks of many sizes come and go
 PASSES = 12  # as large as they get: by then a method has gone through what it repeats
 WRITTEN = 2.25  # copies of single scores while they are written: themselves, and kind by kind
+COMPARED = 3.25  # of those that are asked for, to be compared: one method's, and another's while they are read
 INDEXED = (
     40  # bytes a single score of a sparse space, while they are collected: example, cell and value, twice in the end
 )
@@ -141,6 +142,7 @@ def plan(
     patched: bool = False,
     kept: int = 0,
     singles: int = 0,
+    copies: float = WRITTEN,
     waiting: int = 0,
     recomputes: bool = False,
 ) -> Plan:
@@ -148,11 +150,12 @@ def plan(
 
     compute: does with a few pairs what is to be done with all, in so much room. patched: whether most of its passes are patched
     runs. kept, singles, waiting: bytes of the results beside it, of single scores, and of what waits to be written meanwhile.
+    copies: how many of single scores there are once the passes are done.
     recomputes: whether layers can be computed again in the backward pass, which they are where one pair does not fit otherwise.
     Raises: RelpError where not even one pair fits, or single scores do not.
     """
     held = LIBRARIES.get(model.device.type, OTHER_LIBRARIES) + resident(model.hf) + kept
-    always, writing, held = held, held + WRITTEN * singles, held + singles + waiting
+    always, writing, held = held, held + copies * singles, held + singles + waiting
 
     def largest(recompute: bool, most: float = inf) -> Plan:
         tokens, peaks = MOST, list[tuple[int, float, float]]()
@@ -251,7 +254,8 @@ def planned(
         if space_of(scorer.units).sparse:
             indexed, kept = _sparse(model, pairs, scorer, request.keep_examples)
         beside = sums * cells + scorer.held + indexed
-        return plan(memory, model, pairs, some, row.each, beside, kept, waiting, row.recomputes)
+        copies = COMPARED if request.keep_examples else WRITTEN
+        return plan(memory, model, pairs, some, row.each, beside, kept, copies, waiting, row.recomputes)
 
     return decide() if left is None else Plan(**left.agreed("memory", lambda: vars(decide())))
 
