@@ -154,6 +154,10 @@ class _Nodes:
         return {n: t for n, t in tensors.items() if t is not None}, {"labels": list(view.labels), "axis": view.axis}
 
     def from_tensors(self, entries: Entries, meta: Mapping[str, Any]) -> Scores:
+        def own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            """The others are joined; as they are, these would hold all of their file."""
+            return {**tensors, **{name: tensors[name].clone() for name in ("n", "present") if name in tensors}}
+
         for kind, (tensors, header) in entries.items():
             labels, shape = len(header["labels"]), tuple(tensors["mean"].shape)
             per_layer = (None,) * (len(NODE_KINDS[kind].axes) - 2)
@@ -161,7 +165,7 @@ class _Nodes:
                    present=(None, labels))  # fmt: skip
         return node_scores(
             {
-                kind: KindScores(kind, labels=tuple(header["labels"]), axis=header["axis"], meta=meta, **tensors)
+                kind: KindScores(kind, labels=tuple(header["labels"]), axis=header["axis"], meta=meta, **own(tensors))
                 for kind, (tensors, header) in entries.items()
             },
             meta,
