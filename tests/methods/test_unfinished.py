@@ -216,3 +216,24 @@ def test_a_method_of_all_pairs_has_no_shards(relp: Any) -> None:
         refused = relp("score", "ioi", "--method", method, "--shard", "1/2", "-o", "run")
         assert refused.code == 2
         assert "cannot be computed in shards" in refused.err
+
+
+def test_what_is_agreed_is_waited_for_while_it_is_written_and_decided_again_where_its_writer_died(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decision is a file that is made in one go, and empty for a moment: what is read then is not another decision."""
+    store, path = Unfinished(tmp_path, "digest"), tmp_path / "room-digest.json"
+    looks = list[float]()
+
+    def write(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            path.write_text('{"rows": 7}')
+
+    monkeypatch.setattr(module.time, "sleep", write)
+    path.write_text("")
+    assert store.agreed("room", lambda: {"rows": 8}) == {"rows": 7}
+    assert len(looks) == 3
+    path.write_text("")
+    assert store.agreed("room", lambda: {"rows": 8}) == {"rows": 8} == json.loads(path.read_text())
+    assert len(looks) == 3 + module.LOOKS

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from relp_cli.errors import RelpError, RunFailed
-from relp_cli.files import check_writable, read_json, write_atomically
+from relp_cli.files import OLD, check_writable, create_once, read_json, write_atomically
 
 # Starts at a given moment, so that all processes meet in the new folder.
 RACE = """
@@ -73,6 +73,34 @@ def test_what_a_killed_process_left_goes_and_a_living_ones_stays(tmp_path: Path)
     living.communicate()
     write_atomically(tmp_path / "file", "content")
     assert {p.name for p in tmp_path.iterdir()} == {"file", ".relp-mine"}
+
+
+def test_what_another_machine_writes_stays_though_its_lock_is_not_seen(tmp_path: Path) -> None:
+    """On Lustre with localflock, NFS with local_lock: the file looks as a killed process's does."""
+    (other := tmp_path / ".relp-another-x.tmp").write_text("half")
+    write_atomically(tmp_path / "file", "content")
+    assert other.read_text() == "half"
+    long_ago = other.stat().st_mtime - OLD - 60
+    os.utime(other, (long_ago, long_ago))
+    write_atomically(tmp_path / "file", "content")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_is_made_once_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "link")  # there are file systems without
+    assert create_once(tmp_path / "a/file", "first")
+    assert not create_once(tmp_path / "a/file", "second")
+    assert (tmp_path / "a/file").read_text() == "first"
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(RunFailed, match="No space left"):
+        create_once(tmp_path / "b", "first")
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(RelpError, match="cannot write"):
+        create_once(tmp_path / "a/file/claims/x", "")
 
 
 @pytest.mark.parametrize(
