@@ -124,6 +124,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
             settle()
             with suppress(OSError):
                 os.write(2, f"error: {ENDED[by]}\n".encode())
+            if claims := sys.modules.get("relp_cli.jobs.claims"):  # a model's library is imported within a claim
+                claims.release()
             os._exit(128 + by)
         frame = frame.f_back
     raise KeyboardInterrupt

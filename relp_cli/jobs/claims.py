@@ -24,6 +24,9 @@ from relp_cli.errors import RelpError
 from relp_cli.files import create_once
 
 EXPIRES, BEAT, POLL = 60.0, 10.0, 0.5  # seconds: without a sign of life, between two of them, between two looks
+_ours: dict[
+    tuple[Path, str], tuple[Path, int]
+] = {}  # what this process holds, in which folder and by which name; and its id
 MOST_DEATHS = 3  # of processes that held one claim, one after the other: then it is not tried by a further one
 
 
@@ -34,7 +37,6 @@ class Claims:
     folder: Path
     before: Mapping[str, int] = field(default_factory=dict)
     _seen: dict[Path, tuple[tuple[int, int], float]] = field(default_factory=dict)  # mtime and size, and since when
-    _ours: dict[str, Path] = field(default_factory=dict)
 
     @contextmanager
     def claim(self, name: str) -> Iterator[bool]:
@@ -46,7 +48,7 @@ class Claims:
         if path is None:
             yield False
             return
-        self._ours[name] = path
+        _ours[self.folder, name] = path, os.getpid()
         stop = threading.Event()
         beat = threading.Thread(target=_beat, args=(path, stop), daemon=True)
         beat.start()
@@ -55,7 +57,7 @@ class Claims:
         finally:
             stop.set()
             beat.join()
-            del self._ours[name]
+            del _ours[self.folder, name]
             for old in self._held(name):  # ours last: until then it holds; higher ones took it over
                 if _number(old) <= _number(path):
                     old.unlink(missing_ok=True)
@@ -63,7 +65,7 @@ class Claims:
     def lost(self, name: str) -> bool:
         """Whether another process has taken over what this one claimed, which was stopped for a while."""
         held = self._held(name)
-        return not held or held[-1] != self._ours[name]
+        return not held or held[-1] != _ours[self.folder, name][0]
 
     def deaths(self, name: str) -> int:
         """How many processes died that held `name`, which this one holds now."""
@@ -96,6 +98,14 @@ class Claims:
             since = now
         self._seen[path] = sign, since
         return now - since < EXPIRES and not _gone(text)
+
+
+def release() -> None:
+    """Give back at once what this process holds: it ends without leaving its blocks."""
+    for path, pid in list(_ours.values()):
+        if pid == os.getpid():  # no child's, which has our memory
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def counts(folder: Path) -> Counter[str]:

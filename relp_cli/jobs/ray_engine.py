@@ -59,6 +59,9 @@ def run_on_ray(job: JobSpec, folder: Path, options: Options, report: Report | No
 
 def _ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault(
+        "RAY_IGNORE_UNHANDLED_ERRORS", "1"
+    )  # of the calls behind one that failed: its error is a line of ours
     try:
         import ray
     except ImportError:

@@ -24,7 +24,7 @@ from typing import IO
 
 from relp_cli.errors import RelpError
 from relp_cli.files import check_writable
-from relp_cli.jobs.claims import MOST_DEATHS, POLL
+from relp_cli.jobs.claims import MOST_DEATHS, POLL, release
 from relp_cli.jobs.collecting import cell_paths
 from relp_cli.jobs.grid import Cell, Group, JobSpec, cells, is_finished
 from relp_cli.jobs.known import Known
@@ -241,6 +241,7 @@ def _end_with_parent() -> None:
         pass
     _thread.interrupt_main()
     time.sleep(GRACE)
+    release()  # for a main thread that does not come back from somebody's library
     os._exit(1)
 
 

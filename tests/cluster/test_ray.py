@@ -155,12 +155,15 @@ class Wrong(Worker):
         return super().next()
 
 
-def test_a_fault_of_the_program_is_a_line_of_its_group(job: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_the_program_is_a_line_of_its_group(
+    job: JobSpec, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(ray_engine, "Worker", Wrong)
     ran = Ran(job, "out", workers=1)
     assert ran.counts == (2, 0, 2)
     assert {error for _, error in ran.result.errors} == {f"TypeError: a fault on {os.uname().nodename}"}
     assert not ran.said
+    assert "Unhandled error" not in capfd.readouterr().err  # of the calls behind the one that failed
 
 
 def test_a_worker_needs_nothing_of_the_drivers_disk(cluster: Any, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from relp_cli.files import create_once
-from relp_cli.jobs.claims import POLL, Claims
+from relp_cli.jobs.claims import POLL, Claims, _ours, release
 from relp_cli.jobs.grid import cells, groups_of, load_job
 from relp_cli.jobs.run import _claim_name, run_cells, write
 from relp_cli.runs.scoring import Session
@@ -106,6 +106,17 @@ def test_who_was_stopped_while_another_took_over_leaves_it_the_rest(tmp_path, mo
     outcome = run_cells(grid, tmp_path / "out", Session("cpu"))
     assert written[1] == "the other is done"
     assert len(written) == 1 + len(cells(grid)) == 1 + outcome.computed + outcome.finished
+
+
+def test_a_process_that_ends_within_its_blocks_gives_back_its_own(tmp_path):
+    """Ended while a library is imported, or one does not come back to Python; a child has its parent's memory, not its claims."""
+    parent, child = Claims(tmp_path / "parent"), Claims(tmp_path / "child")
+    with parent.claim("a"), child.claim("b"):
+        _ours[parent.folder, "a"] = (_ours[parent.folder, "a"][0], os.getpid() + 1)
+        release()
+        assert [path.name for path in tmp_path.glob("*/*")] == ["a.0"]
+        assert (parent.lost("a"), child.lost("b")) == (False, True)
+    assert not list(tmp_path.glob("*/*"))
 
 
 def test_a_listing_that_is_old_makes_no_process_ask_without_rest(tmp_path, monkeypatch):
