@@ -46,6 +46,7 @@ def run() -> None:
         by = _ended_by[0] if _ended_by else signal.SIGINT
         for number in ENDED:
             signal.signal(number, signal.SIG_IGN)
+        _give_back()  # who was interrupted twice may not have
         fail(ENDED[by], 128 + by)
     _leave(code)
 
@@ -124,11 +125,16 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
             settle()
             with suppress(OSError):
                 os.write(2, f"error: {ENDED[by]}\n".encode())
-            if claims := sys.modules.get("relp_cli.jobs.claims"):  # a model's library is imported within a claim
-                claims.release()
+            _give_back()  # a model's library is imported within a claim
             os._exit(128 + by)
         frame = frame.f_back
     raise KeyboardInterrupt
+
+
+def _give_back() -> None:
+    """What this process has claimed, if it has come to that."""
+    if claims := sys.modules.get("relp_cli.jobs.claims"):
+        claims.release()
 
 
 def _usable_streams() -> None:

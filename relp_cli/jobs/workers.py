@@ -34,6 +34,7 @@ from relp_cli.runs.scoring import Session
 
 REFUSED = 3  # exit code of a worker that said why it cannot go on: another one would say the same
 LINE = [sys.executable, "-P", "-m", "relp_cli.jobs.workers"]
+ENDING = (signal.SIGINT, signal.SIGTERM)
 GRACE = 3.0  # seconds to release claims in
 
 
@@ -215,7 +216,8 @@ def main() -> int:
     """A worker: its request is a line on stdin, which stays open as long as its parent lives."""
     asked = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGTERM, _release)
+    for number in ENDING:
+        signal.signal(number, _release)
     groups = [Group(*values) for values in asked["groups"]]
     try:
         run_cells(
@@ -225,14 +227,17 @@ def main() -> int:
     except RelpError as error:
         print(error, file=sys.stderr)
         return REFUSED
-    except KeyboardInterrupt:  # claims are given back: die of what it was, without a traceback
+    except KeyboardInterrupt:  # claims are given back; die of what it was, without a traceback
+        release()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
     return 0
 
 
 def _release(_: int, __: object) -> None:
-    """At SIGTERM, which clusters send to all processes of a job."""
+    """At SIGTERM, which clusters send to all processes of a job, and when the parent ends: once, so that claims go back."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

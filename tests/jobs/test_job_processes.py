@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +199,15 @@ def test_what_a_worker_has_for_itself():
     assert has(2, [], 8, {}) == [("4 threads", "4")] * 2
     assert has(4, [], 2, {}) == [("1 thread", "1")] * 4
     assert has(2, [], 8, {"OMP_NUM_THREADS": "3"}) == [("3 threads", "3")] * 2
+
+
+def test_a_worker_that_is_ended_is_ended_once(monkeypatch):
+    """SIGTERM goes to a job's parent and workers alike: what the parent then says must not interrupt what gives claims back."""
+    handlers = {}
+    monkeypatch.setattr("signal.signal", handlers.__setitem__)
+    with pytest.raises(KeyboardInterrupt):
+        workers._release(signal.SIGTERM, None)
+    assert handlers == {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}
 
 
 def test_workers_that_die_are_said_and_replaced_but_not_for_ever(relp, job, monkeypatch):
