@@ -157,7 +157,9 @@ def _recognise(values: dict[str, Any], where: str) -> Form:
     if missing:
         near = {key: nearest(key, missing) for key in strange}
         hints = "".join(f" ('{key}':{hint[1:]})" for key, hint in near.items() if "did you mean" in hint)
-        raise RelpError(f"{where}missing key {', '.join(map(repr, missing))} of the {best.name} format{hints}")
+        has = ", ".join(map(repr, list(values)[:8])) + (" …" if len(values) > 8 else "")
+        own = f" (the record has {has}); `columns` of a task YAML says which is what (docs/data.md)"
+        raise RelpError(f"{where}missing key {', '.join(map(repr, missing))} of the {best.name} format{hints or own}")
     for key in strange:
         if any(key in form.required | form.optional for form in forms):
             raise RelpError(f"{where}key '{key}' does not belong to the {best.name} format: mixed keys")

@@ -323,7 +323,7 @@ def test_a_pair_that_does_not_fit_the_model_is_one_line(tmp_path, case):
         (
             "f.json",
             '{"prompts": [\n\n{"clean": "a", "corrupt": "b"}]}',
-            r"f\.json:3: missing key 'answers', 'wrong_answers'",
+            r"f\.json:3: missing key 'answers', 'wrong_answers' .*\(the record has 'clean'.*`columns` of a task YAML",
         ),
         ("f.csv", "clean,corrupted,correct_idx\na,b,1\n", r"f\.csv:2: missing key 'incorrect_idx'"),
         (
