@@ -12,6 +12,10 @@ from typing import Any
 BAD_PLACE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EROFS,
              errno.ELOOP)  # fmt: skip
 
+OUT_OF_MEMORY = (
+    "out of memory: a smaller --batch-size needs less, --memory SIZE sets a limit (in a job: batch_size, memory)"
+)
+
 
 class RelpError(Exception):
     """Bad input (exit code 2): one line that names what is wrong, what was expected, and the nearest valid name."""
@@ -23,6 +27,12 @@ class RunFailed(RelpError):
     """Valid input whose execution failed (exit code 1): a full disk, a corrupt file, a failed cell."""
 
     exit_code = 1
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that there is no more memory, on whatever device; torch's errors are known without importing it."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or "can't allocate memory" in str(error)
 
 
 def near(name: str, known: Iterable[str]) -> str | None:

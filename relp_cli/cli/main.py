@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from relp_cli.cli.waiting import settle
-from relp_cli.errors import BAD_PLACE, RelpError, nearest, visible
+from relp_cli.errors import BAD_PLACE, OUT_OF_MEMORY, RelpError, nearest, out_of_memory, visible
 
 RESUMES = "the same command again resumes what was finished"
 ENDED = {signal.SIGINT: f"interrupted; {RESUMES}", signal.SIGTERM: f"ended by SIGTERM; {RESUMES}"}
@@ -57,6 +57,8 @@ def explain(error: BaseException) -> tuple[str, int]:
         return str(error), error.exit_code
     if hasattr(error, "format_message"):  # typer's own: what was typed is no command of ours
         return _usage(error), 2
+    if out_of_memory(error):
+        return OUT_OF_MEMORY, 1
     if isinstance(error, BrokenPipeError):  # `| head`: nobody reads on
         return "", 1
     if isinstance(error, OSError) and error.strerror:
@@ -66,8 +68,6 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"{_typed()}: something in it is nested too deeply", 2
     if isinstance(error, UnicodeError):
         return f"{_typed()}: text that is not UTF-8 ({error.reason if hasattr(error, 'reason') else error})", 2
-    if isinstance(error, MemoryError):
-        return "out of memory; a smaller --batch-size needs less", 1
     return f"{type(error).__name__}: {error} (RELP_DEBUG=1 shows where)", 1
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from relp_cli.errors import RelpError
+from relp_cli.errors import OUT_OF_MEMORY, RelpError, out_of_memory
 from relp_cli.evaluation.compare import run_comparison
 from relp_cli.evaluation.evaluate import evaluate, excluded_layers
 from relp_cli.evaluation.verify import rescore
@@ -68,7 +68,9 @@ def compute(
                 continue
             content["rows"] = group.run(cell)
         except (RelpError, RuntimeError, ValueError, OSError, MemoryError) as error:
-            content["error"] = " ".join(str(error).split()) or type(error).__name__
+            content["error"] = (
+                OUT_OF_MEMORY if out_of_memory(error) else " ".join(str(error).split()) or type(error).__name__
+            )
         except Exception as error:
             if os.environ.get("RELP_DEBUG"):
                 raise

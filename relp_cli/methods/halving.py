@@ -8,17 +8,12 @@ from dataclasses import replace
 
 import torch
 
-from relp_cli.errors import RunFailed
+from relp_cli.errors import RunFailed, out_of_memory
 from relp_cli.methods.room import Room, fitting
 from relp_cli.methods.setup import Passes
 from relp_cli.methods.space import Batch
 from relp_cli.methods.table import Result
 from relp_cli.tasks.pairs import PairBatch
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether it says that there is no more memory, on whatever device."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class Halving:

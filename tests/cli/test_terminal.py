@@ -82,7 +82,12 @@ def test_a_usage_error_is_one_line(relp, arguments, expected):
         (PermissionError(13, "Permission denied", "a.yaml"), 2, "a.yaml: Permission denied"),
         (OSError(36, "File name too long", "x"), 2, "x: File name too long"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
-        (MemoryError(), 1, "out of memory"),
+        (MemoryError(), 1, "out of memory: a smaller --batch-size"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+            1,
+            "out of memory: a smaller --batch-size",
+        ),
     ],
 )
 def test_errors_of_the_system_say_where_and_are_no_internal_message(relp, monkeypatch, error, code, expected):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 import relp_cli
 from relp_cli.evaluation.areas import areas
@@ -150,8 +151,15 @@ def test_a_fault_of_the_program_is_an_error_of_its_cell(job, tmp_path, monkeypat
     monkeypatch.setenv("RELP_DEBUG", "1")
     with pytest.raises(KeyError):
         run_cells(grid, tmp_path / "out", Session("cpu"))
+    monkeypatch.setattr(GroupRun, "run", _no_room)
+    outcome = run_cells(grid, tmp_path / "out", Session("cpu"))
+    assert read_cell(outcome.paths[cells(grid)[0]])["error"].startswith("out of memory: a smaller --batch-size")
     monkeypatch.undo()
     assert run_cells(grid, tmp_path / "out", Session("cpu")).computed == 1
+
+
+def _no_room(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 @pytest.mark.parametrize(
