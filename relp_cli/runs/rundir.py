@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from relp_cli.errors import RelpError, RunFailed
-from relp_cli.files import parse_json, read_text, write_atomically
+from relp_cli.files import read_json, write_atomically
 from relp_cli.runs.folders import instead, near_runs
 from relp_cli.tasks.spec import list_tasks
 
@@ -69,10 +69,11 @@ class RunDir:
             raise RelpError(f"run '{self.path}' does not exist{like}{'' if like else ';'} {also}")
         if not self.record.is_file():
             raise RelpError(f"'{self.path}' is not a run directory (it has no run.json){instead(self.path)}")
-        text = read_text(self.record, "run record")
         try:
-            content = parse_json(text, f"run record {self.record}")
+            content = read_json(self.record, "run record")
         except RelpError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
             raise RunFailed(f"{error}; score again to replace it") from error
         parts = {"spec": dict, "hash": str, "files": dict, "scores": dict}
         if not isinstance(content, dict) or not all(isinstance(content.get(k), t) for k, t in parts.items()):

@@ -110,6 +110,17 @@ def test_scores_that_cannot_be_are_refused_even_with_a_fitting_checksum(relp, wo
     assert "score again to replace it" in done.err
 
 
+@pytest.mark.parametrize("content", [b"", b'{"spec": {', b"\xff\xfe\x92"])
+def test_a_damaged_record_is_replaced_by_scoring_again(relp, tmp_path, content):
+    assert relp("score", "ioi", "--pairs", 2, "-o", "run").code == 0
+    (tmp_path / "run/run.json").write_bytes(content)
+    done = relp("show", "./run")
+    assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
+    assert done.err.endswith("; score again to replace it\n")
+    assert relp("score", "ioi", "--pairs", 2, "-o", "run").code == 0
+    assert json.loads((tmp_path / "run/run.json").read_text())["spec"]["pairs"] == 2
+
+
 def test_scores_of_another_run_are_refused(relp, work):
     shutil.copy(work / "other/scores.safetensors", work / "run/scores.safetensors")
     edited(work, lambda _: None, resign=True)
