@@ -1,10 +1,8 @@
-"""Sizes of memory as people write them: 8GB, 500MB, 2.5GiB; and giving it back. Imports no torch."""
+"""Sizes of memory as people write them: 8GB, 500MB, 2.5GiB. Imports no torch."""
 
 from __future__ import annotations
 
-import ctypes
 import re
-from contextlib import suppress
 from typing import Any
 
 from relp_cli.errors import RelpError
@@ -36,9 +34,3 @@ def written(size: float) -> str:
     step = 1 if unit == "MB" else 0.01
     steps = -int(-size // (UNITS[unit] * step))
     return f"{steps * step:.2f} GB" if unit == "GB" else f"{steps} MB"
-
-
-def give_back() -> None:
-    """The allocator gives what was freed back to the system, where it can be told to (glibc)."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

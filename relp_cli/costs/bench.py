@@ -258,6 +258,7 @@ def run_benches(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
+    """torch computes with one thread inside."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from relp_cli.config.memory import give_back
-from relp_cli.methods.memory import MIB, PASSES, begun
+from relp_cli.methods.memory import MIB, PASSES, begun, give_back
 from relp_cli.methods.request import Request
 from relp_cli.methods.room import Room
 from relp_cli.methods.score import plan_of, score_units

@@ -118,9 +118,8 @@ def behaviour(model: Model, pairs: Sequence[PairBatch], metric: str) -> Behaviou
     row = METRICS[metric]
     correct, original, patch = [], [], []
     for batch in pairs:
-        few = batch.split(
-            fitting(batch.n_pos, Room.on(model.device).patched)
-        )  # a pass of all pairs would have no bound
+        # A pass of all pairs would have no bound.
+        few = batch.split(fitting(batch.n_pos, Room.on(model.device).patched))
         seen = [_of_few(model, some.to(model.device), row) for some in few]
         original.append(torch.cat([value for value, _, _ in seen]))
         patch += [torch.cat([value for _, value, _ in seen if value is not None])] if seen[0][1] is not None else []

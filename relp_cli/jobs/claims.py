@@ -24,10 +24,9 @@ from relp_cli.errors import RelpError
 from relp_cli.files import create_once
 
 EXPIRES, BEAT, POLL = 60.0, 10.0, 0.5  # seconds: without a sign of life, between two of them, between two looks
-_ours: dict[
-    tuple[Path, str], tuple[Path, int]
-] = {}  # what this process holds, in which folder and by which name; and its id
 MOST_DEATHS = 3  # of processes that held one claim, one after the other: then it is not tried by a further one
+# What this process holds, by folder and name: the claim's file, and the process's id.
+_ours: dict[tuple[Path, str], tuple[Path, int]] = {}
 
 
 @dataclass
@@ -84,9 +83,8 @@ class Claims:
 
     def _lives(self, path: Path) -> bool:
         try:
-            with path.open(
-                "rb"
-            ) as stream:  # opened first: file servers are asked anew then, else this machine's cache may tell
+            # Opened first: file servers are asked anew then, else this machine's cache may tell.
+            with path.open("rb") as stream:
                 status, text = os.fstat(stream.fileno()), stream.read()
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ESTALE):

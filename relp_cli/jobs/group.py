@@ -149,10 +149,8 @@ class GroupRun:
         assert self.job.agreement is not None
         p, options = self.prepared(), self.job.agreement
         both = cell.method, options.reference
-        for method in both:
-            self.scores(
-                method, cell.kind
-            )  # each on its own: with a limit to memory the other one is not held meanwhile
+        for method in both:  # each on its own: with a limit to memory the other one is not held meanwhile
+            self.scores(method, cell.kind)
         mine, exact = (self.scores(method, cell.kind) for method in both)
         table = run_comparison(
             p.model, p.pairs, [cell.method], [cell.kind], p.metric, cell.group.direction, options.reference,

@@ -59,9 +59,8 @@ def run_on_ray(job: JobSpec, folder: Path, options: Options, report: Report | No
 
 def _ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault(
-        "RAY_IGNORE_UNHANDLED_ERRORS", "1"
-    )  # of the calls behind one that failed: its error is a line of ours
+    # Of the calls behind one that failed: its error is a line of ours.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     try:
         import ray
     except ImportError:

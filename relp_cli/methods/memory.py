@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -44,9 +45,8 @@ HELD = 2.25  # bytes that an allocator holds at the peak for one that is alive: 
 PASSES = 12  # as large as they get: by then a method has gone through what it repeats
 WRITTEN = 2.25  # copies of single scores while they are written: themselves, and kind by kind
 COMPARED = 3.25  # of those that are asked for, to be compared: one method's, and another's while they are read
-INDEXED = (
-    40  # bytes a single score of a sparse space, while they are collected: example, cell and value, twice in the end
-)
+# Bytes a single score of a sparse space, while they are collected: example, cell and value, twice in the end.
+INDEXED = 40
 SUMS, CLUSTERED = 48, 24  # bytes a score: sums, squares, moments and what goes between; more where pairs share prompts
 MOST = 1 << 14  # tokens: more gain nothing (docs/memory.md)
 
@@ -68,8 +68,8 @@ class Plan:
 
     @property
     def about(self) -> dict[str, Any]:
-        """As metadata have it."""
-        return {"memory": self.memory, "tokens_per_pass": self.tokens, "memory_expected": self.peak} | self.room.about
+        """As metadata have it; whether layers are computed again is said of the room (`Room.about`)."""
+        return {"memory": self.memory, "tokens_per_pass": self.tokens, "memory_expected": self.peak}
 
     def said(self, pairs: Sequence[PairBatch]) -> str:
         """For people."""
@@ -192,6 +192,12 @@ def plan(
         with suppress(_TooLarge):
             return largest(False, (memory - held) / HELD)  # trying it stays below the limit, too
     return largest(recomputes)
+
+
+def give_back() -> None:
+    """The allocator gives what was freed back to the system, where it can be told to (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _length(batch: PairBatch) -> int:

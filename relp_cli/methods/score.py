@@ -13,11 +13,10 @@ from jaxtyping import Float
 from pydantic import ValidationError
 from torch import Tensor
 
-from relp_cli.config.memory import give_back
 from relp_cli.errors import RelpError, nearest, unknown
 from relp_cli.lrp.rules import RULE_SETS, RULES, Rule, parse_rules
 from relp_cli.methods.halving import Halving, in_one_go
-from relp_cli.methods.memory import Plan, planned
+from relp_cli.methods.memory import Plan, give_back, planned
 from relp_cli.methods.request import Account, Request, within
 from relp_cli.methods.room import Room
 from relp_cli.methods.setup import Passes
